@@ -1,0 +1,1 @@
+"""The GPT: configuration, definition, linears, attention backends and the generation engine."""

@@ -1,0 +1,173 @@
+"""Shape of a GPT and everything that follows from it: counts, windows, FLOPs, memory."""
+
+from dataclasses import asdict, dataclass
+
+from model.errors import UserError
+
+VOCAB_MULTIPLE = 64
+SMEAR_GATE_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
+WINDOW_MULTIPLE = 128
+ROTARY_BASE = 100_000
+ROTARY_LENGTHS = 10  # the rotary table covers this many times sequence_len
+
+
+def round_up(n, multiple):
+    """Smallest multiple of `multiple` that is at least n."""
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Architecture of one GPT; field names are nanochat's, `bigram_*` this recipe's.
+
+    Raises:
+        UserError: sizes that do not fit together; the message names the flag.
+    """
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 16
+    n_head: int = 8
+    n_kv_head: int = 8
+    n_embd: int = 1024
+    window_pattern: str = "SSSL"
+    bigram_embed_factor: int = 5
+    bigram_lambda_init: float = 0.05
+
+    def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim % 2:
+            raise UserError(f"head dimension {self.head_dim} is odd; rotary needs an even one")
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; "
+                "choose a divisor with --n-kv-head"
+            )
+        if self.n_embd < SMEAR_GATE_CHANNELS:
+            raise UserError(
+                f"n_embd {self.n_embd} is below the {SMEAR_GATE_CHANNELS} channels of the smear "
+                "gate; raise --depth or --aspect-ratio"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(
+                f"--window-pattern {self.window_pattern!r} must consist of the letters S and L"
+            )
+        if self.bigram_embed_factor < 0:
+            raise UserError(
+                f"--bigram-embed-factor {self.bigram_embed_factor} is negative; 0 turns it off"
+            )
+
+    @classmethod
+    def from_depth(cls, depth, aspect_ratio=64, head_dim=128, n_kv_head=0, **fields):
+        """Config of width depth * aspect_ratio rounded up to whole heads; n_kv_head 0: n_head.
+
+        Raises:
+            UserError: as the class; also depth, aspect_ratio or head_dim below 1.
+        """
+        sizes = {"--depth": depth, "--aspect-ratio": aspect_ratio, "--head-dim": head_dim}
+        for flag, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{flag} must be at least 1, got {value}")
+        if head_dim % 2:
+            raise UserError(f"--head-dim {head_dim} is odd; rotary needs an even head dimension")
+        n_embd = round_up(depth * aspect_ratio, head_dim)
+        n_head = n_embd // head_dim
+        return cls(
+            n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head or n_head, **fields
+        )
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self):
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self):
+        return round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+    @property
+    def bigram_rows(self):
+        """Rows of the bigram table, the reserved last one included; 0 in a dense model."""
+        return self.vocab_size * self.bigram_embed_factor
+
+    @property
+    def value_embed_layers(self):
+        """Indices of the layers that have a value embedding: every other one, the last included."""
+        return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2]
+
+    @property
+    def windows(self):
+        """Keys to the left that each layer attends to, one int per layer."""
+        short = round_up(-(-self.sequence_len // 4), WINDOW_MULTIPLE)
+        sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
+        pattern = self.window_pattern
+        letters = [pattern[i % len(pattern)] for i in range(self.n_layer)]
+        return [sizes[letter] for letter in letters[:-1]] + [sizes["L"]]
+
+    def to_dict(self):
+        return asdict(self)
+
+    def param_counts(self):
+        """Number of parameters by role, in the order of GPT.param_roles."""
+        c, layers = self.n_embd, len(self.value_embed_layers)
+        attention = 2 * c * c + 2 * c * self.kv_dim
+        gates = layers * self.n_kv_head * VALUE_GATE_CHANNELS
+        counts = {
+            "matrices": self.n_layer * (attention + 8 * c * c) + gates,
+            "lm_head": self.padded_vocab_size * c,
+            "wte": self.padded_vocab_size * c,
+            "value_embeds": layers * self.padded_vocab_size * self.kv_dim,
+            "bigram_embed": self.bigram_rows * c,
+            "resid_lambdas": self.n_layer,
+            "x0_lambdas": self.n_layer,
+            "smear_backout": SMEAR_GATE_CHANNELS + 2,
+            "bigram_lambdas": self.n_layer if self.bigram_embed_factor else 0,
+        }
+        return {role: count for role, count in counts.items() if count}
+
+    @property
+    def num_params(self):
+        return sum(self.param_counts().values())
+
+    @property
+    def num_scaling_params(self):
+        """Parameters that scaling laws count: block matrices and lm_head (recipe.md)."""
+        counts = self.param_counts()
+        return counts["matrices"] + counts["lm_head"]
+
+    @property
+    def flops_per_token(self):
+        """Forward + backward FLOPs of one token: 6 per matmul parameter plus attention.
+
+        Attention costs 12 * heads * head_dim per key, over min(window, T) keys
+        (PaLM appendix B, https://arxiv.org/abs/2204.02311). Lookups and scalars cost nothing.
+        """
+        keys = sum(min(window, self.sequence_len) for window in self.windows)
+        return 6 * self.num_scaling_params + 12 * self.n_embd * keys
+
+    def memory_estimate(self, batch_size, activation_bytes, fp8=False):
+        """Rough peak bytes of a training micro-step of batch_size rows of sequence_len tokens.
+
+        State is exact: fp32 weight, gradient and momentum for the matrices, a second moment more
+        for lm_head, weight, gradient and two moments in `activation_bytes` for the tables. The
+        activations per layer are those a block saves for backward: q, k, v, the attention output,
+        two norms and the stream (7 widths), the MLP's pre-activation and activation (8 widths);
+        under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead.
+        Logits count in the activation type and twice in fp32.
+        """
+        counts = self.param_counts()
+        tables = counts["wte"] + counts.get("value_embeds", 0) + counts.get("bigram_embed", 0)
+        state = 12 * counts["matrices"] + 16 * counts["lm_head"] + 4 * activation_bytes * tables
+        tokens = batch_size * self.sequence_len
+        widths = (8 * activation_bytes + 7) if fp8 else 15 * activation_bytes
+        blocks = tokens * self.n_layer * self.n_embd * widths
+        logits = tokens * self.padded_vocab_size * (activation_bytes + 8)
+        return state + blocks + logits

@@ -1,0 +1,156 @@
+"""Generation with a KV cache: one prefill, then batched decoding.
+
+Beside keys and values the cache carries the previous token (bigram hash) and the previous
+normalised embedding (smear), so that decoding computes what training does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+class KVCache:
+    """Keys and values of all layers, (B, capacity, K, D) each, growing by doubling.
+
+    Attributes:
+        length: positions stored so far.
+        prev_token: (B,) last token, or None before the first.
+        prev_embedding: (B, C) last embedding after the norm and before smear, or None.
+    """
+
+    def __init__(self, config, batch_size, dtype, device, capacity=256):
+        shape = (batch_size, capacity, config.n_kv_head, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.empty_like(k) for k in self.keys]
+        self.length = 0
+        self.prev_token = None
+        self.prev_embedding = None
+
+    @property
+    def capacity(self):
+        return self.keys[0].size(1)
+
+    def _grow(self, needed):
+        """Double the capacity until it holds `needed` positions, keeping what is stored."""
+        capacity = self.capacity
+        while capacity < needed:
+            capacity *= 2
+
+        def grown(x):  # (B, old capacity, K, D)
+            bigger = x.new_empty(x.size(0), capacity, *x.shape[2:])
+            bigger[:, : self.length] = x[:, : self.length]
+            return bigger
+
+        self.keys = [grown(k) for k in self.keys]
+        self.values = [grown(v) for v in self.values]
+
+    def insert(
+        self,
+        layer,
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+    ):
+        """Store new keys and values after the cached ones; returns all, (B, length + T, K, D)."""
+        stop = self.length + k.size(1)
+        if stop > self.capacity:
+            self._grow(stop)
+        self.keys[layer][:, self.length : stop] = k
+        self.values[layer][:, self.length : stop] = v
+        return self.keys[layer][:, :stop], self.values[layer][:, :stop]
+
+    def advance(
+        self,
+        prev_token,  # (B,)
+        prev_embedding,  # (B, C)
+        count,
+    ):
+        """Take note of `count` positions that every layer has inserted."""
+        self.prev_token, self.prev_embedding = prev_token, prev_embedding
+        self.length += count
+
+    def expand(self, batch_size):
+        """A copy of a one-row cache for batch_size rows.
+
+        Raises:
+            ValueError: the cache holds more than one row.
+        """
+        if self.keys[0].size(0) != 1:
+            raise ValueError(f"only a one-row cache expands, this one has {self.keys[0].size(0)}")
+        other = object.__new__(KVCache)
+        other.keys = [k.repeat(batch_size, 1, 1, 1) for k in self.keys]
+        other.values = [v.repeat(batch_size, 1, 1, 1) for v in self.values]
+        other.length = self.length
+        other.prev_token = self.prev_token.repeat(batch_size)
+        other.prev_embedding = self.prev_embedding.repeat(batch_size, 1)
+        return other
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: temperature 0 is greedy, top_k 0 keeps every token."""
+
+    temperature: float = 1.0
+    top_k: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+
+
+def sample_next(
+    logits,  # (B, V)
+    sampling,
+    generator,
+):
+    """Draw one token per row, (B,) int64."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        k = min(sampling.top_k, logits.size(-1))
+        kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), stop_token=None):
+    """Continue a prompt; yields one list of num_samples tokens per step, None for ended rows.
+
+    A row ends with the stop token, which is not yielded. The prompt is prefilled once and its
+    cache expanded. The model is left in the mode (train or eval) it came in.
+
+    Args:
+        prompt: non-empty list of token ids.
+        max_tokens: tokens to add; generation also ends when every row has ended.
+
+    Raises:
+        ValueError: an empty prompt, or num_samples below 1.
+    """
+    if not prompt:
+        raise ValueError("the prompt needs at least one token")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    device = model.resid_lambdas.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        cache = KVCache(model.config, 1, model.dtype, device)
+        logits = model(torch.tensor([prompt], device=device), cache=cache)[:, -1]  # (1, V)
+        cache, logits = cache.expand(num_samples), logits.repeat(num_samples, 1)
+        ended = [False] * num_samples
+        for step in range(max_tokens):
+            tokens = sample_next(logits, sampling, generator)  # (num_samples,)
+            column = tokens.tolist()
+            ended = [e or t == stop_token for e, t in zip(ended, column, strict=True)]
+            if all(ended):
+                return
+            yield [None if e else t for e, t in zip(ended, column, strict=True)]
+            if step + 1 < max_tokens:
+                logits = model(tokens[:, None], cache=cache)[:, -1]
+    finally:
+        model.train(was_training)

@@ -1,0 +1,91 @@
+"""Bias-free linear layer: master weight cast to the input's dtype, or an FP8 product.
+
+FP8 (`fp8 = "torch"`) quantises tensorwise with dynamic scales and multiplies with
+torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. Forward products
+accumulate fast; gradient products keep the split accumulator.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.quantize import quantize_ref
+
+FP8_PROVIDERS = ("off", "torch")
+FP8_MIN_DIM = 128
+FP8_MULTIPLE = 16  # torch._scaled_mm's requirement on both dimensions
+FP8_CAPABILITY = (8, 9)
+
+
+def _column_major(
+    x,  # (R, C) row-major
+):
+    """The same matrix with stride 1 along its rows, as _scaled_mm wants its second operand."""
+    return x.t().contiguous().t()
+
+
+class ScaledMatmul(torch.autograd.Function):
+    """y = x @ weight.T through FP8 operands; gradients through FP8 as well."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,  # (M, K) bf16
+        weight,  # (N, K) fp32 or bf16
+    ):
+        x_fp8, x_scale = quantize_ref(x, torch.float8_e4m3fn)
+        w_fp8, w_scale = quantize_ref(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x_fp8, x_scale, w_fp8, w_scale)
+        ctx.weight_dtype = weight.dtype
+        return torch._scaled_mm(
+            x_fp8, w_fp8.t(), x_scale, w_scale, out_dtype=x.dtype, use_fast_accum=True
+        )
+
+    @staticmethod
+    def backward(
+        ctx,
+        grad,  # (M, N) bf16
+    ):
+        x_fp8, x_scale, w_fp8, w_scale = ctx.saved_tensors
+        g_fp8, g_scale = quantize_ref(grad, torch.float8_e5m2)
+        grad_x = torch._scaled_mm(
+            g_fp8, _column_major(w_fp8), g_scale, w_scale, out_dtype=grad.dtype
+        )
+        grad_weight = torch._scaled_mm(
+            g_fp8.t().contiguous(), _column_major(x_fp8), g_scale, x_scale, out_dtype=grad.dtype
+        )
+        return grad_x, grad_weight.to(ctx.weight_dtype)
+
+
+def fp8_eligible(weight):
+    """Whether a (N, K) weight is large enough and aligned for an FP8 product."""
+    return all(size >= FP8_MIN_DIM and size % FP8_MULTIPLE == 0 for size in weight.shape)
+
+
+class Linear(nn.Module):
+    """y = x @ weight.T without bias; the products of training run in FP8 where `fp8` is set.
+
+    In evaluation mode the product always runs in the input's dtype.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))  # (N, K)
+        self.fp8 = False
+
+    def forward(
+        self,
+        x,  # (..., K)
+    ):
+        if self.fp8 and self.training:
+            y = ScaledMatmul.apply(x.reshape(-1, x.size(-1)), self.weight)
+            return y.view(*x.shape[:-1], y.size(-1))
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def set_fp8(model, provider):
+    """Turn FP8 on ("torch") or off in every eligible Linear; returns how many run in FP8."""
+    eligible = [m for m in model.modules() if isinstance(m, Linear) and fp8_eligible(m.weight)]
+    for module in eligible:
+        module.fp8 = provider != "off"
+    return len(eligible) if provider != "off" else 0

@@ -1,0 +1,1 @@
+"""Training: the command, data, tokenizer, optimiser, schedules, checkpoints and evaluation."""

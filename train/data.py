@@ -1,0 +1,256 @@
+"""Batches of packed tokens, and the data command.
+
+    python -m train.data download -n 8      ClimbMix shards from the Hugging Face hub
+    python -m train.data info               what is there
+
+Worker threads tokenise ahead, one packs ahead, and on a GPU the next batch is copied from pinned
+memory while the current one is used. The batches depend on the corpus, the tokenizer and the
+state only, never on timing.
+"""
+
+import itertools
+import queue
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from model.errors import UserError
+from train.command import CommandParser, add_data_argument, run_command
+from train.corpus import SPLITS, ParquetCorpus, data_directory, open_corpus
+from train.download import download_shards
+from train.packing import BestFitPacker
+from train.tokenizer import FILE_NAME
+
+UNITS_AHEAD = 4
+BATCHES_AHEAD = 4
+PINNED_SLOTS = 3
+TOKENIZER_THREADS = 8
+
+
+@dataclass
+class LoaderState:
+    """Where the stream of batches stands: next document to read, and the packer's buffer."""
+
+    epoch: int = 0
+    unit: int = 0
+    document: int = 0  # within the unit
+    buffer: list = field(default_factory=list)  # (n,) int32 arrays
+
+    def to_tensors(self):
+        """The buffer as {"tokens": (sum n,) int32, "lengths": (docs,) int64}."""
+        tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.int32)
+        lengths = [len(document) for document in self.buffer]
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "lengths": torch.tensor(lengths, dtype=torch.int64),
+        }
+
+    def position(self):
+        return {"epoch": self.epoch, "unit": self.unit, "document": self.document}
+
+    @classmethod
+    def restore(cls, position, tensors):
+        ends = np.cumsum(tensors["lengths"].numpy())
+        buffer = np.split(tensors["tokens"].numpy(), ends[:-1]) if len(ends) else []
+        return cls(**position, buffer=list(buffer))
+
+
+class PackedLoader:
+    """Iterator of (rows (B, T+1) int32 numpy, LoaderState after them), made in the background.
+
+    Args:
+        corpus, split: documents to read (train.corpus).
+        tokenizer: train.tokenizer.Tokenizer.
+        batch_size, seq_len: B and T.
+        epochs: passes over the split; None goes on for ever. Rows left over at the end that do
+            not fill a batch are dropped.
+        state: LoaderState to continue from.
+
+    Raises:
+        UserError: the split has no documents; from the iterator: a shard cannot be read.
+    """
+
+    def __init__(self, corpus, split, tokenizer, batch_size, seq_len, epochs=None, state=None):
+        if corpus.num_units(split) == 0:
+            raise UserError(f"the {split} part of {corpus.name} is empty; name another --data")
+        self.corpus, self.split, self.tokenizer = corpus, split, tokenizer
+        self.batch_size, self.row_len, self.epochs = batch_size, seq_len + 1, epochs
+        state = state or LoaderState()
+        self.epoch, self.unit, self.document = state.epoch, state.unit, state.document
+        self.packer = BestFitPacker(self._documents(), self.row_len, buffer=state.buffer)
+        self.queue = queue.Queue(BATCHES_AHEAD)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._pack, daemon=True)
+        self.thread.start()
+
+    def _documents(self):
+        """Tokenised documents in order; self.epoch, unit and document name the next one."""
+        start_epoch, start_unit, start_document = self.epoch, self.unit, self.document
+        units = self.corpus.num_units(self.split)
+
+        def order():
+            for epoch in itertools.count(start_epoch):
+                if self.epochs is not None and epoch >= self.epochs:
+                    return
+                first = start_unit if epoch == start_epoch else 0
+                yield from ((epoch, unit) for unit in range(first, units))
+
+        order = order()
+        encode = self.tokenizer.encode_document
+        readers = ThreadPoolExecutor(1)
+        workers = ThreadPoolExecutor(TOKENIZER_THREADS)
+
+        def load(unit):
+            return [workers.submit(encode, text) for text in self.corpus.read(self.split, unit)]
+
+        ahead = deque()
+        try:
+            while True:
+                for epoch, unit in itertools.islice(order, UNITS_AHEAD - len(ahead)):
+                    ahead.append((epoch, unit, readers.submit(load, unit)))
+                if not ahead:
+                    return
+                epoch, unit, loading = ahead.popleft()
+                documents = loading.result()
+                skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
+                for index in range(skip, len(documents)):
+                    self.epoch, self.unit, self.document = epoch, unit, index + 1
+                    yield documents[index].result()
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
+
+    def _put(self, item):
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _pack(self):
+        try:
+            while not self.stopped.is_set():
+                rows = [self.packer.next_row() for _ in range(self.batch_size)]
+                if any(row is None for row in rows):
+                    return self._put(StopIteration())
+                state = LoaderState(self.epoch, self.unit, self.document, list(self.packer.buffer))
+                self._put((np.stack(rows), state))
+        except BaseException as error:  # raised again where the batch is asked for
+            self._put(error)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            self.queue.put(item)
+            raise item
+        return item
+
+    def close(self):
+        """Stop the background threads."""
+        self.stopped.set()
+        self.thread.join()
+        self.packer.documents.close()
+
+
+class DeviceLoader:
+    """Batches on a device: iterator of (inputs, targets), (B, T) int64 each.
+
+    `state` is the LoaderState after the batches handed out so far. On a GPU a batch is copied
+    from pinned memory on a side stream one batch ahead; a pinned buffer is written again only
+    after its copy has finished.
+    """
+
+    def __init__(self, loader, device):
+        self.loader, self.device = loader, torch.device(device)
+        self.state = None
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
+            self.stream = torch.cuda.Stream(self.device)
+            shape = (loader.batch_size, loader.row_len)
+            self.slots = itertools.cycle(
+                [
+                    (torch.empty(shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
+                    for _ in range(PINNED_SLOTS)
+                ]
+            )
+            self.staged = self._stage()
+
+    def _stage(self):
+        """Start copying the next batch; returns (rows on the device, event, state) or None."""
+        item = next(self.loader, None)
+        if item is None:
+            return None
+        rows, state = item
+        pinned, copied = next(self.slots)
+        copied.synchronize()
+        pinned.copy_(torch.from_numpy(rows))
+        with torch.cuda.stream(self.stream):
+            on_device = pinned.to(self.device, non_blocking=True)
+            copied.record()
+        return on_device, copied, state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.cuda:
+            rows, self.state = next(self.loader)
+            rows = torch.from_numpy(rows).long()  # (B, T+1)
+        else:
+            if self.staged is None:
+                raise StopIteration
+            rows, copied, self.state = self.staged
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            rows.record_stream(current)
+            self.staged = self._stage()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def close(self):
+        self.loader.close()
+
+
+def info(args):
+    """Print what --data holds: shards, documents, row groups and bytes per split."""
+    corpus = open_corpus(args.data)
+    print(f"data: {corpus.name}")
+    for split in SPLITS:
+        print(f"{split}: {corpus.num_units(split)} units")
+    if isinstance(corpus, ParquetCorpus):
+        for path, documents in zip(corpus.shards, corpus.documents, strict=True):
+            print(f"  {path.name}  {documents:>9,} documents  {path.stat().st_size:>13,} bytes")
+        tokenizer = corpus.directory / FILE_NAME
+        print(f"tokenizer: {tokenizer if tokenizer.exists() else 'none yet'}")
+
+
+def download(args):
+    if args.num_shards < 1:
+        raise UserError(f"-n {args.num_shards} must be at least 1")
+    paths = download_shards(data_directory(args.data), args.num_shards, args.workers)
+    print(f"{len(paths)} shards in {data_directory(args.data)}")
+
+
+def main(argv=None):
+    parser = CommandParser(prog="python -m train.data", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    fetch = commands.add_parser("download", help="fetch ClimbMix shards from the hub")
+    fetch.add_argument("-n", "--num-shards", type=int, default=8, help="training shards to fetch")
+    fetch.add_argument("--workers", type=int, default=4, help="shards fetched at a time")
+    fetch.set_defaults(call=download)
+    show = commands.add_parser("info", help="print what is there")
+    show.set_defaults(call=info)
+    for command in (fetch, show):
+        add_data_argument(command)
+    args = parser.parse_args(argv)
+    args.call(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""How long a run is and how its batch splits: pure arithmetic on settings and config."""
+
+from dataclasses import dataclass
+
+from model.config import GPTConfig
+from model.errors import UserError
+from train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
+
+REFERENCE_DEPTH = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps, batch and what follows from them.
+
+    Attributes:
+        num_iterations: optimiser steps.
+        total_batch_size: tokens per optimiser step.
+        micro_steps: forward and backward passes per optimiser step.
+        eval_batches: device batches per evaluation, at most.
+        lr_scale: factor on all learning rates.
+        weight_decay: Muon's decay before its schedule.
+    """
+
+    num_iterations: int
+    total_batch_size: int
+    micro_steps: int
+    eval_batches: int
+    lr_scale: float
+    weight_decay: float
+
+    @property
+    def tokens(self):
+        return self.num_iterations * self.total_batch_size
+
+
+def make_plan(settings, config):
+    """Plan of a run; the horizon is --num-iterations, else --target-flops, else the data ratio.
+
+    Raises:
+        UserError: no horizon, or batch sizes that do not divide.
+    """
+    s = settings
+    device_tokens = s.device_batch_size * s.max_seq_len
+    if s.target_param_data_ratio <= 0:
+        raise UserError(
+            f"--target-param-data-ratio must be above 0, got {s.target_param_data_ratio}; "
+            "set the length with --num-iterations"
+        )
+    tokens = s.target_param_data_ratio * config.num_scaling_params
+    reference = GPTConfig.from_depth(
+        REFERENCE_DEPTH, s.aspect_ratio, s.head_dim, vocab_size=config.vocab_size
+    )
+    reference_tokens = s.target_param_data_ratio * reference.num_scaling_params
+    total = s.total_batch_size
+    if total == -1:
+        total = max(auto_batch_size(tokens, reference_tokens), device_tokens)
+    if total < 1 or total % device_tokens:
+        raise UserError(
+            f"--total-batch-size {total} is not a multiple of --device-batch-size "
+            f"{s.device_batch_size} x --max-seq-len {s.max_seq_len} = {device_tokens} tokens"
+        )
+    if s.num_iterations != -1:
+        steps, flag = s.num_iterations, "--num-iterations"
+    elif s.target_flops > 0:
+        steps, flag = round(s.target_flops / (config.flops_per_token * total)), "--target-flops"
+    else:
+        steps, flag = int(tokens // total), "--target-param-data-ratio"
+    if steps < 1:
+        raise UserError(f"{flag} gives {steps} steps of {total} tokens; raise it to get one")
+    if s.eval_tokens < device_tokens:
+        raise UserError(
+            f"--eval-tokens {s.eval_tokens} is less than one device batch of {device_tokens}"
+        )
+    return Plan(
+        num_iterations=steps,
+        total_batch_size=total,
+        micro_steps=total // device_tokens,
+        eval_batches=s.eval_tokens // device_tokens,
+        lr_scale=batch_lr_scale(total),
+        weight_decay=scaled_weight_decay(s.weight_decay, total, tokens, reference_tokens),
+    )
