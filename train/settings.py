@@ -98,8 +98,12 @@ CPU_PRESET = {
     "vocab_size": 4096,
     "device_batch_size": 8,
     "total_batch_size": 4096,
-    "num_iterations": 150,
+    "num_iterations": 100,
     "warmup_steps": 5,
+    "embedding_lr": 1.0,  # the batch scaling takes all of these times 0.09
+    "unembedding_lr": 0.03,
+    "matrix_lr": 0.08,
+    "scalar_lr": 1.0,
     "eval_every": 50,
     "eval_tokens": 32 * 2048,
     "train_log_every": 10,

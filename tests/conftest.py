@@ -1,0 +1,47 @@
+"""Tokenizer, corpus and directories shared by the tests; GPU tests skip without a GPU."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.helpers import documents
+from train.tokenizer import FILE_NAME, Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of 320 tokens."""
+    return Tokenizer.train(documents(200), 320)
+
+
+@pytest.fixture
+def data_dir(tmp_path, tokenizer):
+    """Folder of three parquet shards with a tokenizer; the last shard validates."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for index, count in enumerate((90, 70, 60)):
+        table = pa.table({"text": documents(count, seed=index + 1)})
+        pq.write_table(table, directory / f"shard_{index:05d}.parquet", row_group_size=25)
+    tokenizer.save(directory / FILE_NAME)
+    return directory
+
+
+@pytest.fixture
+def work_dir(tmp_path, monkeypatch):
+    """An empty current directory, with no data directory of the user's in sight."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NANOFUSE_DIR", raising=False)
+    return directory
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` skip with a reason where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,38 @@
+"""Small models and texts for the tests."""
+
+import torch
+
+from model.config import GPTConfig
+from model.gpt import GPT
+
+WORDS = "the cat sat on a mat while rain fell and 1234 birds sang loudly over hills".split()
+
+
+def documents(count, seed=0, longest=60):
+    """`count` texts of 1 to `longest` words, reproducible."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high):
+        return int(torch.randint(high, (), generator=generator))
+
+    return [
+        " ".join(WORDS[draw(len(WORDS))] for _ in range(1 + draw(longest))) for _ in range(count)
+    ]
+
+
+def small_config(**fields):
+    """Two heads of 16, four layers with windows 128, 128, 128, 256."""
+    return GPTConfig.from_depth(
+        4, 8, 16, **{"sequence_len": 256, "vocab_size": 320, "bigram_embed_factor": 3, **fields}
+    )
+
+
+def random_model(config, dtype=torch.float64, seed=0, device="cpu"):
+    """A GPT whose every parameter is random and large enough to matter."""
+    model = GPT(config, dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, device=device) * 0.2)
+        model.resid_lambdas.add_(1)
+    return model.eval()

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.linear import Linear, ScaledMatmul, fp8_eligible, set_fp8
+
+
+def make(n_in, n_out, device="cpu"):
+    linear = Linear(n_in, n_out).to(device)
+    torch.nn.init.normal_(linear.weight, std=n_in**-0.5)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("shape", "eligible"),
+    [((128, 128), True), ((4096, 1024), True), ((127, 128), False), ((136, 128), False)],
+)
+def test_eligibility(shape, eligible):
+    assert fp8_eligible(torch.empty(shape)) == eligible
+
+
+def test_weight_is_cast_to_the_input():
+    linear = make(16, 8)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(linear(x), x @ linear.weight.T)
+    assert linear(x.bfloat16()).dtype == torch.bfloat16
+    assert linear(x.double()).dtype == torch.float64
+
+
+def test_set_fp8_takes_everything_but_the_gates():
+    model = GPT(GPTConfig.from_depth(4), device="meta")
+    assert set_fp8(model, "torch") == 4 * 6 + 1
+    assert not model.smear_gate.fp8 and not model.transformer.h[3].attn.ve_gate.fp8
+    assert set_fp8(model, "off") == 0
+    assert not any(m.fp8 for m in model.modules() if isinstance(m, Linear))
+
+
+@pytest.mark.cuda
+def test_fp8_product_and_gradients_are_as_close_as_quantisation_allows():
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    linear = make(512, 384, "cuda")
+    linear.fp8 = True
+    upstream = torch.randn(256, 384, device="cuda", dtype=torch.bfloat16)
+    y = linear(x)
+    y.backward(upstream)
+    exact = x.detach().float() @ linear.weight.detach().T
+    pairs = {
+        "y": (y, exact, 0.06),
+        "grad x": (x.grad, upstream.float() @ linear.weight.detach(), 0.09),
+        "grad w": (linear.weight.grad, upstream.float().T @ x.detach().float(), 0.09),
+    }
+    for name, (got, want, bound) in pairs.items():
+        error = ((got.float() - want).norm() / want.norm()).item()
+        print(f"{name}: relative error {error:.4f}")
+        assert 1e-3 < error < bound  # above bf16's own error: FP8 really ran
+    assert linear.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.cuda
+def test_evaluation_runs_in_bf16():
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    linear = make(256, 256, "cuda")
+    plain = linear(x)
+    linear.fp8 = True
+    assert not torch.equal(linear(x), plain)
+    assert torch.equal(linear.eval()(x), plain)
+
+
+@pytest.mark.cuda
+def test_compiled_function_equals_eager():
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(384, 512, device="cuda") * 0.05
+    eager = ScaledMatmul.apply(x, weight)
+    compiled = torch.compile(ScaledMatmul.apply, fullgraph=True)(x, weight)
+    assert (eager.float() - compiled.float()).norm() <= 0.01 * eager.float().norm()

@@ -1,0 +1,92 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.packing import BestFitPacker
+
+BOS = 0
+
+
+def make_documents(lengths):
+    """Documents of BOS and distinct positive numbers, so that every token can be traced."""
+    counter = iter(range(1, 10**9))
+    return [
+        np.array([BOS] + [next(counter) for _ in range(n - 1)], dtype=np.int32) for n in lengths
+    ]
+
+
+def pack(lengths, row_len, buffer_size):
+    packer = BestFitPacker(make_documents(lengths), row_len, buffer_size)
+    rows = []
+    while (row := packer.next_row()) is not None:
+        rows.append(row)
+    return rows, packer
+
+
+lengths_strategy = st.lists(st.integers(1, 30), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths_strategy, st.integers(2, 20), st.integers(1, 12))
+def test_rows_are_full_start_with_bos_and_lose_only_crops(lengths, row_len, buffer_size):
+    documents = make_documents(lengths)
+    rows, packer = pack(lengths, row_len, buffer_size)
+    assert all(row.shape == (row_len,) and row[0] == BOS for row in rows)
+    kept = 0
+    by_first = {doc[1] if len(doc) > 1 else None: doc for doc in documents}
+    for row in rows:
+        starts = [*np.flatnonzero(row == BOS), row_len]
+        for index, (low, high) in enumerate(zip(starts, starts[1:], strict=False)):
+            piece = row[low:high]
+            kept += len(piece)
+            if len(piece) == 1:
+                continue
+            document = by_first[piece[1]]  # a piece is a whole document, or a prefix at the end
+            assert np.array_equal(piece, document[: len(piece)])
+            assert len(piece) == len(document) or index == len(starts) - 2
+    left = sum(len(document) for document in packer.buffer)
+    total = sum(lengths)
+    unfinished = total - kept - packer.dropped_tokens - left
+    assert 0 <= unfinished < row_len  # tokens of the last row, which stayed incomplete
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths_strategy, st.integers(2, 20))
+def test_a_document_is_cropped_only_when_none_fits(lengths, row_len):
+    """With every document in the buffer, check each choice against its definition."""
+    packer = BestFitPacker(make_documents(lengths), row_len, buffer_size=1000)
+    packer._refill()
+    while True:
+        buffer = [len(document) for document in packer.buffer]
+        row = packer.next_row()
+        if row is None:
+            return
+        starts = [*np.flatnonzero(row == BOS), row_len]
+        for low, high in zip(starts, starts[1:], strict=False):
+            space = row_len - low
+            fitting = [n for n in buffer if n <= space]
+            chosen = max(fitting) if fitting else min(buffer)
+            assert high - low == min(chosen, space)
+            buffer.remove(chosen)
+
+
+def test_equal_lengths_leave_in_order_of_arrival():
+    rows, _ = pack([3, 3, 3], 3, 10)
+    assert [row[1] for row in rows] == [1, 3, 5]
+
+
+def test_saved_buffer_continues_exactly():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 50, size=400).tolist()
+    whole, _ = pack(lengths, 32, 20)
+    documents = iter(make_documents(lengths))
+    first = BestFitPacker(documents, 32, 20)
+    head = [first.next_row() for _ in range(60)]
+    rest = BestFitPacker(documents, 32, 20, buffer=list(first.buffer))
+    tail = [rest.next_row() for _ in range(len(whole) - 60)]
+    assert np.array_equal(np.stack(whole), np.stack(head + tail))
+
+
+def test_a_long_document_fills_a_row():
+    rows, packer = pack([100], 8, 4)
+    assert len(rows) == 1 and packer.dropped_tokens == 92
