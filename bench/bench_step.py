@@ -19,7 +19,6 @@ from model.gpt import GPT
 from model.linear import set_fp8
 from train.device import bf16_peak, device_name
 from train.optim import MuonAdamW, OptimConfig
-from train.run import RECOMPILE_LIMIT
 
 ZIPF_OFFSET = 2.7  # Mandelbrot's
 ROUNDS, WARMUP_ROUNDS = 20, 3
@@ -64,7 +63,6 @@ def make_step(w, device):
     """A function that takes one training step and returns its first micro-step's loss."""
     torch.set_float32_matmul_precision("high")
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     attention, _ = select_attention("auto", device.type)
     attention.prepare(w.config.sequence_len, w.config.windows, device)
     model = GPT(w.config, w.dtype, attention, device)

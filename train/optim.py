@@ -13,6 +13,7 @@ from kernels.muon_update import muon_update_ref, second_moment_shape
 from model.errors import UserError
 
 ADAMW_EPS = 1e-10
+RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
 REFERENCE_WIDTH = 768  # AdamW's matrix learning rates are tuned at this width
 
 
@@ -99,8 +100,11 @@ class MuonAdamW:
             moment = second_moment_shape(shape)
             self.state[f"muon.{key}.momentum"] = params[0].new_zeros(shape, requires_grad=False)
             self.state[f"muon.{key}.second"] = params[0].new_zeros(moment, requires_grad=False)
-        wrap = torch.compile(dynamic=False, fullgraph=True) if compile else lambda f: f
-        self._adamw_update, self._muon_update = wrap(adamw_ref), wrap(muon_update_ref)
+        self._adamw_update, self._muon_update = adamw_ref, muon_update_ref
+        if compile:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            self._adamw_update = torch.compile(adamw_ref, dynamic=False, fullgraph=True)
+            self._muon_update = torch.compile(muon_update_ref, dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):

@@ -40,7 +40,6 @@ from train.schedules import Schedule
 from train.settings import build_parser, resolve, resolve_resumed
 from train.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 
-RECOMPILE_LIMIT = 64  # one graph per parameter shape in the optimiser, train and eval in the model
 GIB = 2**30
 
 
@@ -161,7 +160,6 @@ def build_trainer(given, started):
 
     compiled = machine.backend == "compile"
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     attention.prepare(config.sequence_len, config.windows, machine.device)
     raw_model = GPT(config, machine.dtype, attention, machine.device)
     fp8_count = set_fp8(raw_model, settings.fp8)

@@ -64,7 +64,7 @@ def test_flex_equals_sdpa_with_gradients(window, kv_heads):
     def run(name, dtype):
         backend = BACKENDS[name]()
         backend.prepare(2048, [window], "cuda")
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         y = backend(*leaves, window)
         y.backward(upstream.to(dtype))
         return [y.detach().float()] + [x.grad.float() for x in leaves]
