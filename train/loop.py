@@ -124,6 +124,7 @@ class Trainer:
             "settings": dataclasses.asdict(self.settings),
             "progress": vars(self.progress),
             "val_bpb": self.progress.val_bpb,
+            "num_iterations": self.plan.num_iterations,
             "optimizer_steps": self.optimizer.step_count,
             "loader": {
                 **state.position(),

@@ -8,6 +8,8 @@ See --help for every flag; runs/NAME/ gets the tokenizer, metrics.jsonl and the 
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -29,15 +31,15 @@ from train.checkpoint import (
     run_dir,
 )
 from train.command import run_command
-from train.corpus import StdlibCorpus, open_corpus
+from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from train.data import DeviceLoader, LoaderState, PackedLoader
-from train.device import bf16_peak, select_device, select_machine
+from train.device import Machine, bf16_peak, select_device, select_machine
 from train.logging import RunLog
 from train.loop import Progress, Trainer
 from train.optim import MuonAdamW, OptimConfig
 from train.plan import make_plan
 from train.schedules import Schedule
-from train.settings import build_parser, resolve, resolve_resumed
+from train.settings import Settings, build_parser, resolve, resolve_resumed
 from train.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 
 GIB = 2**30
@@ -88,8 +90,9 @@ def find_tokenizer(corpus, settings, size_given):
     return tokenizer
 
 
-def describe(machine, attention, fp8, config, plan, settings, corpus, tokenizer):
+def describe(start, plan, attention, fp8):
     """Lines that say what is about to run."""
+    settings, config, machine = start.settings, start.config, start.machine
     activation_bytes = machine.dtype.itemsize
     memory = config.memory_estimate(
         settings.device_batch_size, activation_bytes, fp8=settings.fp8 != "off"
@@ -101,7 +104,7 @@ def describe(machine, attention, fp8, config, plan, settings, corpus, tokenizer)
         f"backend: {machine.backend} ({machine.why}{mode})",
         f"attention: {attention}",
         f"fp8: {fp8}",
-        f"data: {corpus.name}; tokenizer of {tokenizer.vocab_size:,} tokens",
+        f"data: {start.corpus.name}; tokenizer of {start.tokenizer.vocab_size:,} tokens",
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
         f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",
@@ -110,81 +113,113 @@ def describe(machine, attention, fp8, config, plan, settings, corpus, tokenizer)
         f"{plan.tokens:,}; {plan.micro_steps} micro-steps of {settings.device_batch_size} rows; "
         f"lr x{plan.lr_scale:.4f}, weight decay {plan.weight_decay:.4f}",
         f"memory: about {memory / GIB:.1f} GiB expected",
+        f"run: {start.directory}"
+        + (f", resumed at step {start.meta['step']}" if start.checkpoint else ""),
     ]
 
 
-def build_trainer(given, started):
-    """Everything that the flags describe, checked; the run's folder is made last.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: everything checked, nothing built or written yet."""
+
+    settings: Settings
+    machine: Machine
+    corpus: ParquetCorpus | StdlibCorpus
+    tokenizer: Tokenizer
+    config: GPTConfig
+    directory: Path
+    checkpoint: Path | None = None
+    meta: dict | None = None  # the checkpoint's
+
+
+def start_new(given):
+    """Start of a new run from the flags that were given ({field: value}).
 
     Raises:
         UserError: any bad input.
     """
-    resumed = None
-    if given.get("resume"):
-        if not given.get("run"):
-            raise UserError("--resume needs the run to continue; add --run NAME")
-        resumed = find_checkpoint(run_dir(given["run"]))
-        meta = load_meta(resumed)
-        settings = resolve_resumed(given, meta["settings"])
-    else:
-        device_type = select_device(given.get("device_type", "auto")).type
-        settings = resolve(given, device_type)
+    device_type = select_device(given.get("device_type", "auto")).type
+    settings = resolve(given, device_type)
     machine = select_machine(settings)
-    attention, why = select_attention(settings.attention, machine.device.type)
+    directory = new_run_dir(settings)
+    config = GPTConfig.from_depth(
+        settings.depth,
+        settings.aspect_ratio,
+        settings.head_dim,
+        settings.n_kv_head,
+        sequence_len=settings.max_seq_len,
+        vocab_size=settings.vocab_size,
+        window_pattern=settings.window_pattern,
+        bigram_embed_factor=settings.bigram_embed_factor,
+        bigram_lambda_init=settings.bigram_lambda_init,
+    )
+    make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
     corpus = open_corpus(settings.data)
-    if resumed:
-        directory, config = resumed.parent, config_of(meta, resumed)
-        if meta["loader"]["corpus"] != corpus.fingerprint:
-            raise UserError(
-                f"{corpus.name} is not what {directory} was trained on; pass its --data"
-            )
-        tokenizer = load_tokenizer(directory, config)
-    else:
-        directory = new_run_dir(settings)
-        config = GPTConfig.from_depth(
-            settings.depth,
-            settings.aspect_ratio,
-            settings.head_dim,
-            settings.n_kv_head,
-            sequence_len=settings.max_seq_len,
-            vocab_size=settings.vocab_size,
-            window_pattern=settings.window_pattern,
-            bigram_embed_factor=settings.bigram_embed_factor,
-            bigram_lambda_init=settings.bigram_lambda_init,
-        )
-        make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
-        tokenizer = find_tokenizer(corpus, settings, "vocab_size" in given)
-        settings = dataclasses.replace(settings, vocab_size=tokenizer.vocab_size)
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    plan = make_plan(settings, config)
+    tokenizer = find_tokenizer(corpus, settings, "vocab_size" in given)
+    settings = dataclasses.replace(settings, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    return Start(settings, machine, corpus, tokenizer, config, directory)
 
+
+def start_resumed(given):
+    """Start of a run that continues from its latest checkpoint.
+
+    Raises:
+        UserError: nothing to resume, flags or data that differ from the run's, damaged files.
+    """
+    if "run" not in given:
+        raise UserError("--resume needs the run to continue; add --run NAME")
+    directory = run_dir(given["run"])
+    checkpoint = find_checkpoint(directory)
+    meta = load_meta(checkpoint)
+    if "settings" not in meta:
+        raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
+    settings = resolve_resumed(given, meta["settings"])
+    if meta["step"] >= meta["num_iterations"]:
+        raise UserError(f"--resume: {directory} has finished its {meta['step']} steps")
+    corpus = open_corpus(settings.data)
+    if meta["loader"]["corpus"] != corpus.fingerprint:
+        raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
+    config = config_of(meta, checkpoint)
+    tokenizer = load_tokenizer(directory, config)
+    machine = select_machine(settings)
+    return Start(settings, machine, corpus, tokenizer, config, directory, checkpoint, meta)
+
+
+def build_trainer(start, started):
+    """The Trainer of a Start; the run's folder is made here, after everything else worked.
+
+    Args:
+        started: time.perf_counter() at the start of the command.
+
+    Raises:
+        UserError: an attention backend that cannot run here, or a damaged checkpoint.
+    """
+    settings, config, machine = start.settings, start.config, start.machine
+    plan = make_plan(settings, config)
     compiled = machine.backend == "compile"
-    torch.set_float32_matmul_precision("high")
+    attention, why = select_attention(settings.attention, machine.device.type)
     attention.prepare(config.sequence_len, config.windows, machine.device)
+    torch.set_float32_matmul_precision("high")
     raw_model = GPT(config, machine.dtype, attention, machine.device)
     fp8_count = set_fp8(raw_model, settings.fp8)
-    options = {
-        f.name: getattr(settings, f.name)
-        for f in dataclasses.fields(OptimConfig)
-        if hasattr(settings, f.name)
-    }
+    options = {f.name for f in dataclasses.fields(OptimConfig)} & vars(settings).keys()
     optimizer = MuonAdamW(
         raw_model.param_roles(),
-        OptimConfig(**options),
+        OptimConfig(**{name: getattr(settings, name) for name in options}),
         config.n_embd,
         plan.lr_scale,
         compiled,
         machine.dtype,
     )
     state, progress = None, Progress()
-    if resumed:
-        load_weights(raw_model, load_tensors(resumed / MODEL), resumed / MODEL)
-        optimizer.load_state_dict(load_tensors(resumed / OPTIM), meta["optimizer_steps"])
+    if start.checkpoint:
+        meta, folder = start.meta, start.checkpoint
+        load_weights(raw_model, load_tensors(folder / MODEL), folder / MODEL)
+        optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
         position = {name: meta["loader"][name] for name in LoaderState().position()}
-        state = LoaderState.restore(position, load_tensors(resumed / LOADER))
+        state = LoaderState.restore(position, load_tensors(folder / LOADER))
         progress = Progress(**meta["progress"])
-        if progress.step >= plan.num_iterations:
-            raise UserError(f"--resume: {directory} has finished its {progress.step} steps")
     else:
         raw_model.init_weights(settings.seed)
     model = raw_model
@@ -192,42 +227,39 @@ def build_trainer(given, started):
         mode = None if settings.compile_mode == "default" else settings.compile_mode
         model = torch.compile(raw_model, dynamic=False, mode=mode)
 
-    log = RunLog(directory, progress.step, plan.num_iterations, settings.wandb)
-    if not resumed:
-        tokenizer.save(directory / FILE_NAME)
+    log = RunLog(start.directory, progress.step, plan.num_iterations, settings.wandb)
+    if not start.checkpoint:
+        start.tokenizer.save(start.directory / FILE_NAME)
     fp8 = "off" if settings.fp8 == "off" else f"{settings.fp8}, {fp8_count} linears in training"
-    lines = describe(
-        machine, f"{attention.name} ({why})", fp8, config, plan, settings, corpus, tokenizer
-    )
-    lines.append(f"run: {directory}" + (f", resumed at step {progress.step}" if resumed else ""))
-    for line in lines:
+    for line in describe(start, plan, f"{attention.name} ({why})", fp8):
         log.print(line)
     packed = PackedLoader(
-        corpus,
+        start.corpus,
         "train",
-        tokenizer,
+        start.tokenizer,
         settings.device_batch_size,
         settings.max_seq_len,
         state=state,
+    )
+    schedule = Schedule(
+        plan.num_iterations,
+        settings.warmup_steps,
+        settings.warmdown_ratio,
+        settings.final_lr_frac,
     )
     return Trainer(
         model=model,
         raw_model=raw_model,
         optimizer=optimizer,
-        schedule=Schedule(
-            plan.num_iterations,
-            settings.warmup_steps,
-            settings.warmdown_ratio,
-            settings.final_lr_frac,
-        ),
+        schedule=schedule,
         settings=settings,
         plan=plan,
-        tokenizer=tokenizer,
-        corpus=corpus,
+        tokenizer=start.tokenizer,
+        corpus=start.corpus,
         loader=DeviceLoader(packed, machine.device),
         log=log,
-        directory=directory,
-        prompt="def " if isinstance(corpus, StdlibCorpus) else "The capital of France is",
+        directory=start.directory,
+        prompt="def " if isinstance(start.corpus, StdlibCorpus) else "The capital of France is",
         peak_flops=bf16_peak(machine.name),
         started=started,
         progress=progress,
@@ -237,7 +269,8 @@ def build_trainer(given, started):
 def main(argv=None):
     started = time.perf_counter()
     given = vars(build_parser().parse_args(argv))
-    trainer = build_trainer(given, started)
+    start = start_resumed(given) if given.get("resume") else start_new(given)
+    trainer = build_trainer(start, started)
     try:
         trainer.run()
     finally:

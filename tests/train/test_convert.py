@@ -1,0 +1,160 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import GPTConfig
+from model.errors import UserError
+from model.gpt import GPT
+from tests.model.reference import reference_logits
+from train.checkpoint import find_checkpoint, load_model, run_dir
+from train.convert import main
+from train.run import main as run_main
+
+CONFIG = {
+    "sequence_len": 256,
+    "vocab_size": 500,  # padded to 512
+    "n_layer": 4,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "n_embd": 64,
+    "window_pattern": "SSSL",
+}
+
+
+def nanochat_tensors():
+    """A dense nanochat state dict, keys and shapes written out from its published layout."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=torch.float32):
+        return (0.2 * torch.randn(shape, generator=generator)).to(dtype)
+
+    c, kv, vocab = 64, 32, 512
+    tensors = {
+        "transformer.wte.weight": draw(vocab, c, dtype=torch.bfloat16),
+        "lm_head.weight": draw(vocab, c),
+        "resid_lambdas": 1 + draw(4),
+        "x0_lambdas": draw(4),
+        "smear_gate.weight": draw(1, 24),
+        "smear_lambda": draw(1),
+        "backout_lambda": draw(1),
+    }
+    for i in range(4):
+        block = f"transformer.h.{i}"
+        tensors[f"{block}.attn.c_q.weight"] = draw(c, c)
+        tensors[f"{block}.attn.c_k.weight"] = draw(kv, c)
+        tensors[f"{block}.attn.c_v.weight"] = draw(kv, c)
+        tensors[f"{block}.attn.c_proj.weight"] = draw(c, c)
+        tensors[f"{block}.mlp.c_fc.weight"] = draw(4 * c, c)
+        tensors[f"{block}.mlp.c_proj.weight"] = draw(c, 4 * c)
+        if i % 2 == 1:
+            tensors[f"{block}.attn.ve_gate.weight"] = draw(1, 12)
+            tensors[f"value_embeds.{i}.weight"] = draw(vocab, kv, dtype=torch.bfloat16)
+    return tensors
+
+
+@pytest.fixture
+def nanochat_dir(work_dir):
+    directory = work_dir / "d4"
+    directory.mkdir()
+    torch.save(nanochat_tensors(), directory / "model_000500.pt")
+    meta = {"step": 500, "val_bpb": 0.9, "model_config": CONFIG, "user_config": {"depth": 4}}
+    (directory / "meta_000500.json").write_text(json.dumps(meta))
+    return directory
+
+
+def test_logits_equal_the_formulas_to_1e_5_in_fp32(nanochat_dir, capsys):
+    main(["from-nanochat", str(nanochat_dir), "--run", "imported"])
+    assert "step 500" in capsys.readouterr().out
+    model, meta = load_model(find_checkpoint(run_dir("imported")), "cpu", torch.float32)
+    assert meta["val_bpb"] == 0.9 and model.config.bigram_embed_factor == 0
+    tokens = torch.randint(500, (1, 140), generator=torch.Generator().manual_seed(1))
+    tensors = {name: t.double() for name, t in nanochat_tensors().items()}
+    expected = reference_logits(tensors, CONFIG, tokens[0].tolist())
+    difference = np.abs(model(tokens)[0].detach().numpy() - expected).max()
+    print(f"largest difference {difference:.2e} of logits up to {np.abs(expected).max():.2f}")
+    assert difference <= 1e-5 * max(1, np.abs(expected).max())
+
+
+def test_there_and_back(nanochat_dir, work_dir):
+    main(["from-nanochat", str(nanochat_dir), "--run", "imported"])
+    main(["to-nanochat", str(work_dir / "out"), "--run", "imported"])
+    back = torch.load(work_dir / "out" / "model_000500.pt", weights_only=True)
+    original = nanochat_tensors()
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name].float()) for name in original)
+    meta = json.loads((work_dir / "out" / "meta_000500.json").read_text())
+    assert meta["model_config"] == CONFIG and meta["step"] == 500
+
+
+def test_compiled_checkpoints_and_named_steps(nanochat_dir):
+    tensors = {f"_orig_mod.{name}": t for name, t in nanochat_tensors().items()}
+    torch.save(tensors, nanochat_dir / "model_000200.pt")
+    (nanochat_dir / "meta_000200.json").write_text((nanochat_dir / "meta_000500.json").read_text())
+    main(["from-nanochat", str(nanochat_dir), "--run", "early", "--step", "200"])
+    assert find_checkpoint(run_dir("early")).name == "step_000200"
+
+
+def test_the_architecture_must_fit(nanochat_dir):
+    tensors = nanochat_tensors()
+    del tensors["smear_lambda"]
+    torch.save(tensors, nanochat_dir / "model_000500.pt")
+    with pytest.raises(UserError, match="smear_lambda is missing"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert not run_dir("x").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "no meta", "no config", "empty"])
+def test_damaged_checkpoints_are_named_and_nothing_is_made(nanochat_dir, damage, capsys):
+    weights, meta = nanochat_dir / "model_000500.pt", nanochat_dir / "meta_000500.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "pickle":
+        torch.save({"a": Payload()}, weights)
+    elif damage == "no meta":
+        meta.unlink()
+    elif damage == "no config":
+        meta.write_text("{}")
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match=r"model_(000500|NNNNNN)\.pt|meta_000500\.json"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert not run_dir("x").exists() and "executed" not in capsys.readouterr().out
+
+
+def test_existing_targets_are_kept(nanochat_dir, work_dir):
+    main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    with pytest.raises(UserError, match="exists; choose another --run"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    with pytest.raises(UserError, match="exists; name a folder to be made"):
+        main(["to-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+def test_a_tokenizer_travels_if_it_fits(nanochat_dir, data_dir):
+    path = data_dir / "tokenizer.json"
+    with pytest.raises(UserError, match="--tokenizer .* has 320 tokens, the model 500"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x", "--tokenizer", str(path)])
+    assert not run_dir("x").exists()
+
+
+def test_bigram_runs_are_not_exported(work_dir):
+    from train.checkpoint import save_checkpoint
+
+    config = GPTConfig.from_depth(2, 16, 16, sequence_len=32, vocab_size=300)
+    model = GPT(config)
+    model.init_weights()
+    save_checkpoint(run_dir("b"), 1, {"model_config": config.to_dict()}, model)
+    with pytest.raises(UserError, match="bigram table"):
+        main(["to-nanochat", "out", "--run", "b"])
+
+
+def test_a_converted_run_does_not_resume(nanochat_dir, data_dir):
+    main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    with pytest.raises(UserError, match="optimiser state"):
+        run_main(["--run", "x", "--resume", "--data", str(data_dir)])

@@ -1,0 +1,104 @@
+"""The download command against a hub that lives in this process."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+
+from model.errors import UserError
+from train import data, download
+
+
+class FakeHub:
+    """The two calls of huggingface_hub that download uses, with faults on demand.
+
+    `faults[name]` lists what the next transfers of a shard do: "cut", "raise" or "flip".
+    """
+
+    def __init__(self, **faults):
+        self.content = {
+            download.shard_name(i): bytes([i % 251]) * (1000 + i % 7)
+            for i in [*range(20), download.LAST_SHARD]
+        }
+        self.faults = {f"{name}.parquet": list(kinds) for name, kinds in faults.items()}
+        self.transfers = []
+
+    def HfApi(self):
+        return self
+
+    def get_paths_info(self, repo, paths, repo_type):
+        assert repo == download.REPO and repo_type == "dataset"
+        return [
+            SimpleNamespace(
+                path=p,
+                size=len(self.content[p]),
+                lfs=SimpleNamespace(sha256=hashlib.sha256(self.content[p]).hexdigest()),
+            )
+            for p in paths
+            if p in self.content
+        ]
+
+    def hf_hub_download(self, repo, name, repo_type, local_dir):
+        self.transfers.append(name)
+        fault = self.faults[name].pop(0) if self.faults.get(name) else None
+        if fault == "raise":
+            raise ConnectionError("reset by peer")
+        content = self.content[name]
+        content = {"cut": content[:-1], "flip": b"x" + content[1:]}.get(fault, content)
+        local_dir.mkdir(parents=True, exist_ok=True)
+        (local_dir / name).write_bytes(content)
+        return str(local_dir / name)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0)
+
+
+def test_fetches_training_shards_and_the_validation_shard(tmp_path):
+    hub = FakeHub()
+    paths = download.download_shards(tmp_path / "new", 3, hub=hub)
+    names = [download.shard_name(i) for i in (0, 1, 2, 6542)]
+    assert [p.name for p in paths] == names
+    assert [p.read_bytes() for p in paths] == [hub.content[n] for n in names]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names  # nothing half-written
+
+
+def test_faults_are_retried(tmp_path):
+    hub = FakeHub(shard_00001=["cut", "raise", "flip"])
+    paths = download.download_shards(tmp_path, 2, hub=hub)
+    assert paths[1].read_bytes() == hub.content["shard_00001.parquet"]
+    assert hub.transfers.count("shard_00001.parquet") == 4
+
+
+@pytest.mark.parametrize("fault", ["cut", "raise", "flip"])
+def test_a_shard_that_never_arrives_leaves_nothing(tmp_path, fault):
+    hub = FakeHub(shard_00000=[fault] * 99)
+    with pytest.raises(UserError, match="shard_00000.parquet did not arrive after 5 attempts"):
+        download.download_shards(tmp_path, 1, hub=hub)
+    assert not (tmp_path / "shard_00000.parquet").exists()
+
+
+def test_whole_shards_are_kept_and_damaged_ones_replaced(tmp_path):
+    hub = FakeHub()
+    download.download_shards(tmp_path, 2, hub=hub)
+    hub.transfers.clear()
+    (tmp_path / "shard_00001.parquet").write_bytes(b"cut short")
+    download.download_shards(tmp_path, 2, hub=hub)
+    assert hub.transfers == ["shard_00001.parquet"]
+
+
+def test_unreachable_hub_and_missing_shards(tmp_path):
+    class Unreachable(FakeHub):
+        def get_paths_info(self, *args, **kwargs):
+            raise ConnectionError("no route")
+
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        download.download_shards(tmp_path, 1, hub=Unreachable())
+    with pytest.raises(UserError, match="has no shard_00020.parquet"):
+        download.download_shards(tmp_path, 21, hub=FakeHub())
+
+
+def test_command_checks_its_count(tmp_path):
+    with pytest.raises(UserError, match="-n 0 must be at least 1"):
+        data.main(["download", "-n", "0", "--data", str(tmp_path)])

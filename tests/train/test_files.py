@@ -1,0 +1,24 @@
+import pytest
+
+from train.files import atomic_folder, write_text_atomically
+
+
+def test_text_replaces_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_text_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "\ud800")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_folder_appears_only_when_complete(tmp_path):
+    target = tmp_path / "step"
+    with pytest.raises(RuntimeError), atomic_folder(target) as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("first", "second"):
+        with atomic_folder(target) as temporary:
+            (temporary / "file").write_text(content)
+            assert content == "first" or (target / "file").read_text() == "first"
+    assert (target / "file").read_text() == "second" and list(tmp_path.iterdir()) == [target]

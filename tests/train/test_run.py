@@ -1,0 +1,253 @@
+"""The command, end to end, on small corpora and models."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import generate as generate_command
+from model.errors import UserError
+from train.checkpoint import MODEL, OPTIM, find_checkpoint, load_meta, load_tensors, run_dir
+from train.corpus import StdlibCorpus
+from train.data import PackedLoader
+from train.run import main
+from train.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = (
+    "--depth 4 --aspect-ratio 16 --head-dim 16 --max-seq-len 64 --device-batch-size 4 "
+    "--total-batch-size 512 --eval-tokens 1024 --eval-every -1 --sample-every -1"
+).split()
+
+
+def train(data_dir, run, *flags):
+    """Run the command; returns its metrics records."""
+    main([*SMALL, "--data", str(data_dir), "--run", run, *map(str, flags)])
+    lines = (run_dir(run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def figures(records, kind, name):
+    return [record[name] for record in records if record["kind"] == kind]
+
+
+def test_trains_evaluates_samples_and_saves(data_dir, work_dir, capsys):
+    records = train(
+        data_dir, "a", "--num-iterations", 20, "--eval-every", 10, "--sample-every", 20,
+        "--save-every", 10, "--train-log-every", 5,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert figures(records, "train", "step") == [1, 5, 10, 15, 20]
+    assert figures(records, "val", "step") == [0, 10, 20]
+    assert figures(records, "sample", "step") == [20]
+    losses, bpbs = figures(records, "train", "loss"), figures(records, "val", "bpb")
+    assert losses[-1] < losses[0] - 0.5 and bpbs[-1] < bpbs[0] - 0.2
+    for fact in ("device: CPU", "backend: eager (auto on cpu)", "attention: sdpa", "fp8: off",
+                 "parameters:", "plan: 20 steps", "memory: about"):  # fmt: skip
+        assert fact in out
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["steps"] == 20 and summary["val_bpb"] == bpbs[-1]
+    steps = sorted(folder.name for folder in run_dir("a").glob("step_*"))
+    assert steps == ["step_000010", "step_000020"]
+
+
+def test_two_runs_of_one_seed_are_identical(data_dir, work_dir):
+    """d4, 20 steps: every loss and BPB equal, and another seed differs."""
+    flags = ("--num-iterations", 20, "--train-log-every", 1)
+    a, b = (train(data_dir, run, *flags) for run in "ab")
+    c = train(data_dir, "c", *flags, "--seed", 7)
+    for kind, name in (("train", "loss"), ("val", "bpb")):
+        assert figures(a, kind, name) == figures(b, kind, name) != figures(c, kind, name)
+
+
+def test_resume_is_bit_for_bit(data_dir, work_dir):
+    flags = ("--num-iterations", 14, "--train-log-every", 1, "--save-every", 6)
+    whole = train(data_dir, "whole", *flags)
+    train(data_dir, "part", *flags)
+    for folder in ("step_000014", "step_000012"):  # as if it had been cut off after step 6
+        for path in (run_dir("part") / folder).iterdir():
+            path.unlink()
+        (run_dir("part") / folder).rmdir()
+    (run_dir("part") / "metrics.jsonl").unlink()
+    main(["--run", "part", "--resume"])
+    lines = (run_dir("part") / "metrics.jsonl").read_text().splitlines()
+    resumed = [json.loads(line) for line in lines]
+    assert figures(resumed, "train", "loss") == figures(whole, "train", "loss")[6:]
+    assert figures(resumed, "val", "bpb") == figures(whole, "val", "bpb")[1:]
+    for name in (MODEL, OPTIM):
+        a, b = (load_tensors(run_dir(run) / "step_000014" / name) for run in ("whole", "part"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_initial_bpb_is_log2_vocab_over_bytes_per_token(data_dir, work_dir):
+    records = train(data_dir, "a", "--num-iterations", 1)
+    tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
+    from train.corpus import ParquetCorpus
+
+    loader = PackedLoader(ParquetCorpus(data_dir), "val", tokenizer, 4, 64, epochs=1)
+    lengths = tokenizer.token_bytes()
+    batches = [lengths[torch.from_numpy(rows[:, 1:]).long()] for rows, _ in loader][:4]
+    loader.close()
+    targets = torch.cat(batches)
+    expected = math.log2(320) * (targets > 0).sum().item() / targets.sum().item()
+    assert figures(records, "val", "bpb")[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_log_every_spaces_the_records(data_dir, work_dir):
+    records = train(data_dir, "a", "--num-iterations", 9, "--train-log-every", 4,
+                    "--skip-initial-eval")  # fmt: skip
+    assert figures(records, "train", "step") == [1, 4, 8, 9]
+    assert figures(records, "val", "step") == [9]
+
+
+def test_dense_and_upstream_optimiser(data_dir, work_dir):
+    records = train(data_dir, "a", "--num-iterations", 8, "--bigram-embed-factor", 0,
+                    "--no-muon-plus", "--muon-eq", "none")  # fmt: skip
+    names = load_tensors(run_dir("a") / "step_000008" / MODEL)
+    assert not any(name.startswith("bigram") for name in names)
+    assert figures(records, "val", "bpb")[-1] < figures(records, "val", "bpb")[0]
+
+
+def test_generate_command(data_dir, work_dir, capsys):
+    train(data_dir, "a", "--num-iterations", 4)
+    capsys.readouterr()
+    argv = ["--run", "a", "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "8"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        generate_command.main([*argv, "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].count("the cat") == 2
+    for flags, message in (
+        (["--run", "absent"], "no checkpoint"),
+        (["--run", "a", "--temperature", "-1"], "--temperature"),
+        (["--run", "a", "--num-samples", "0"], "--num-samples"),
+        (["--run", "a", "--step", "3"], "no checkpoint of step 3"),
+        (["--run", "a", "--max-tokens", "100000"], "lower --max-tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate_command.main(flags)
+
+
+def test_run_names(data_dir, work_dir):
+    for expected in ("d4", "d4-2"):
+        main([*SMALL, "--data", str(data_dir), "--num-iterations", "1", "--skip-initial-eval"])
+        assert find_checkpoint(run_dir(expected)).name == "step_000001"
+    with pytest.raises(UserError, match="runs/d4 exists; add --resume or choose another"):
+        train(data_dir, "d4", "--num-iterations", 1)
+
+
+BAD = [
+    (["--total-batch-size", "500"], "--total-batch-size 500 is not a multiple"),
+    (["--head-dim", "7"], "--head-dim 7 is odd"),
+    (["--n-kv-head", "3"], "--n-kv-head"),
+    (["--fp8", "torch"], "--fp8 torch needs a GPU"),
+    (["--attention", "flex"], "--attention flex needs a CUDA GPU"),
+    (["--device-type", "cuda"], "--device-type cuda"),
+    (["--vocab-size", "400"], "--vocab-size 400: .*tokenizer.json has 320 tokens"),
+    (["--num-iterations", "0"], "--num-iterations"),
+    (["--eval-tokens", "10"], "--eval-tokens 10"),
+    (["--run", "../x"], "--run"),
+    (["--resume"], "no checkpoint in runs/bad"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are valid on a GPU")
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=lambda x: "-".join(x) if x[0] else None)
+def test_bad_flags_name_themselves_and_leave_nothing(data_dir, work_dir, flags, message):
+    argv = [*SMALL, "--num-iterations", "1", "--data", str(data_dir), "--run", "bad"]
+    with pytest.raises(UserError, match=message):
+        main([*argv, *flags])
+    assert not (work_dir / "runs").exists()
+
+
+def test_bad_data_leaves_nothing(data_dir, work_dir):
+    argv = [*SMALL, "--num-iterations", "1", "--data", str(data_dir), "--run", "bad"]
+    shard = data_dir / "shard_00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(UserError, match="shard_00000.parquet is truncated"):
+        main(argv)
+    shard.unlink()
+    (data_dir / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
+        main(argv)
+    assert not (work_dir / "runs").exists()
+
+
+def test_resume_refuses_what_does_not_fit(data_dir, work_dir, tmp_path):
+    train(data_dir, "a", "--num-iterations", 4, "--save-every", 2)
+    with pytest.raises(UserError, match="has finished its 4 steps"):
+        main(["--run", "a", "--resume"])
+    last = run_dir("a") / "step_000004"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    for flags, message in (
+        (["--resume"], "add --run NAME"),
+        (["--run", "a", "--resume", "--depth", "6"], "--depth 6 differs from the run's 4"),
+        (["--run", "a", "--resume", "--data", "stdlib"], "differ from the run's data"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(flags)
+    optim = run_dir("a") / "step_000002" / OPTIM
+    optim.write_bytes(optim.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"optim\.safetensors is missing or cut short"):
+        main(["--run", "a", "--resume"])
+    (run_dir("a") / "tokenizer.json").write_text(Tokenizer.train(["abc"], 300).to_json())
+    with pytest.raises(UserError, match="the model 320"):
+        main(["--run", "a", "--resume"])
+    assert load_meta(find_checkpoint(run_dir("a")))["step"] == 2
+
+
+def command(*argv, cwd):
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    return subprocess.run(
+        [sys.executable, "-m", *argv], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train.run", "--backend", "warp"], "--backend"),
+        (["train.run", "--data", "absent"], "data directory absent does not exist"),
+        (["train.run", "--resume", "--run", "x"], "no checkpoint in runs/x"),
+        (["train.data", "info", "--data", "absent"], "absent does not exist"),
+        (["train.convert", "from-nanochat", "absent", "--run", "x"], "absent holds no model_"),
+        (["model.generate", "--run", "x"], "no checkpoint in runs/x"),
+    ],
+)
+def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
+    done = command(*argv, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_embedded_default_trains_on_the_standard_library(work_dir, capsys):
+    """The preset's path with a shorter run: corpus, tokenizer, falling BPB, sample."""
+    main(["--num-iterations", "3", "--depth", "2", "--vocab-size", "512", "--eval-tokens", "4096"])
+    out = capsys.readouterr().out
+    assert StdlibCorpus().name in out and "training 512 tokens" in out and "sample: 'def " in out
+    records = [json.loads(x) for x in (run_dir("d2") / "metrics.jsonl").open()]
+    bpbs = figures(records, "val", "bpb")
+    assert bpbs[-1] < bpbs[0]
+
+
+@pytest.mark.cuda
+def test_compiled_fp8_run_on_a_gpu(data_dir, work_dir, capsys):
+    """The baseline's whole path: compile, flex, FP8 in training, bf16 in evaluation."""
+    flags = ["--depth", "4", "--max-seq-len", "256", "--num-iterations", "20", "--fp8", "torch",
+             "--device-batch-size", "4", "--total-batch-size", "2048", "--eval-tokens", "4096",
+             "--eval-every", "10"]  # fmt: skip
+    main([*flags, "--data", str(data_dir), "--run", "gpu"])
+    out = capsys.readouterr().out
+    assert "backend: compile" in out and "attention: flex" in out and "25 linears" in out
+    records = [json.loads(x) for x in (run_dir("gpu") / "metrics.jsonl").open()]
+    bpbs = figures(records, "val", "bpb")
+    assert bpbs[-1] < bpbs[0] - 0.1
