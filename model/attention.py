@@ -49,6 +49,17 @@ class SDPAttention:
         return y.transpose(1, 2)
 
 
+def _visible_within(window):
+    """mask_mod of flex_attention. The window is a closure cell, not a default argument: dynamo
+    does not guard on defaults, so a second window would silently run with the first one's code.
+    """
+
+    def visible(b, h, q, k):
+        return (q >= k) & (q - k <= window)
+
+    return visible
+
+
 class FlexAttention:
     """torch flex_attention, compiled; block masks are built once by `prepare`."""
 
@@ -61,12 +72,8 @@ class FlexAttention:
     def prepare(self, seq_len, windows, device):
         """Build the block mask of every distinct window for rows of seq_len tokens."""
         for window in set(windows):
-
-            def visible(b, h, q, k, window=window):
-                return (q >= k) & (q - k <= window)
-
             self.block_masks[window] = create_block_mask(
-                visible, None, None, seq_len, seq_len, device=device
+                _visible_within(window), None, None, seq_len, seq_len, device=device
             )
 
     def __call__(

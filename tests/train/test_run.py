@@ -20,7 +20,7 @@ from train.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     "--depth 4 --aspect-ratio 16 --head-dim 16 --max-seq-len 64 --device-batch-size 4 "
-    "--total-batch-size 512 --eval-tokens 1024 --eval-every -1 --sample-every -1"
+    "--device-type cpu --total-batch-size 512 --eval-tokens 1024 --eval-every -1 --sample-every -1"
 ).split()
 
 
@@ -118,7 +118,7 @@ def test_generate_command(data_dir, work_dir, capsys):
     argv = ["--run", "a", "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "8"]
     texts = []
     for seed in ("1", "1", "2"):
-        generate_command.main([*argv, "--seed", seed])
+        generate_command.main([*argv, "--seed", seed, "--device-type", "cpu"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].count("the cat") == 2
@@ -147,7 +147,6 @@ BAD = [
     (["--n-kv-head", "3"], "--n-kv-head"),
     (["--fp8", "torch"], "--fp8 torch needs a GPU"),
     (["--attention", "flex"], "--attention flex needs a CUDA GPU"),
-    (["--device-type", "cuda"], "--device-type cuda"),
     (["--vocab-size", "400"], "--vocab-size 400: .*tokenizer.json has 320 tokens"),
     (["--num-iterations", "0"], "--num-iterations"),
     (["--eval-tokens", "10"], "--eval-tokens 10"),
@@ -156,12 +155,18 @@ BAD = [
 ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are valid on a GPU")
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=lambda x: "-".join(x) if x[0] else None)
 def test_bad_flags_name_themselves_and_leave_nothing(data_dir, work_dir, flags, message):
     argv = [*SMALL, "--num-iterations", "1", "--data", str(data_dir), "--run", "bad"]
     with pytest.raises(UserError, match=message):
         main([*argv, *flags])
+    assert not (work_dir / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_an_absent_gpu_is_named(data_dir, work_dir):
+    with pytest.raises(UserError, match="--device-type cuda: no CUDA GPU"):
+        main(["--device-type", "cuda", "--data", str(data_dir)])
     assert not (work_dir / "runs").exists()
 
 
@@ -231,7 +236,20 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
 
 def test_embedded_default_trains_on_the_standard_library(work_dir, capsys):
     """The preset's path with a shorter run: corpus, tokenizer, falling BPB, sample."""
-    main(["--num-iterations", "3", "--depth", "2", "--vocab-size", "512", "--eval-tokens", "4096"])
+    main(
+        [
+            "--device-type",
+            "cpu",
+            "--num-iterations",
+            "3",
+            "--depth",
+            "2",
+            "--vocab-size",
+            "512",
+            "--eval-tokens",
+            "4096",
+        ]
+    )
     out = capsys.readouterr().out
     assert StdlibCorpus().name in out and "training 512 tokens" in out and "sample: 'def " in out
     records = [json.loads(x) for x in (run_dir("d2") / "metrics.jsonl").open()]
