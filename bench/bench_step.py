@@ -21,7 +21,7 @@ from train.device import bf16_peak, device_name
 from train.optim import MuonAdamW, OptimConfig
 
 ZIPF_OFFSET = 2.7  # Mandelbrot's
-ROUNDS, WARMUP_ROUNDS = 20, 3
+WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.parametrize("bigram_factor", [0, 5], ids=["dense", "bigram"])
-def bench_step(benchmark, device, depth, bigram_factor):
+def bench_step(benchmark, device, rounds, depth, bigram_factor):
     w = workload(depth, bigram_factor, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -108,7 +108,7 @@ def bench_step(benchmark, device, depth, bigram_factor):
     first_loss = step()
     first_step_seconds = time.perf_counter() - started
     assert abs(first_loss - math.log(w.config.vocab_size)) < 0.05  # logits are ~0 at the start
-    benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
     assert step() < first_loss - 0.1  # it trains
     seconds = benchmark.stats.stats.median
     info = {

@@ -10,6 +10,7 @@ from train.device import device_name, select_device
 
 def pytest_addoption(parser):
     parser.addoption("--depth", default="", help="depths to benchmark, comma-separated")
+    parser.addoption("--rounds", type=int, default=20, help="timed steps of bench_step")
 
 
 def _clocks():
@@ -27,6 +28,11 @@ def _commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@pytest.fixture(scope="session")
+def rounds(request):
+    return request.config.getoption("--rounds")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,13 @@
 """Rotary embedding, RMSNorm and gain of q and k; value-embedding gate of v.
 
     rotary (halves layout):  y1 = x1*cos + x2*sin,   y2 = -x1*sin + x2*cos
-    q, k:                    1.2 * rms_norm(rotary(.)), per head
+    q, k:                    1.2 * rms_norm(rotary(.)) = rotary(1.2 * rms_norm(.)), per head
     v:                       v + 3 * sigmoid(gate) * value_embedding, gate per kv head
+
+A rotation keeps the norm, so normalising first gives the same result; and with the sign of sin in
+its table the rotation is y = x*cos + roll(x, D/2)*sin. Written so, torch.compile's forward and
+backward take 0.27 ms for (32, 2048, 8, 128) bf16 on an H200, against 0.34 ms with rotation first
+and halves concatenated (records/2026-11-22-baseline).
 
 Sources: RoFormer (https://arxiv.org/abs/2104.09864), query-key norm
 (https://arxiv.org/abs/2010.04245), value embeddings as in karpathy/nanochat at dc54a1a.
@@ -20,33 +25,36 @@ VALUE_GATE_SCALE = 3.0
 
 
 def rotary_table(seq_len, head_dim, base, device=None):
-    """cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32."""
+    """Tables of the rotary angles, each (seq_len, head_dim) fp32.
+
+    Returns:
+        cos, the same for both halves of a head, and sin, negated for the second half.
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / base**exponent)  # (seq_len, head_dim / 2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
 
 
 def rotary_ref(
     x,  # (B, T, H, D)
-    cos,  # (T, D/2)
-    sin,  # (T, D/2)
+    cos,  # (T, D)
+    sin,  # (T, D), second half negated
 ):
     """Rotate the two halves of every head by its position's angles; (B, T, H, D) in x's dtype."""
-    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
-    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # halves exchanged
+    return (x * cos[:, None, :] + swapped * sin[:, None, :]).to(x.dtype)
 
 
 def rotary_qk_norm_ref(
     q,  # (B, T, H, D)
     k,  # (B, T, K, D)
-    cos,  # (T, D/2)
-    sin,  # (T, D/2)
+    cos,  # (T, D)
+    sin,  # (T, D), second half negated
 ):
     """Rotate, normalise and scale q and k; returns them in their own shapes and dtypes."""
-    q, k = rotary_ref(q, cos, sin), rotary_ref(k, cos, sin)
-    return rms_norm_ref(q) * QK_GAIN, rms_norm_ref(k) * QK_GAIN
+    return tuple(rotary_ref(rms_norm_ref(x) * QK_GAIN, cos, sin) for x in (q, k))
 
 
 def value_gate_ref(

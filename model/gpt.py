@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self,
         x,  # (B, T, C) normalised
         value_embedding,  # (B, T, K*D) or None
-        rotary,  # cos, sin: (T, D/2) each
+        rotary,  # cos, sin: (T, D) each
         attend,
         cache,
     ):
@@ -82,7 +82,7 @@ class Block(nn.Module):
         self,
         x,  # (B, T, C)
         value_embedding,  # (B, T, K*D) or None
-        rotary,  # cos, sin: (T, D/2) each
+        rotary,  # cos, sin: (T, D) each
         attend,
         cache,
     ):
@@ -131,7 +131,7 @@ class GPT(nn.Module):
                 self.bigram_lambdas = nn.Parameter(torch.empty(layers))
             table = rotary_table(config.sequence_len * ROTARY_LENGTHS, config.head_dim, ROTARY_BASE)
         for name, values in zip(("cos", "sin"), table, strict=True):
-            self.register_buffer(name, values, persistent=False)  # (10 * T, D/2) fp32
+            self.register_buffer(name, values, persistent=False)  # (10 * T, D) fp32
         if dtype == torch.float64:
             self.to(dtype)
         for embedding in self.tables():
@@ -214,7 +214,7 @@ class GPT(nn.Module):
         stop = start + tokens.size(1)
         if stop > self.cos.size(0):
             raise ValueError(f"position {stop} is beyond the rotary table of {self.cos.size(0)}")
-        rotary = self.cos[start:stop], self.sin[start:stop]  # (T, D/2) each
+        rotary = self.cos[start:stop], self.sin[start:stop]  # (T, D) each
         attend = self.attention if cache is None else self.cached_attention
         prev_token = cache.prev_token if cache is not None else None  # (B,) or None
         prev_embedding = cache.prev_embedding if cache is not None else None  # (B, C) or None

@@ -1,8 +1,9 @@
 """Bias-free linear layer: master weight cast to the input's dtype, or an FP8 product.
 
 FP8 (`fp8 = "torch"`) quantises tensorwise with dynamic scales and multiplies with
-torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. Forward products
-accumulate fast; gradient products keep the split accumulator.
+torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. Products that
+reduce over features (forward and input gradient) accumulate fast; weight gradients, which reduce
+over all tokens of a micro-step, keep the split accumulator.
 """
 
 import torch
@@ -49,7 +50,12 @@ class ScaledMatmul(torch.autograd.Function):
         x_fp8, x_scale, w_fp8, w_scale = ctx.saved_tensors
         g_fp8, g_scale = quantize_ref(grad, torch.float8_e5m2)
         grad_x = torch._scaled_mm(
-            g_fp8, _column_major(w_fp8), g_scale, w_scale, out_dtype=grad.dtype
+            g_fp8,
+            _column_major(w_fp8),
+            g_scale,
+            w_scale,
+            out_dtype=grad.dtype,
+            use_fast_accum=True,
         )
         grad_weight = torch._scaled_mm(
             g_fp8.t().contiguous(), _column_major(x_fp8), g_scale, x_scale, out_dtype=grad.dtype

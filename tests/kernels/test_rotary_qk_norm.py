@@ -2,6 +2,7 @@ import math
 
 import torch
 
+from kernels.rms_norm import rms_norm_ref
 from kernels.rotary_qk_norm import rotary_qk_norm_ref, rotary_ref, rotary_table, value_gate_ref
 
 
@@ -11,6 +12,7 @@ def test_table_holds_the_angles():
         angle = t * 100_000 ** (-2 * pair / 16)
         assert math.isclose(cos[t, pair], math.cos(angle), abs_tol=1e-5)
         assert math.isclose(sin[t, pair], math.sin(angle), abs_tol=1e-5)
+    assert torch.equal(cos[:, 8:], cos[:, :8]) and torch.equal(sin[:, 8:], -sin[:, :8])
 
 
 def test_rotation_in_the_halves_layout():
@@ -38,6 +40,13 @@ def test_norm_and_gain_per_head():
     for y in rotary_qk_norm_ref(q, k, cos, sin):
         rms = y.square().mean(dim=-1).sqrt()
         torch.testing.assert_close(rms, torch.full_like(rms, 1.2), rtol=1e-4, atol=0)
+
+
+def test_norm_before_rotation_is_norm_after_it():
+    q = torch.randn(2, 6, 4, 16, dtype=torch.float64)
+    cos, sin = (table.double() for table in rotary_table(6, 16, 100_000))
+    after = 1.2 * rms_norm_ref(rotary_ref(q, cos, sin))
+    torch.testing.assert_close(rotary_qk_norm_ref(q, q, cos, sin)[0], after, rtol=0, atol=1e-6)
 
 
 def test_dtype_is_kept_with_wider_tables():
