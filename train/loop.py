@@ -1,6 +1,8 @@
 """The training loop: micro-steps, optimiser step, and what happens between steps."""
 
 import dataclasses
+import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 import torch
 
 from model.engine import Sampling, generate
+from model.errors import UserError
 from model.gpt import GPT
 from train.checkpoint import save_checkpoint
 from train.corpus import ParquetCorpus, StdlibCorpus
@@ -22,6 +25,16 @@ from train.settings import Settings
 from train.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
+
+
+def settle_garbage():
+    """Collect once, and keep what survives out of every later collection.
+
+    torch.compile leaves hundreds of thousands of objects that live as long as the process; each
+    of Python's full collections would go over them and stall the step it falls into.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
@@ -106,6 +119,7 @@ class Trainer:
         progress = self.progress
         progress.val_bpb = bpb
         progress.best_bpb = bpb if progress.best_bpb is None else min(bpb, progress.best_bpb)
+        settle_garbage()  # the first evaluation compiles
         self.log.metrics("val", progress.step, bpb=bpb, train_seconds=progress.train_seconds)
         self.log.print(f"step {progress.step:>6}  val bpb {bpb:.6f}")
 
@@ -153,11 +167,12 @@ class Trainer:
             "lr_mult": lr_mult,
             "ms_per_step": 1e3 * step_seconds,
             "tok_per_s": tok_per_s,
+            "epoch": self.loader.state.epoch,
             "train_seconds": progress.train_seconds,
         }
         status = (
-            f"loss {loss:.4f}  lr x{lr_mult:.3f}  {1e3 * step_seconds:.1f} ms/step  "
-            f"{tok_per_s:,.0f} tok/s"
+            f"loss {loss:.4f}  lr x{lr_mult:.3f}  epoch {values['epoch']}  "
+            f"{1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
         )
         if self.peak_flops:
             values["mfu"] = tok_per_s * self.raw_model.config.flops_per_token / self.peak_flops
@@ -169,7 +184,11 @@ class Trainer:
         return status
 
     def run(self):
-        """Train from the current step to the last one; evaluates, samples and saves on the way."""
+        """Train from the current step to the last one; evaluates, samples and saves on the way.
+
+        Raises:
+            UserError: the loss is no longer finite (seen where it is logged).
+        """
         s, progress = self.settings, self.progress
         self.model.train()
         resumed_at = progress.step if s.resume else None
@@ -195,6 +214,11 @@ class Trainer:
             between = self.due(s.eval_every) or self.due(s.save_every) or self.due(s.sample_every)
             if first or between or progress.step % s.train_log_every == 0:
                 progress.loss = loss.item()  # the only wait for the device
+                if not math.isfinite(progress.loss):
+                    raise UserError(
+                        f"the loss is {progress.loss} at step {progress.step}; lower --matrix-lr, "
+                        "--embedding-lr and --unembedding-lr, or --resume from a checkpoint"
+                    )
                 seconds = time.perf_counter() - window_start
                 progress.train_seconds += seconds
                 if first:
@@ -205,6 +229,8 @@ class Trainer:
                     self.steady_steps += window_steps
                 status = self.log_step(progress.loss, seconds, window_steps)
                 window_steps = 0
+                if first:
+                    settle_garbage()
             self.log.advance(status)
 
     def summary(self):

@@ -270,12 +270,18 @@ def main(argv=None):
     started = time.perf_counter()
     given = vars(build_parser().parse_args(argv))
     start = start_resumed(given) if given.get("resume") else start_new(given)
-    trainer = build_trainer(start, started)
     try:
-        trainer.run()
-    finally:
-        trainer.loader.close()
-        trainer.log.close()
+        trainer = build_trainer(start, started)
+        try:
+            trainer.run()
+        finally:
+            trainer.loader.close()
+            trainer.log.close()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--device-batch-size {start.settings.device_batch_size} does not fit in the memory "
+            f"of {start.machine.name}; halve it (the total batch stays the same)"
+        ) from None
     print(json.dumps(trainer.summary()))
 
 

@@ -5,7 +5,7 @@ not given take CPU_PRESET's values, which train a small model in minutes.
 """
 
 import dataclasses
-from argparse import SUPPRESS, BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
 from dataclasses import dataclass, field
 
 from kernels.newton_schulz import EQUILIBRATIONS
@@ -83,7 +83,7 @@ class Settings:
 
     device_type: str = flag("auto", MACHINE, "where to run", ("auto", "cuda", "cpu"))
     backend: str = flag("auto", MACHINE, "how ops run", ("auto", "eager", "compile"))
-    compile_mode: str = flag("default", MACHINE, "torch.compile's mode", COMPILE_MODES)
+    compile_mode: str = flag("default", MACHINE, "torch.compile's mode", COMPILE_MODES, "MODE")
     attention: str = flag(
         "auto", MACHINE, "attention backend", ("auto", *sorted(ATTENTION_BACKENDS))
     )
@@ -134,6 +134,8 @@ def build_parser():
     """The argument parser; values that were not given are absent from its namespace."""
     parser = CommandParser(
         prog="python -m train.run",
+        usage="%(prog)s [flags]",
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=132),
         description="Train a nanochat-recipe GPT. With no flags and no GPU: a small model on "
         "Python's own standard library, in minutes.",
     )
@@ -142,14 +144,20 @@ def build_parser():
         name = f.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
+        choices, metavar = f.metadata["choices"], f.metadata["metavar"]
+        text = f.metadata["help"]
+        if choices and metavar:
+            text += f": {', '.join(choices)}"
+        if f.default != "":
+            text += f" [{f.default}]"
         kwargs = {"help": text.replace("%", "%%"), "default": SUPPRESS, "dest": f.name}
         if f.type is bool:
             action = BooleanOptionalAction if f.default else "store_true"
             groups[name].add_argument(flag_name(f.name), action=action, **kwargs)
         else:
-            kwargs |= {"type": f.type, "choices": f.metadata["choices"]}
-            kwargs["metavar"] = f.metadata["metavar"]
+            if not choices and not metavar:
+                metavar = {int: "N", float: "X", str: "NAME"}[f.type]
+            kwargs |= {"type": f.type, "choices": choices, "metavar": metavar}
             groups[name].add_argument(flag_name(f.name), **kwargs)
     return parser
 

@@ -269,3 +269,30 @@ def test_compiled_fp8_run_on_a_gpu(data_dir, work_dir, capsys):
     records = [json.loads(x) for x in (run_dir("gpu") / "metrics.jsonl").open()]
     bpbs = figures(records, "val", "bpb")
     assert bpbs[-1] < bpbs[0] - 0.1
+
+
+def test_a_diverged_run_stops_with_one_line(data_dir, work_dir):
+    with pytest.raises(UserError, match="the loss is nan at step .*lower --matrix-lr"):
+        train(data_dir, "a", "--num-iterations", 60, "--matrix-lr", 1e30, "--train-log-every", 5,
+              "--warmup-steps", 0)  # fmt: skip
+    assert not list(run_dir("a").glob("step_*"))
+
+
+def test_out_of_memory_names_the_flag(data_dir, work_dir, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("train.loop.Trainer.train_step", full)
+    with pytest.raises(UserError, match="--device-batch-size 4 does not fit"):
+        train(data_dir, "a", "--num-iterations", 1)
+
+
+def test_later_collections_skip_what_lives_on(data_dir, work_dir):
+    """After the first step the heap is frozen; a stall of every full collection otherwise."""
+    import gc
+
+    gc.unfreeze()
+    train(data_dir, "a", "--num-iterations", 2)
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert frozen > 100_000 > len(gc.get_objects()) - frozen
