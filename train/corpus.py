@@ -6,6 +6,7 @@ A corpus gives its documents in numbered units per split: `num_units(split)` and
 
 import hashlib
 import os
+import re
 import sysconfig
 from pathlib import Path
 
@@ -103,13 +104,16 @@ class ParquetCorpus:
 class StdlibCorpus:
     """Source and documentation files of the running Python's standard library, tests excluded.
 
-    Documents come in the order of their paths' hashes, the first 2 % validate. A unit is 16 files.
+    Files come in the order of their paths' hashes, the first 2 % validate. A unit is 16 files. A
+    document is a run of paragraphs of one file, about 1,000 characters long: packing crops what
+    does not fit a row, and whole files would lose most of their text in short rows.
     """
 
     SUFFIXES = (".py", ".txt", ".rst", ".md")
     EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
     VAL_FRACTION = 0.02
     UNIT_FILES = 16
+    DOCUMENT_CHARS = 1000
 
     directory = None
 
@@ -144,10 +148,27 @@ class StdlibCorpus:
         return {"file": self.files[split][unit * self.UNIT_FILES].name}
 
     def read(self, split, unit):
-        """Documents of one unit; bytes that are not UTF-8 become U+FFFD, empty files drop out."""
+        """Documents of one unit; bytes that are not UTF-8 become U+FFFD."""
         files = self.files[split][unit * self.UNIT_FILES : (unit + 1) * self.UNIT_FILES]
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-        return [text for text in texts if text]
+        return [piece for text in texts for piece in split_text(text, self.DOCUMENT_CHARS)]
+
+
+def split_text(text, size):
+    """Cut a text into pieces of at most `size` characters, at blank lines or else at line ends.
+
+    The pieces joined give the text again; none is empty, and only a single line may be longer.
+    """
+    units = []
+    for paragraph in re.split(r"(?<=\n\n)(?=[^\n])", text):
+        units += [paragraph] if len(paragraph) <= size else paragraph.splitlines(keepends=True)
+    pieces = []
+    for unit in units:
+        if pieces and len(pieces[-1]) + len(unit) <= size:
+            pieces[-1] += unit
+        elif unit:
+            pieces.append(unit)
+    return pieces
 
 
 def data_directory(flag=None):

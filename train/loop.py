@@ -31,7 +31,8 @@ def settle_garbage():
     """Collect once, and keep what survives out of every later collection.
 
     torch.compile leaves hundreds of thousands of objects that live as long as the process; each
-    of Python's full collections would go over them and stall the step it falls into.
+    of Python's full collections would go over them and stall the step it falls into. Call
+    gc.unfreeze() when done, or native modules report leaks at exit.
     """
     gc.collect()
     gc.freeze()

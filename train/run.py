@@ -6,6 +6,7 @@ See --help for every flag; runs/NAME/ gets the tokenizer, metrics.jsonl and the 
 """
 
 import dataclasses
+import gc
 import json
 import time
 from dataclasses import dataclass
@@ -277,6 +278,7 @@ def main(argv=None):
         finally:
             trainer.loader.close()
             trainer.log.close()
+            gc.unfreeze()
     except torch.OutOfMemoryError:
         raise UserError(
             f"--device-batch-size {start.settings.device_batch_size} does not fit in the memory "

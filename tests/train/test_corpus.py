@@ -4,7 +4,7 @@ import pytest
 
 from model.errors import UserError
 from tests.helpers import documents
-from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus
+from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus, split_text
 
 
 def all_texts(corpus, split):
@@ -72,6 +72,30 @@ def test_stdlib_is_split_deterministically():
     assert not any("test" in path.parts or "site-packages" in path.parts for path in train | val)
     assert {"argparse.py", "topics.py"} <= {path.name for path in train | val}
     assert sum(map(len, all_texts(a, "train"))) > 5_000_000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a\n\n\nb\n\nc", "\n\na\n\n", "ab\n\n" * 50, "x" * 99, "a\nb\n\n\n\nc"]
+)
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_pieces_join_to_the_text(text, size):
+    pieces = split_text(text, size)
+    assert "".join(pieces) == text and all(pieces)
+    assert all(len(piece) <= size or len(piece.splitlines()) == 1 for piece in pieces)
+    assert all(len(a) + len(b) > size for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+def test_text_is_cut_at_blank_lines_first():
+    assert split_text("a\nb\n\nc\nd\n\ne\n", 7) == ["a\nb\n\n", "c\nd\n\ne\n"]
+    assert split_text("a\nb\nc\n\nd\n", 4) == ["a\nb\n", "c\n\n", "d\n"]
+
+
+def test_stdlib_documents_are_short_and_lose_nothing():
+    corpus = StdlibCorpus()
+    texts = corpus.read("train", 0)
+    files = [p.read_text(errors="replace") for p in corpus.files["train"][:16]]
+    assert "".join(texts) == "".join(files)
+    assert len(texts) > len(files) and sum(map(len, texts)) / len(texts) < 2000
 
 
 def test_choice_of_corpus(data_dir, work_dir, monkeypatch):
