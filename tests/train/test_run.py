@@ -65,6 +65,17 @@ def test_two_runs_of_one_seed_are_identical(data_dir, work_dir):
         assert figures(a, kind, name) == figures(b, kind, name) != figures(c, kind, name)
 
 
+def test_losses_are_the_golden_ones(data_dir, work_dir):
+    """A refactor must not move the losses; 1e-3 leaves room for another CPU's rounding.
+
+    A change that means to move them writes the file anew and says so in dev/LOG.md.
+    """
+    golden = json.loads((ROOT / "tests/train/golden_losses.json").read_text())
+    records = train(data_dir, "a", *golden["flags"])
+    assert figures(records, "train", "loss") == pytest.approx(golden["losses"], abs=1e-3)
+    assert figures(records, "val", "bpb") == pytest.approx(golden["bpb"], abs=1e-3)
+
+
 def test_resume_is_bit_for_bit(data_dir, work_dir):
     flags = ("--num-iterations", 14, "--train-log-every", 1, "--save-every", 6)
     whole = train(data_dir, "whole", *flags)
