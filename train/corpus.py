@@ -30,7 +30,7 @@ class ParquetCorpus:
 
     Raises:
         UserError: missing folder, fewer than two shards, a shard that is truncated or has no
-            text column.
+            text column, no documents to train on or to validate.
     """
 
     def __init__(self, directory):
@@ -51,6 +51,11 @@ class ParquetCorpus:
             self.documents.append(metadata.num_rows)
             split = "val" if index == len(self.shards) - 1 else "train"
             self.units[split] += [(index, group) for group in range(metadata.num_row_groups)]
+        for split, units in self.units.items():
+            if not units:
+                raise UserError(
+                    f"data directory {self.directory}: {split} shards are empty; {mend}"
+                )
 
     @staticmethod
     def _open(path):

@@ -71,12 +71,10 @@ class PackedLoader:
         state: LoaderState to continue from.
 
     Raises:
-        UserError: the split has no documents; from the iterator: a shard cannot be read.
+        UserError: from the iterator, when a shard cannot be read or the split holds no text.
     """
 
     def __init__(self, corpus, split, tokenizer, batch_size, seq_len, epochs=None, state=None):
-        if corpus.num_units(split) == 0:
-            raise UserError(f"the {split} part of {corpus.name} is empty; name another --data")
         self.corpus, self.split, self.tokenizer = corpus, split, tokenizer
         self.batch_size, self.row_len, self.epochs = batch_size, seq_len + 1, epochs
         state = state or LoaderState()
@@ -107,7 +105,7 @@ class PackedLoader:
         def load(unit):
             return [workers.submit(encode, text) for text in self.corpus.read(self.split, unit)]
 
-        ahead = deque()
+        ahead, seen = deque(), 0
         try:
             while True:
                 for epoch, unit in itertools.islice(order, UNITS_AHEAD - len(ahead)):
@@ -115,8 +113,11 @@ class PackedLoader:
                 if not ahead:
                     return
                 epoch, unit, loading = ahead.popleft()
+                if epoch > start_epoch and not seen:
+                    raise UserError(f"{self.split} documents of {self.corpus.name} hold no text")
                 documents = loading.result()
                 skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
+                seen += len(documents)
                 for index in range(skip, len(documents)):
                     self.epoch, self.unit, self.document = epoch, unit, index + 1
                     yield documents[index].result()

@@ -197,7 +197,12 @@ class Trainer:
         while True:
             if progress.step != resumed_at:  # a resumed step was evaluated before it was saved
                 if self.due(s.eval_every) or (progress.step == 0 and not s.skip_initial_eval):
-                    self.evaluate()
+                    try:
+                        self.evaluate()
+                    except UserError:
+                        if progress.step > 0:  # the training so far must not be lost
+                            self.save()
+                        raise
                 if s.sample_every >= 0 and self.due(s.sample_every):
                     self.sample()
                 if self.due(s.save_every):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -288,6 +290,34 @@ def test_a_diverged_run_stops_with_one_line(data_dir, work_dir):
         train(data_dir, "a", "--num-iterations", 60, "--matrix-lr", 1e30, "--train-log-every", 5,
               "--warmup-steps", 0)  # fmt: skip
     assert not list(run_dir("a").glob("step_*"))
+
+
+def write_shard(path, texts):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+
+
+def test_a_validation_split_too_small_loses_no_training(data_dir, work_dir):
+    write_shard(data_dir / "shard_00002.parquet", ["tiny"])
+    with pytest.raises(UserError, match="validation split holds less than one batch"):
+        train(data_dir, "a", "--num-iterations", 2)
+    with pytest.raises(UserError, match="validation split holds less than one batch"):
+        train(data_dir, "b", "--num-iterations", 2, "--skip-initial-eval")
+    assert not list(run_dir("a").glob("step_*"))
+    assert find_checkpoint(run_dir("b")).name == "step_000002"
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "train shards are empty"),
+                                                ([""] * 5, "hold no text")])  # fmt: skip
+def test_data_without_text_ends_with_one_line(data_dir, work_dir, texts, message):
+    for index in (0, 1):
+        write_shard(data_dir / f"shard_{index:05d}.parquet", texts)
+    if not texts:
+        for index in (0, 1):
+            pq.ParquetWriter(
+                data_dir / f"shard_{index:05d}.parquet", pa.schema([("text", pa.string())])
+            ).close()
+    with pytest.raises(UserError, match=message):
+        train(data_dir, "a", "--num-iterations", 1)
 
 
 def test_out_of_memory_names_the_flag(data_dir, work_dir, monkeypatch):
