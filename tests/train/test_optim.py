@@ -79,6 +79,7 @@ def test_betas_are_the_recipes():
         "smear_backout": (0.8, 0.95),
         "bigram_lambdas": (0.8, 0.95),
     }
+    assert OptimConfig().muon_beta2 == 0.9
     assert OptimConfig(scalar_lr=0.5).adamw_groups()["resid_lambdas"].lr == 0.005
 
 

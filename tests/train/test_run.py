@@ -13,8 +13,18 @@ import pytest
 import torch
 
 from model import generate as generate_command
+from model.engine import Sampling, generate
 from model.errors import UserError
-from train.checkpoint import MODEL, OPTIM, find_checkpoint, load_meta, load_tensors, run_dir
+from train.checkpoint import (
+    MODEL,
+    OPTIM,
+    find_checkpoint,
+    load_meta,
+    load_model,
+    load_tensors,
+    load_tokenizer,
+    run_dir,
+)
 from train.corpus import StdlibCorpus
 from train.data import PackedLoader
 from train.run import main
@@ -136,6 +146,14 @@ def test_generate_command(data_dir, work_dir, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].count("the cat") == 2
+    model, _ = load_model(find_checkpoint(run_dir("a")), "cpu", torch.float32)
+    tokenizer = load_tokenizer(run_dir("a"), model.config)
+    ids = [tokenizer.bos, *tokenizer.encode("the cat")]
+    columns = list(generate(model, ids, 1, 8, Sampling(temperature=0), tokenizer.bos))
+    expected = "the cat" + tokenizer.decode([column[0] for column in columns]) + "\n"
+    for flags in (["--temperature", "0"], ["--top-k", "1"]):
+        generate_command.main([*argv[:4], "--max-tokens", "8", "--device-type", "cpu", *flags])
+        assert capsys.readouterr().out == expected
     for flags, message in (
         (["--run", "absent"], "no checkpoint"),
         (["--run", "a", "--temperature", "-1"], "--temperature"),

@@ -1,0 +1,139 @@
+"""The trainer taken apart: every flag arrives, and a step does what the recipe says."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from train.run import build_trainer, start_new
+from train.settings import resolve
+
+SIZES = {
+    "device_type": "cpu",
+    "depth": 4,
+    "aspect_ratio": 16,
+    "head_dim": 16,
+    "max_seq_len": 64,
+    "device_batch_size": 2,
+    "total_batch_size": 512,
+    "num_iterations": 30,
+    "eval_tokens": 1024,
+}
+UNUSUAL = {
+    "n_kv_head": 2,
+    "window_pattern": "SL",
+    "bigram_embed_factor": 2,
+    "bigram_lambda_init": 0.125,
+    "warmup_steps": 3,
+    "warmdown_ratio": 0.5,
+    "final_lr_frac": 0.25,
+    "embedding_lr": 0.11,
+    "unembedding_lr": 0.012,
+    "matrix_lr": 0.013,
+    "scalar_lr": 0.14,
+    "weight_decay": 0.15,
+    "bigram_embedding_lr_mult": 0.16,
+    "bigram_lambda_lr": 0.17,
+    "muon_plus": False,
+    "muon_eq": "col",
+    "seed": 9,
+}
+
+
+@pytest.fixture
+def make_trainer(data_dir, work_dir):
+    made = []
+
+    def make(**flags):
+        given = {**SIZES, "data": str(data_dir), **flags}
+        trainer = build_trainer(start_new(given), time.perf_counter())
+        made.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in made:
+        trainer.loader.close()
+        trainer.log.close()
+
+
+def test_every_flag_arrives(make_trainer):
+    defaults = dataclasses.asdict(resolve(SIZES, "cpu"))
+    assert all(defaults[name] != value for name, value in UNUSUAL.items())
+    trainer = make_trainer(**UNUSUAL)
+    config, schedule = trainer.raw_model.config, trainer.schedule
+    for holder in (config, trainer.optimizer.config):
+        for name in {f.name for f in dataclasses.fields(holder)} & UNUSUAL.keys():
+            assert getattr(holder, name) == UNUSUAL[name], name
+    assert (schedule.num_iterations, schedule.warmup_steps) == (30, 3)
+    assert (schedule.warmdown_ratio, schedule.final_lr_frac) == (0.5, 0.25)
+    assert trainer.optimizer.lr_scale == trainer.plan.lr_scale == (512 / 2**19) ** 0.5
+    assert trainer.raw_model.bigram_lambdas.tolist() == [0.125] * 4
+    seeds = [make_trainer(seed=seed).raw_model.lm_head.weight for seed in (9, 9, 8)]
+    assert torch.equal(seeds[0], seeds[1]) and not torch.equal(seeds[0], seeds[2])
+
+
+def test_a_step_accumulates_the_mean_gradient_and_follows_the_schedules(make_trainer):
+    trainer, twin = make_trainer(), make_trainer()
+    trainer.progress.step = 7
+    steps, gradients = [], {}
+
+    def record(*args):
+        steps.append(args)
+        gradients.update((n, p.grad.clone()) for n, p in trainer.raw_model.named_parameters())
+
+    trainer.optimizer.step = record
+    loss = trainer.train_step()
+    batches = [next(twin.loader) for _ in range(trainer.plan.micro_steps)]
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    expected = twin.raw_model(inputs, targets)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, p in twin.raw_model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-7)
+    decay = trainer.plan.weight_decay * trainer.schedule.weight_decay(7)
+    assert steps == [(trainer.schedule.lr(7), trainer.schedule.momentum(7), decay)]
+    assert all(p.grad is None for p in trainer.raw_model.parameters())
+
+
+class ConstantLoss(torch.nn.Module):
+    """Gives every target the same number of nats and counts its batches."""
+
+    def __init__(self, nats):
+        super().__init__()
+        self.nats, self.seen = nats, []
+
+    def forward(self, inputs, targets, reduction):
+        self.seen.append(tuple(inputs.shape))
+        return torch.full((targets.numel(),), self.nats)
+
+
+def test_evaluation_reads_the_batches_of_the_plan_and_keeps_the_best(make_trainer):
+    trainer = make_trainer(eval_tokens=4 * 128)
+    bpbs = []
+    for nats in (0.7, 0.5, 0.6):
+        trainer.model = ConstantLoss(nats)
+        trainer.evaluate()
+        assert trainer.model.seen == [(2, 64)] * 4
+        bpbs.append(trainer.progress.val_bpb)
+    assert bpbs == pytest.approx([bpbs[0], bpbs[0] * 5 / 7, bpbs[0] * 6 / 7])
+    assert trainer.progress.best_bpb == bpbs[1]
+
+
+def test_samples_follow_the_seed(make_trainer):
+    texts = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(seed=seed)
+        trainer.raw_model.init_weights(0)  # the same weights each time
+        trainer.log.metrics = lambda kind, step, text: texts.append(text)
+        trainer.sample()
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("The capital of France is") for text in texts)
+
+
+@pytest.mark.cuda
+def test_fp8_and_compile_flags_arrive(make_trainer):
+    trainer = make_trainer(device_type="cuda", depth=4, aspect_ratio=64, head_dim=128, fp8="torch")
+    assert trainer.raw_model.lm_head.fp8 and trainer.raw_model.transformer.h[0].mlp.c_fc.fp8
+    assert trainer.model is not trainer.raw_model and trainer.raw_model.attention.name == "flex"
+    assert trainer.optimizer.newton_schulz_dtype == torch.bfloat16
