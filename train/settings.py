@@ -5,6 +5,7 @@ not given take CPU_PRESET's values, which train a small model in minutes.
 """
 
 import dataclasses
+import math
 from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
 from dataclasses import dataclass, field
 
@@ -193,6 +194,13 @@ def check(settings):
             value = getattr(settings, name)
             if not value >= least:
                 raise UserError(f"{flag_name(name)} must be at least {least}, got {value}")
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_name(name)} must be a finite number, got {value}")
+    if settings.n_kv_head < 0:
+        raise UserError(f"--n-kv-head must be at least 0, got {settings.n_kv_head}")
+    if not 0 <= settings.seed < 2**63:
+        raise UserError(f"--seed must lie in 0..2^63-1, got {settings.seed}")
     if not 0 <= settings.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio must lie in 0..1, got {settings.warmdown_ratio}")
 

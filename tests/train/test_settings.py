@@ -71,6 +71,11 @@ def test_parse_errors_are_one_line():
         ({"matrix_lr": -1.0}, "--matrix-lr"),
         ({"matrix_lr": float("nan")}, "--matrix-lr"),
         ({"warmdown_ratio": 1.5}, "--warmdown-ratio"),
+        ({"target_param_data_ratio": float("nan")}, "--target-param-data-ratio"),
+        ({"matrix_lr": float("inf")}, "--matrix-lr"),
+        ({"seed": 2**63}, "--seed"),
+        ({"seed": -1}, "--seed"),
+        ({"n_kv_head": -1}, "--n-kv-head"),
     ],
 )
 def test_impossible_values_name_the_flag(given, message):
