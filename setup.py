@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.14",
     packages=["kernels", "model", "train", "bench"],
+    package_data={"kernels": ["tuned.json"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',

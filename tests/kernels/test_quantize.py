@@ -1,9 +1,82 @@
 import pytest
 import torch
 
-from kernels.quantize import quantize_ref
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.quantize import quantize, quantize_ref
+from tests.kernels.checks import DTYPES, assert_fp8, same_bits
 
-FORMATS = [(torch.float8_e4m3fn, 448.0, 2.0**-3), (torch.float8_e5m2, 57344.0, 2.0**-2)]
+FORMATS = [(E4M3, 448.0, 2.0**-3), (E5M2, 57344.0, 2.0**-2)]
+SHAPES = [(1, 1), (63, 127), (64, 128), (65, 129), (127, 97), (300, 256)]
+
+
+@pytest.mark.parametrize("fp8", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_layouts_are_the_rounded_values(shape, dtype, fp8, device):
+    x = torch.randn(shape, device=device).to(dtype)
+    scaling = Scaling.from_bound(5.0, fp8, device)
+    assert_fp8("quantize", quantize(x, scaling), x, scaling)
+
+
+def test_rows_of_a_wider_buffer_are_accepted_and_columns_refused(device):
+    x = torch.randn(40, 64, device=device)
+    scaling = Scaling.from_bound(5.0, E4M3, device)
+    assert_fp8("slice", quantize(x[:, 16:48], scaling), x[:, 16:48], scaling)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        quantize(x.t(), scaling)
+
+
+def test_values_beyond_the_bound_saturate_and_amax_tells(device):
+    x = torch.tensor([[1.0, -1000.0, 1000.0, 0.0]], device=device)
+    scaling = Scaling.from_bound(10.0, E4M3, device)
+    values = quantize(x, scaling).dequantize()
+    assert values[0, 1] == -10 and values[0, 2] == 10 and values[0, 3] == 0
+    assert scaling.amax.item() == 1000
+
+
+def test_amax_only_rises(device):
+    scaling = Scaling.from_bound(10.0, E4M3, device)
+    for value, expected in ((2.0, 2.0), (1.0, 2.0), (-3.0, 3.0)):
+        quantize(torch.full((5, 7), value, device=device), scaling)
+        assert scaling.amax.item() == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_show(bad, device):
+    x = torch.randn(70, 130, device=device)
+    x[69, 129] = bad
+    scaling = Scaling.from_bound(5.0, E4M3, device)
+    operand = quantize(x, scaling)
+    assert not scaling.amax.isfinite()
+    assert bad == bad or operand.dequantize()[69, 129].isnan()
+
+
+def test_two_runs_give_the_same_bits(device):
+    x = torch.randn(200, 300, device=device)
+
+    def run():
+        scaling = Scaling.from_bound(5.0, E4M3, device)
+        operand = quantize(x, scaling)
+        return operand.data, operand.transposed, scaling.amax
+
+    same_bits(run)
+
+
+def test_a_bound_must_be_positive():
+    with pytest.raises(ValueError, match="positive"):
+        Scaling.from_bound(0.0, E4M3, "cpu")
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements(device):
+    rows, cols = 65600, 32768
+    x = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
+    x[-1, -1], x[-1, 0], x[0, -1] = 1.0, 2.0, 3.0
+    scaling = Scaling.from_bound(448.0, E4M3, device)
+    operand = quantize(x, scaling)
+    for view in (operand.data, operand.transposed.t()):
+        assert [view[i, j].item() for i, j in ((-1, -1), (-1, 0), (0, -1))] == [1.0, 2.0, 3.0]
+        assert view[-2].float().abs().max() == 0
 
 
 @pytest.mark.parametrize(("dtype", "fp8_max", "step"), FORMATS)

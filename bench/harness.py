@@ -1,0 +1,141 @@
+"""Timing of one op: checked first, L2-cold, on the GPU's own clock, against its alternatives.
+
+A benchmark builds the op and its alternatives as functions without arguments, asserts that they
+agree, and calls `measure`. pytest-benchmark takes the rounds of the op itself; the alternatives
+get medians by the same method. Times are CUDA event intervals: a large fill goes before each
+launch, which empties the L2 cache and keeps launch overhead off the clock. On a CPU the wall
+clock times tiny shapes, so that the same command always runs.
+"""
+
+import functools
+import statistics
+import time
+
+import pytest
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache
+ALTERNATIVE_ROUNDS = 20
+ON_GPU = torch.cuda.is_available()
+
+
+class OpClock:
+    """Timer of pytest-benchmark that advances by the GPU time of each call of `timed`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def timed(self, function):
+        """Call `function` and return its seconds."""
+        if not ON_GPU:
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+        else:
+            _flush_buffer().zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) * 1e-3
+        self.now += seconds
+        return seconds
+
+
+CLOCK = OpClock()
+op_benchmark = pytest.mark.benchmark(timer=CLOCK, disable_gc=True)
+
+
+@functools.cache
+def _flush_buffer():
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile of a reference for fixed shapes; the function itself on a CPU."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if ON_GPU else function
+
+
+def median_seconds(function, rounds=ALTERNATIVE_ROUNDS):
+    """Median time of a function after two warm-up calls."""
+    for _ in range(2):
+        function()
+    return statistics.median(CLOCK.timed(function) for _ in range(rounds))
+
+
+@functools.cache
+def copy_ceiling():
+    """Measured copy bandwidth of this GPU in bytes/s, read + written; None on a CPU."""
+    if not ON_GPU:
+        return None
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
+
+
+@functools.cache
+def matmul_ceiling(dtype=torch.bfloat16):
+    """Measured FLOP/s of an 8192^3 cuBLAS product; None on a CPU."""
+    if not ON_GPU:
+        return None
+    a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+    if dtype == torch.bfloat16:
+        return 2 * 8192**3 / median_seconds(lambda: a @ b)
+    one = torch.ones((), device="cuda")
+    return (
+        2
+        * 8192**3
+        / median_seconds(
+            lambda: torch._scaled_mm(
+                a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        )
+    )
+
+
+def measure(
+    benchmark,
+    op,
+    bytes_moved,
+    flops=0,
+    alternatives=None,
+    shape=None,
+    rounds=30,
+    flop_dtype=torch.bfloat16,
+):
+    """Time `op` and its alternatives; returns the extra_info that is reported.
+
+    Args:
+        benchmark: pytest-benchmark's fixture of a test marked `op_benchmark`.
+        op: function without arguments, already checked against its reference.
+        bytes_moved: the fewest bytes that it must read and write.
+        flops: floating-point operations of its matrix products, 0 for a memory-bound op.
+        alternatives: {name: function}, such as "eager", "compile" and a library's name; timed on
+            a GPU only.
+        shape: what is reported as the shape.
+        flop_dtype: dtype of the product that flops are compared with.
+    """
+    benchmark.pedantic(lambda: CLOCK.timed(op), rounds=rounds, warmup_rounds=3)
+    seconds = benchmark.stats.stats.median
+    info = {
+        "shape": str(shape),
+        "us": 1e6 * seconds,
+        "bytes": bytes_moved,
+        "flops": flops,
+        "gb_per_s": bytes_moved / seconds / 1e9,
+    }
+    if ON_GPU:
+        info["copy_share"] = bytes_moved / seconds / copy_ceiling()
+    if flops:
+        info["tflop_per_s"] = flops / seconds / 1e12
+        if ON_GPU:
+            info["matmul_share"] = flops / seconds / matmul_ceiling(flop_dtype)
+    for name, function in (alternatives or {}).items() if ON_GPU else ():
+        info[f"speedup_{name}"] = median_seconds(function) / seconds
+    benchmark.extra_info.update(info)
+    return info
