@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from bench.harness import zipf_tokens
 from model.attention import select_attention
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -22,7 +23,6 @@ from train.device import bf16_peak, device_name
 from train.loop import settle_garbage
 from train.optim import MuonAdamW, OptimConfig
 
-ZIPF_OFFSET = 2.7  # Mandelbrot's
 WARMUP_ROUNDS = 2
 
 
@@ -51,14 +51,6 @@ def workload(depth, bigram_factor, device):
         depth or 2, 32, 32, sequence_len=128, vocab_size=512, bigram_embed_factor=bigram_factor
     )
     return Workload(config, 2, 2, False, "off", torch.float32)
-
-
-def zipf_tokens(shape, vocab_size, device, seed=0):
-    """Random tokens with p(rank) ~ 1 / (rank + 2.7), int64."""
-    weights = 1 / (torch.arange(vocab_size, device=device) + ZIPF_OFFSET)
-    generator = torch.Generator(device).manual_seed(seed)
-    count = math.prod(shape)
-    return torch.multinomial(weights, count, replacement=True, generator=generator).view(shape)
 
 
 def make_step(w, device):

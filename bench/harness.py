@@ -8,14 +8,18 @@ clock times tiny shapes, so that the same command always runs.
 """
 
 import functools
+import math
 import statistics
 import time
 
 import pytest
 import torch
 
+from kernels.quantize import quantize_ref
+
 FLUSH_BYTES = 256 << 20  # several times the L2 cache
 ALTERNATIVE_ROUNDS = 20
+ZIPF_OFFSET = 2.7  # Mandelbrot's
 ON_GPU = torch.cuda.is_available()
 
 
@@ -96,6 +100,23 @@ def matmul_ceiling(dtype=torch.bfloat16):
             )
         )
     )
+
+
+def zipf_tokens(shape, vocab_size, device, seed=0):
+    """Random tokens with p(rank) ~ 1 / (rank + 2.7), int64."""
+    weights = 1 / (torch.arange(vocab_size, device=device) + ZIPF_OFFSET)
+    generator = torch.Generator(device).manual_seed(seed)
+    count = math.prod(shape)
+    return torch.multinomial(weights, count, replacement=True, generator=generator).view(shape)
+
+
+def quantize_both_layouts(
+    x,  # (M, N)
+    dtype,
+):
+    """What the compiled baseline does for an FP8 product: dynamic scale, cast, transposed copy."""
+    q, inverse_scale = quantize_ref(x, dtype)
+    return q, q.t().contiguous(), inverse_scale
 
 
 def measure(

@@ -4,10 +4,44 @@
     p <- p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 Arithmetic is fp32 or wider whatever the storage. Bytes, n elements of s bytes: 7*n*s
-(p, m, v read and written, g read).
+(p, m, v read and written, g read), 8*n*s where the gradient is cleared. FLOPs: 16 per element.
+
+`adamw` updates a whole list of tensors in one launch per pair of storage dtypes. A table with one
+row per block of elements says where the block's four arrays lie; it is built once. What changes
+from step to step (the schedule's factor and the step count) is read from device memory, so that a
+CUDA graph replays with new values; a launch of one program turns it into the scalars of each
+tensor, with 1 - b^t in fp64, where the subtraction costs no digits.
 """
 
+from dataclasses import astuple, dataclass
+
 import torch
+import triton
+import triton.language as tl
+
+from kernels.tuning import tuned
+
+STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+VECTOR_BYTES = 16  # widest access of one thread
+
+
+@dataclass(frozen=True)
+class AdamWHyper:
+    """Hyperparameters of one tensor; `lr` is multiplied by the schedule's lr_mult."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """Bytes of a parameter that one program updates, and its warps."""
+
+    block_bytes: int = 8192
+    warps: int = 8
 
 
 def adamw_ref(
@@ -32,3 +66,210 @@ def adamw_ref(
     param.copy_(p)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
+
+
+@triton.jit
+def _adamw_scalars_kernel(
+    hyper_ptr,  # (T, 5) fp64: lr, beta1, beta2, eps, weight_decay
+    schedule_ptr,  # (2,) fp32: lr_mult, step
+    scalars_ptr,  # (T, 6) fp32
+    T,
+    BT: tl.constexpr,
+):
+    """What `_adamw_block` needs of each tensor at this step."""
+    t = tl.arange(0, BT)
+    ok = t < T
+    lr_mult = tl.load(schedule_ptr).to(tl.float64)
+    step = tl.load(schedule_ptr + 1).to(tl.float64)
+    row = hyper_ptr + t * 5
+    lr = tl.load(row, mask=ok, other=0.0) * lr_mult
+    beta1 = tl.load(row + 1, mask=ok, other=0.5)
+    beta2 = tl.load(row + 2, mask=ok, other=0.5)
+    bias1 = 1 - tl.exp(step * tl.log(beta1))
+    bias2 = 1 - tl.exp(step * tl.log(beta2))
+    out = scalars_ptr + t * 6
+    tl.store(out, 1 - beta1, mask=ok)
+    tl.store(out + 1, 1 - beta2, mask=ok)
+    tl.store(out + 2, lr / bias1, mask=ok)
+    tl.store(out + 3, 1 / tl.sqrt(bias2), mask=ok)
+    tl.store(out + 4, tl.load(row + 3, mask=ok, other=0.0), mask=ok)
+    tl.store(out + 5, lr * tl.load(row + 4, mask=ok, other=0.0), mask=ok)
+
+
+@triton.jit
+def _adamw_block(
+    p_ptr,  # (BLOCK,)
+    g_ptr,  # (BLOCK,)
+    m_ptr,  # (BLOCK,)
+    v_ptr,  # (BLOCK,)
+    scalars_ptr,  # (6,) fp32, a row of _adamw_scalars_kernel's output
+    mask,  # (BLOCK,), or None for a whole block: no mask keeps the accesses 16 bytes wide
+    CLEAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.arange(0, BLOCK)
+    g = tl.load(g_ptr + i, mask=mask).to(tl.float32)
+    m = tl.load(m_ptr + i, mask=mask).to(tl.float32)
+    v = tl.load(v_ptr + i, mask=mask).to(tl.float32)
+    p = tl.load(p_ptr + i, mask=mask).to(tl.float32)
+    w1, w2 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    m = (m - w1 * m) + w1 * g  # m + w1 * (g - m) would cancel where w1 is near 1
+    v = (v - w2 * v) + w2 * (g * g)
+    denominator = tl.sqrt(v) * tl.load(scalars_ptr + 3) + tl.load(scalars_ptr + 4)
+    update = tl.load(scalars_ptr + 2) * m / denominator
+    p -= update + tl.load(scalars_ptr + 5) * p
+    tl.store(m_ptr + i, m.to(m_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + i, v.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_ptr + i, p.to(p_ptr.dtype.element_ty), mask=mask)
+    if CLEAR:
+        tl.store(g_ptr + i, tl.zeros((BLOCK,), g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _adamw_kernel(
+    blocks_ptr,  # (B, 6) int64: addresses of p, g, m and v, elements, index of the tensor
+    scalars_ptr,  # (T, 6) fp32
+    DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # in bytes, of every address
+    CLEAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = blocks_ptr + tl.program_id(0).to(tl.int64) * 6
+    p = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+    g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD_DTYPE)), ALIGNMENT)
+    m = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+    v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+    count = tl.load(row + 4).to(tl.int32)
+    scalars = scalars_ptr + tl.load(row + 5) * 6
+    if count == BLOCK:
+        _adamw_block(p, g, m, v, scalars, None, CLEAR, BLOCK)
+    else:
+        _adamw_block(p, g, m, v, scalars, tl.arange(0, BLOCK) < count, CLEAR, BLOCK)
+
+
+def _block_table(quadruples, block):
+    """Rows of `_adamw_kernel`'s blocks_ptr for [(index, (p, g, m, v))], on the CPU."""
+    rows = []
+    for index, tensors in quadruples:
+        count = tensors[0].numel()
+        starts = torch.arange(0, count, block)
+        addresses = [x.data_ptr() + starts * x.element_size() for x in tensors]
+        sizes = (count - starts).clamp_max(block)
+        rows.append(torch.stack([*addresses, sizes, torch.full_like(starts, index)], dim=1))
+    return torch.cat(rows)
+
+
+class AdamWTensors:
+    """Tensors that `adamw` updates together, with the tables that its launches read.
+
+    Keeps references to the tensors: their storage must stay where it is.
+
+    Args:
+        params: tensors of any shape, fp32 or bf16, contiguous, all on one device.
+        grads: a gradient for each, of its shape, fp32 or bf16.
+        exp_avgs, exp_avg_sqs: both moments of each, of its shape and dtype.
+        hypers: an AdamWHyper for each.
+
+    Raises:
+        ValueError: lists of different lengths or empty; a shape, dtype, device, layout or
+            hyperparameter that is not as above.
+    """
+
+    def __init__(self, params, grads, exp_avgs, exp_avg_sqs, hypers):
+        if not params:
+            raise ValueError("adamw needs at least one tensor")
+        if len({len(x) for x in (params, grads, exp_avgs, exp_avg_sqs, hypers)}) > 1:
+            raise ValueError("adamw needs a gradient, two moments and an AdamWHyper per parameter")
+        self.tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+        for index, (tensors, hyper) in enumerate(zip(self.tensors, hypers, strict=True)):
+            self._check(index, tensors, hyper)
+        self._addresses = [tuple(x.data_ptr() for x in tensors) for tensors in self.tensors]
+        device = params[0].device
+        self.hyper = torch.tensor([astuple(x) for x in hypers], dtype=torch.float64, device=device)
+        self.scalars = torch.empty(len(params), 6, dtype=torch.float32, device=device)
+        self.config = tuned("adamw", AdamWConfig())
+        groups = {}
+        for index, tensors in enumerate(self.tensors):
+            aligned = all(address % VECTOR_BYTES == 0 for address in self._addresses[index])
+            key = (tensors[0].dtype, tensors[1].dtype, VECTOR_BYTES if aligned else 1)
+            if tensors[0].numel():
+                groups.setdefault(key, []).append((index, tensors))
+        self.launches = [  # (block table, DTYPE, GRAD_DTYPE, ALIGNMENT, BLOCK)
+            (
+                _block_table(group, self.config.block_bytes // dtype.itemsize).to(device),
+                STORAGE[dtype],
+                STORAGE[grad_dtype],
+                alignment,
+                self.config.block_bytes // dtype.itemsize,
+            )
+            for (dtype, grad_dtype, alignment), group in groups.items()
+        ]
+
+    def _check(self, index, tensors, hyper):
+        param, grad, exp_avg, exp_avg_sq = tensors
+        if any(x.shape != param.shape for x in tensors):
+            raise ValueError(f"tensor {index}: gradient or moments of another shape")
+        if any(x.device != self.tensors[0][0].device for x in tensors):
+            raise ValueError(f"tensor {index}: all tensors must be on one device")
+        if not all(x.is_contiguous() for x in tensors):
+            raise ValueError(f"tensor {index}: adamw takes contiguous tensors only")
+        if param.dtype not in STORAGE or grad.dtype not in STORAGE:
+            raise ValueError(f"tensor {index}: parameters and gradients are fp32 or bf16")
+        if exp_avg.dtype != param.dtype or exp_avg_sq.dtype != param.dtype:
+            raise ValueError(f"tensor {index}: moments must have the parameter's dtype")
+        if not (0 <= hyper.beta1 < 1 and 0 <= hyper.beta2 < 1):
+            raise ValueError(f"tensor {index}: betas must be in [0, 1), got {hyper}")
+
+    def check_addresses(self):
+        """Host-side check that the tables still describe the tensors.
+
+        Raises:
+            ValueError: a tensor's storage moved, or a parameter's .grad is not the registered one.
+        """
+        for index, (tensors, known) in enumerate(zip(self.tensors, self._addresses, strict=True)):
+            if tuple(x.data_ptr() for x in tensors) != known:
+                raise ValueError(f"tensor {index}: its storage moved; build AdamWTensors again")
+            grad = tensors[0].grad
+            if grad is not None and grad.data_ptr() != known[1]:
+                raise ValueError(
+                    f"tensor {index}: .grad is not the registered gradient; "
+                    "clear gradients in place, not by dropping them"
+                )
+
+
+def adamw_schedule(lr_mult, step, device):
+    """(2,) fp32 tensor that `adamw` reads: factor on every lr, and the step (1 at the first)."""
+    return torch.tensor([lr_mult, step], dtype=torch.float32, device=device)
+
+
+def adamw(
+    tensors,
+    schedule,  # (2,) fp32: lr_mult, step
+    clear_grad=False,
+):
+    """One AdamW step of an AdamWTensors, in place; `clear_grad` zeroes the gradients as it goes.
+
+    A CUDA graph that holds it follows what is copied into `schedule` and into `tensors.hyper`.
+
+    Raises:
+        ValueError: schedule is not (2,) fp32; a tensor moved (AdamWTensors.check_addresses).
+    """
+    if schedule.shape != (2,) or schedule.dtype != torch.float32:
+        raise ValueError("the schedule of adamw is a (2,) fp32 tensor; see adamw_schedule")
+    tensors.check_addresses()
+    count = len(tensors.tensors)
+    _adamw_scalars_kernel[(1,)](
+        tensors.hyper, schedule, tensors.scalars, count, BT=triton.next_power_of_2(count)
+    )
+    for blocks, dtype, grad_dtype, alignment, block in tensors.launches:
+        _adamw_kernel[(len(blocks),)](
+            blocks,
+            tensors.scalars,
+            DTYPE=dtype,
+            GRAD_DTYPE=grad_dtype,
+            ALIGNMENT=alignment,
+            CLEAR=clear_grad,
+            BLOCK=block,
+            num_warps=tensors.config.warps,
+        )

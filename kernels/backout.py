@@ -2,8 +2,12 @@
 
     y = x - backout_lambda * x_mid
 
-Bytes: x and x_mid read, y written. FLOPs: 2 per element.
+It is a residual mix, so the kernel of kernels/bigram_residual.py carries it, with the last block's
+branch and the norm before lm_head in the same pass. Bytes: x, branch and x_mid read, y and its
+norm written. FLOPs: 3 per element, and the norm.
 """
+
+from kernels.bigram_residual import bigram_residual
 
 
 def backout_ref(
@@ -13,3 +17,13 @@ def backout_ref(
 ):
     """x less the scaled mid-depth stream, (B, T, D) in x's dtype."""
     return x - backout_lambda.to(x.dtype) * x_mid
+
+
+def backout(
+    x,  # (B, T, D) stream, contiguous
+    x_mid,  # (B, T, D) stream after block n_layer // 2, contiguous
+    backout_lambda,  # (1,)
+    branch=None,  # (B, T, D) the last block's branch, if it has not joined the stream yet
+):
+    """x + branch - backout_lambda * x_mid and its RMSNorm, both (B, T, D); differentiable."""
+    return bigram_residual(x, branch, x_mid, x0_lambda=-backout_lambda.view(()))

@@ -1,53 +1,36 @@
-"""Hashed bigram lookup and the residual mix that opens every block.
+"""Hashed bigram lookup, the residual mix that opens every block, and the norm after it.
 
-    row_t = ((36313 * tok_t) XOR (27191 * tok_{t-1})) mod (rows - 1),   row_0 = rows - 1
-    e_t   = table[row_t]
-    y     = resid_lambda * x + x0_lambda * x0 + bigram_lambda * e
+    e_t    = table[row_t], row_t the hash of tokens t and t-1     (kernels/bigram_hash.py)
+    y      = resid_lambda * (x + branch) + x0_lambda * x0 + bigram_lambda * e
+    normed = y / sqrt(mean(y^2) + eps)
 
-The last row of the table is reserved for positions without a previous token. Recipe:
-karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747); hash constants as in
-modded-nanogpt's bigram table.
+Recipe: karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747). One kernel makes
+y and normed, the latter as bf16, as an FP8 operand or as both; e never reaches memory. Without x0
+and table the same kernel is the residual add and norm in the middle of a block.
+Backward, for the gradient h of normed and the gradient g of y from its other uses:
 
-Bytes of the mix, N = B*T positions of width D at s bytes: 4*N*D*s (x, x0, e read, y written).
-FLOPs: 5 per element.
+    g_y = g + rstd * h - y * rstd^3 * mean(h * y),   grad x = grad branch = resid_lambda * g_y
+
+What x0, the table and their lambdas get from all layers together: kernels/residual_gradients.py.
+
+Bytes, N = B*T positions of width C at s bytes: forward s*N*C per tensor read (x, branch, x0, e) and
+written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and g_y written.
+FLOPs: about 10 per element.
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-HASH_CURRENT = 36313
-HASH_PREVIOUS = 27191
+from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from kernels.embedding_grad import bigram_table_grad
+from kernels.fp8 import amax_bits, empty_operand, operand_args, record_amax, store_scaled
+from kernels.residual_gradients import residual_gradients
+from kernels.rms_norm import RMS_NORM_EPS
+from kernels.tuning import Tile, tuned
 
-
-def bigram_rows_ref(
-    tokens,  # (B, T) integer
-    num_rows,
-    prev_token=None,  # (B,) integer: the token before tokens[:, 0], or None at the start of a row
-):
-    """Table row of every position, (B, T) int64 in [0, num_rows); num_rows - 1 is the reserved row.
-
-    Raises:
-        ValueError: num_rows < 2, which leaves no row to hash to.
-    """
-    if num_rows < 2:
-        raise ValueError(f"a bigram table needs at least 2 rows, got {num_rows}")
-    tokens = tokens.long()
-    first = tokens.new_zeros(tokens.size(0)) if prev_token is None else prev_token.long()
-    previous = torch.cat([first[:, None], tokens[:, :-1]], dim=1)  # (B, T)
-    rows = torch.bitwise_xor(HASH_CURRENT * tokens, HASH_PREVIOUS * previous) % (num_rows - 1)
-    if prev_token is not None:
-        return rows
-    reserved = rows.new_full((rows.size(0), 1), num_rows - 1)
-    return torch.cat([reserved, rows[:, 1:]], dim=1)
-
-
-def bigram_embedding_ref(
-    tokens,  # (B, T) integer
-    table,  # (rows, D)
-    prev_token=None,  # (B,) integer or None
-):
-    """Embedding of every (previous, current) token pair, (B, T, D) in the table's dtype."""
-    return F.embedding(bigram_rows_ref(tokens, table.size(0), prev_token), table)
+FORWARD_TILE = Tile(rows=32, cols=128, warps=8)
+BACKWARD_TILE = Tile(rows=32, cols=128, warps=8)
 
 
 def bigram_residual_ref(
@@ -63,3 +46,383 @@ def bigram_residual_ref(
     if e is None:
         return y
     return y + bigram_lambda * e
+
+
+@triton.jit
+def load_scalar(
+    ptr,  # (1,), or None for 1
+):
+    if ptr is None:
+        return 1.0
+    else:
+        return tl.load(ptr).to(tl.float32)
+
+
+@triton.jit
+def _mix(
+    x_ptr,  # (N, C)
+    branch_ptr,  # (N, C) or None
+    x0_ptr,  # (N, C) or None
+    table_ptr,  # (num_rows, C) or None
+    offsets,  # (BM, BC) int64
+    table_rows,  # (BM,) int64
+    cols,  # (BC,)
+    ok,  # (BM, BC) bool
+    C,
+    resid,
+    x0_scale,
+    bigram,
+):
+    """One (BM, BC) fp32 block of y."""
+    y = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        y += tl.load(branch_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    y *= resid
+    if x0_ptr is not None:
+        y += x0_scale * tl.load(x0_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    if table_ptr is not None:
+        e = tl.load(table_ptr + table_rows[:, None] * C + cols[None, :], mask=ok, other=0.0)
+        y += bigram * e.to(tl.float32)
+    return y
+
+
+@triton.jit
+def _bigram_residual_fwd_kernel(
+    x_ptr,  # (N, C)
+    branch_ptr,  # (N, C) or None
+    x0_ptr,  # (N, C) or None
+    tokens_ptr,  # (N,) integer, or None
+    table_ptr,  # (num_rows, C) or None
+    resid_ptr,  # (1,) or None
+    x0_lambda_ptr,  # (1,) or None
+    bigram_lambda_ptr,  # (1,) or None
+    y_ptr,  # (N, C)
+    normed_ptr,  # (N, C) or None
+    rstd_ptr,  # (N,) fp32
+    data_ptr,  # (N, C) FP8 or None
+    transposed_ptr,  # (C, N) FP8 or None
+    scale_ptr,  # (1,) fp32 or None
+    amax_ptr,  # (1,) int32 or None
+    N,
+    C,
+    T,
+    num_rows,
+    eps,
+    CURRENT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    row_ok = rows < N
+    resid = load_scalar(resid_ptr)
+    x0_scale = load_scalar(x0_lambda_ptr)
+    bigram = load_scalar(bigram_lambda_ptr)
+    if table_ptr is not None:
+        table_rows = hash_rows(tokens_ptr, rows, row_ok, T, num_rows, CURRENT, PREVIOUS)
+    else:
+        table_rows = rows
+    base = rows.to(tl.int64)[:, None] * C  # (BM, 1)
+    squares = tl.zeros((BM, BC), tl.float32)
+    for col in range(0, C, BC):
+        cols = col + tl.arange(0, BC)
+        ok = row_ok[:, None] & (cols < C)[None, :]
+        offsets = base + cols[None, :]
+        y = _mix(
+            x_ptr, branch_ptr, x0_ptr, table_ptr, offsets, table_rows, cols, ok, C,
+            resid, x0_scale, bigram,
+        ).to(y_ptr.dtype.element_ty)  # fmt: skip
+        tl.store(y_ptr + offsets, y, mask=ok)
+        y = y.to(tl.float32)
+        squares += y * y
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=row_ok)
+    tl.debug_barrier()  # y is read back below, from the cache
+    if data_ptr is not None:
+        scale = tl.load(scale_ptr)
+        amax = tl.zeros((BM, BC), tl.int32)
+    for col in range(0, C, BC):
+        cols = col + tl.arange(0, BC)
+        ok = row_ok[:, None] & (cols < C)[None, :]
+        offsets = base + cols[None, :]
+        normed = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32) * rstd[:, None]
+        if normed_ptr is not None:
+            tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
+        if data_ptr is not None:
+            amax = tl.maximum(amax, amax_bits(normed))
+            store_scaled(normed * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
+    if data_ptr is not None:
+        record_amax(amax_ptr, amax.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _bigram_residual_bwd_kernel(
+    grad_normed_ptr,  # (N, C)
+    grad_stream_ptr,  # (N, C) or None
+    stream_scale_ptr,  # (1,) or None
+    y_ptr,  # (N, C)
+    rstd_ptr,  # (N,) fp32
+    x_ptr,  # (N, C) or None
+    resid_ptr,  # (1,) or None
+    grad_y_ptr,  # (N, C)
+    resid_partial_ptr,  # (programs,) fp32 or None
+    data_ptr,  # (N, C) FP8 or None
+    transposed_ptr,  # (C, N) FP8 or None
+    scale_ptr,  # (1,) fp32 or None
+    amax_ptr,  # (1,) int32 or None
+    N,
+    C,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    row_ok = rows < N
+    resid = load_scalar(resid_ptr)
+    stream_scale = load_scalar(stream_scale_ptr)
+    base = rows.to(tl.int64)[:, None] * C  # (BM, 1)
+    products = tl.zeros((BM, BC), tl.float32)
+    for col in range(0, C, BC):
+        cols = col + tl.arange(0, BC)
+        ok = row_ok[:, None] & (cols < C)[None, :]
+        offsets = base + cols[None, :]
+        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        products += h * y
+    rstd = tl.load(rstd_ptr + rows, mask=row_ok, other=0.0)
+    y_scale = rstd * rstd * rstd * (tl.sum(products, axis=1) / C)
+    products = tl.zeros((BM, BC), tl.float32)
+    if data_ptr is not None:
+        scale = tl.load(scale_ptr)
+        amax = tl.zeros((BM, BC), tl.int32)
+    for col in range(0, C, BC):
+        cols = col + tl.arange(0, BC)
+        ok = row_ok[:, None] & (cols < C)[None, :]
+        offsets = base + cols[None, :]
+        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        g = h * rstd[:, None] - y * y_scale[:, None]
+        if grad_stream_ptr is not None:
+            stream = tl.load(grad_stream_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+            g += stream_scale * stream
+        tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
+        if x_ptr is not None:
+            x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+            products += g * x
+        if data_ptr is not None:
+            g *= resid
+            amax = tl.maximum(amax, amax_bits(g))
+            store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
+    if data_ptr is not None:
+        record_amax(amax_ptr, amax.to(tl.float32, bitcast=True))
+    if x_ptr is not None:
+        tl.store(resid_partial_ptr + tl.program_id(0), tl.sum(tl.sum(products, axis=1), axis=0))
+
+
+def _check_matrices(op, **tensors):
+    """Raise ValueError unless every given tensor is contiguous and of the first one's shape."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(given.values()))
+    for name, x in given.items():
+        if not x.is_contiguous() or x.shape != first.shape:
+            raise ValueError(
+                f"{op}: {name} must be contiguous and of shape {tuple(first.shape)}, "
+                f"got {tuple(x.shape)}"
+            )
+
+
+def bigram_residual_fwd(
+    x,  # (N, C) stream
+    branch=None,  # (N, C) output of the branch that joins the stream
+    x0=None,  # (N, C) stream after smear
+    tokens=None,  # (B, T) integer, B*T = N
+    table=None,  # (num_rows, C)
+    resid_lambda=None,  # (1,) or (); 1 if None
+    x0_lambda=None,  # (1,) or (), with x0
+    bigram_lambda=None,  # (1,) or (), with table
+    scaling=None,
+    want_normed=True,
+):
+    """Mix, norm and quantise in one kernel.
+
+    Args:
+        scaling: kernels.fp8.Scaling of the FP8 operand, or None for no operand.
+        want_normed: also write normed in x's dtype.
+
+    Returns:
+        y (N, C) in x's dtype, rstd (N,) fp32, normed (N, C) or None, FP8Operand or None.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or not of x's shape.
+    """
+    _check_matrices("bigram_residual", x=x, branch=branch, x0=x0)
+    n, c = x.shape
+    if table is not None:
+        _check_matrices("bigram_residual", table=table)
+        _check_matrices("bigram_residual", tokens=tokens)
+        if tokens.numel() != n or table.size(1) != c:
+            raise ValueError(
+                f"bigram_residual: x is {n} x {c}, but there are {tokens.numel()} tokens "
+                f"and a table of width {table.size(1)}"
+            )
+    y = torch.empty_like(x)
+    rstd = torch.empty(n, dtype=torch.float32, device=x.device)
+    normed = torch.empty_like(x) if want_normed else None
+    operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
+    config = tuned("bigram_residual_fwd", FORWARD_TILE)
+    _bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
+        x,
+        branch,
+        x0,
+        tokens,
+        table,
+        resid_lambda,
+        x0_lambda,
+        bigram_lambda,
+        y,
+        normed,
+        rstd,
+        *operand_args(operand, scaling),
+        n,
+        c,
+        tokens.size(1) if tokens is not None else n,
+        table.size(0) if table is not None else 0,
+        RMS_NORM_EPS,
+        HASH_CURRENT,
+        HASH_PREVIOUS,
+        BM=config.rows,
+        BC=config.cols,
+        num_warps=config.warps,
+    )
+    return y, rstd, normed, operand
+
+
+def bigram_residual_bwd(
+    grad_normed,  # (N, C)
+    y,  # (N, C)
+    rstd,  # (N,) fp32
+    grad_stream=None,  # (N, C) gradient of y from its other uses, before stream_scale
+    stream_scale=None,  # (1,) or (): factor of grad_stream; 1 if None
+    x=None,  # (N, C), for the gradient of resid_lambda
+    resid_lambda=None,  # (1,) or (); 1 if None
+    scaling=None,
+    out=None,  # (N, C): where the gradient of y goes
+):
+    """Gradient of y, and what follows from it in the same pass.
+
+    Args:
+        scaling: Scaling of the FP8 operand of resid_lambda * grad_y, the branch's gradient.
+
+    Returns:
+        grad_y (N, C) in y's dtype, the gradient () fp32 of resid_lambda (None without x), and the
+        FP8Operand or None.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or not of y's shape.
+    """
+    _check_matrices(
+        "bigram_residual", y=y, grad_normed=grad_normed, grad_stream=grad_stream, x=x, out=out
+    )
+    n, c = y.shape
+    config = tuned("bigram_residual_bwd", BACKWARD_TILE)
+    programs = triton.cdiv(n, config.rows)
+    grad_y = torch.empty_like(y) if out is None else out
+    partial = None
+    if x is not None:
+        partial = torch.empty(programs, dtype=torch.float32, device=y.device)
+    operand = empty_operand(n, c, scaling, y.device) if scaling is not None else None
+    _bigram_residual_bwd_kernel[(programs,)](
+        grad_normed,
+        grad_stream,
+        stream_scale,
+        y,
+        rstd,
+        x,
+        resid_lambda,
+        grad_y,
+        partial,
+        *operand_args(operand, scaling),
+        n,
+        c,
+        BM=config.rows,
+        BC=config.cols,
+        num_warps=config.warps,
+    )
+    return grad_y, None if partial is None else partial.sum(), operand
+
+
+class BigramResidual(torch.autograd.Function):
+    """One layer's mix and norm, with the gradients of all its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,  # (N, C)
+        branch,  # (N, C) or None
+        x0,  # (N, C) or None
+        tokens,  # (B, T) or None
+        table,  # (num_rows, C) or None
+        resid_lambda,  # (), or None
+        x0_lambda,  # (), or None
+        bigram_lambda,  # (), or None
+    ):
+        y, rstd, normed, _ = bigram_residual_fwd(
+            x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
+        )
+        ctx.save_for_backward(
+            y, rstd, x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
+        )
+        ctx.set_materialize_grads(False)
+        return y, normed
+
+    @staticmethod
+    def backward(
+        ctx,
+        grad_y,  # (N, C) or None
+        grad_normed,  # (N, C) or None
+    ):
+        y, rstd, x, branch, x0, tokens, table, resid, x0_lambda, bigram = ctx.saved_tensors
+        if resid is None:
+            x = None
+        elif branch is not None:
+            x = x + branch
+        grad_normed = torch.zeros_like(y) if grad_normed is None else grad_normed.contiguous()
+        grad_y = None if grad_y is None else grad_y.contiguous()
+        grad, of_resid, _ = bigram_residual_bwd(grad_normed, y, rstd, grad_y, x=x)
+        grad_x = grad if resid is None else resid.to(grad.dtype) * grad
+        grad_branch = None if branch is None else grad_x
+        if x0 is None:
+            return grad_x, grad_branch, None, None, None, of_resid, None, None
+        bigram = None if bigram is None else bigram.view(1)
+        grad_x0, of_x0, grad_e, of_bigram = residual_gradients(
+            grad[None], x0, x0_lambda.view(1), tokens, table, bigram
+        )
+        grad_table = None
+        if table is not None:
+            grad_table = torch.zeros_like(table)
+            bigram_table_grad(tokens, grad_e, grad_table)
+            of_bigram = of_bigram[0]
+        return grad_x, grad_branch, grad_x0, None, grad_table, of_resid, of_x0[0], of_bigram
+
+
+def bigram_residual(
+    x,  # (B, T, C) stream
+    branch=None,  # (B, T, C) output of the branch that joins the stream
+    x0=None,  # (B, T, C) stream after smear
+    tokens=None,  # (B, T) integer
+    table=None,  # (num_rows, C)
+    resid_lambda=None,  # (); 1 if None
+    x0_lambda=None,  # (), with x0
+    bigram_lambda=None,  # (), with table, which wants x0 too
+):
+    """The mixed stream y and its RMSNorm, both (B, T, C) in x's dtype; differentiable.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or does not fit x.
+    """
+    if table is not None and (tokens is None or x0 is None):
+        raise ValueError("bigram_residual: a table wants tokens and x0 with it")
+    flat = [None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0)]
+    y, normed = BigramResidual.apply(*flat, tokens, table, resid_lambda, x0_lambda, bigram_lambda)
+    return y.view(x.shape), normed.view(x.shape)

@@ -17,8 +17,7 @@ import triton.language as tl
 
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients
-E4M3_MAX = 448.0
-E5M2_MAX = 57344.0
+MULTIPLE = 16  # what FP8 matrix products ask of both sizes
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,13 @@ class FP8Operand:
 
 
 def empty_operand(rows, cols, scaling, device):
-    """Unwritten FP8Operand of a (rows, cols) matrix."""
+    """Unwritten FP8Operand of a (rows, cols) matrix.
+
+    Raises:
+        ValueError: sizes that no FP8 product takes.
+    """
+    if rows % MULTIPLE or cols % MULTIPLE:
+        raise ValueError(f"an FP8 operand's sizes must be multiples of 16, got {rows} x {cols}")
     data = torch.empty(rows, cols, dtype=scaling.dtype, device=device)
     transposed = torch.empty(cols, rows, dtype=scaling.dtype, device=device)
     return FP8Operand(data, transposed, scaling.inverse_scale)
@@ -77,13 +82,11 @@ def operand_args(operand, scaling):
 
 
 @triton.jit
-def cast_fp8(
-    x,  # fp32 block, already times the scale
-    dtype: tl.constexpr,
+def amax_bits(
+    x,  # fp32 block
 ):
-    """x in FP8, saturating; NaN stays NaN."""
-    limit: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+    """Bits of |x| as int32. On them integer order is float order, with NaN above Inf."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -91,11 +94,73 @@ def record_amax(
     amax_ptr,  # (1,) int32: the bits of a non-negative fp32
     x,  # fp32 block
 ):
-    """Raise amax to max|x|. On bits of non-negative floats integer order is float order, with NaN
-    above Inf, so NaN shows; a maximum does not depend on the order, so it is deterministic."""
-    bits = tl.max(tl.ravel(tl.abs(x).to(tl.int32, bitcast=True)), axis=0)
+    """Raise amax to max|x|, NaN and Inf included. The order of atomic maxima does not show in the
+    result, so it is deterministic."""
+    bits = tl.max(tl.ravel(amax_bits(x)), axis=0)
     if bits > tl.load(amax_ptr):  # a stale value costs an atomic too many, no more
         tl.atomic_max(amax_ptr, bits, sem="relaxed")
+
+
+@triton.jit
+def _pack_columns(
+    x,  # (BM, BN) fp32
+    dtype: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """x in FP8, four neighbouring columns to a word: (BM, BN / 4) uint32, the first lowest.
+
+    The cast saturates (cvt.rn.satfinite) and keeps NaN.
+    """
+    q = x.to(dtype).to(tl.uint8, bitcast=True).to(tl.uint32)
+    even, odd = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))
+    low, high = tl.split(even | (odd << 8))
+    return low | (high << 16)
+
+
+@triton.jit
+def store_scaled(
+    x,  # (BM, BN) fp32, already times the scale
+    data_ptr,  # (M, N) FP8
+    transposed_ptr,  # (N, M) FP8, or None
+    row,  # first row of the block
+    col,  # first column of the block
+    M,
+    N,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Cast one block of a matrix to FP8 and store it in both layouts, four bytes at a time.
+
+    Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
+    compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22), and moves more data.
+    """
+    words = _pack_columns(x, data_ptr.dtype.element_ty, BM, BN)  # (BM, BN / 4)
+    m, n = tl.arange(0, BM), tl.arange(0, BN // 4)
+    ok = (row + m < M)[:, None] & (col // 4 + n < N // 4)[None, :]
+    data_ptr = data_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    offsets = (row + m).to(tl.int64)[:, None] * (N // 4) + (col // 4 + n)[None, :]
+    tl.store(data_ptr + offsets, words, mask=ok)
+    if transposed_ptr is not None:
+        # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
+        rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
+        even, odd = tl.split(rows)
+        row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
+        row1, row3 = tl.split(odd)
+        low01 = (row0 & 0x00FF00FF) | ((row1 & 0x00FF00FF) << 8)  # columns 0 and 2
+        high01 = ((row0 >> 8) & 0x00FF00FF) | (row1 & 0xFF00FF00)  # columns 1 and 3
+        low23 = (row2 & 0x00FF00FF) | ((row3 & 0x00FF00FF) << 8)
+        high23 = ((row2 >> 8) & 0x00FF00FF) | (row3 & 0xFF00FF00)
+        col0, col2 = (low01 & 0xFFFF) | (low23 << 16), (low01 >> 16) | (low23 & 0xFFFF0000)
+        col1, col3 = (high01 & 0xFFFF) | (high23 << 16), (high01 >> 16) | (high23 & 0xFFFF0000)
+        i = tl.arange(0, BM // 4)
+        ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
+        transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        base = (col + 4 * n).to(tl.int64)[:, None] * (M // 4) + (row // 4 + i)[None, :]
+        tl.store(transposed_ptr + base, tl.trans(col0), mask=ok)
+        tl.store(transposed_ptr + base + M // 4, tl.trans(col1), mask=ok)
+        tl.store(transposed_ptr + base + 2 * (M // 4), tl.trans(col2), mask=ok)
+        tl.store(transposed_ptr + base + 3 * (M // 4), tl.trans(col3), mask=ok)
 
 
 @triton.jit
@@ -112,14 +177,6 @@ def store_fp8(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Quantise one block of a matrix and store it in both layouts."""
+    """Quantise the only block of a program: record its maximum and store it in both layouts."""
     record_amax(amax_ptr, x)
-    q = cast_fp8(x * tl.load(scale_ptr), data_ptr.dtype.element_ty)
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
-    m_ok, n_ok = row + m < M, col + n < N
-    base = data_ptr + row.to(tl.int64) * N + col
-    tl.store(base + m[:, None] * N + n[None, :], q, mask=m_ok[:, None] & n_ok[None, :])
-    if transposed_ptr is not None:
-        base = transposed_ptr + col.to(tl.int64) * M + row
-        offsets = n[:, None].to(tl.int64) * M + m[None, :]
-        tl.store(base + offsets, tl.trans(q), mask=n_ok[:, None] & m_ok[None, :])
+    store_scaled(x * tl.load(scale_ptr), data_ptr, transposed_ptr, row, col, M, N, BM, BN)

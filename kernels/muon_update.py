@@ -6,13 +6,60 @@
     u <- u / sqrt(max(s, 1e-10)), rescaled to its former Frobenius norm    (NorMuon, 2510.05491)
     p <- p - lr'*u - lr'*wd*p*[u*p >= 0],   lr' = lr * sqrt(max(1, rows / cols))
 
-Muon: https://kellerjordan.github.io/posts/muon/. Bytes around the iteration: p and m read and
-written, g read, s read and written.
+Muon: https://kellerjordan.github.io/posts/muon/. Two passes touch matrices, muon_momentum before
+the iteration (kernels/muon_momentum.py) and muon_apply after it. Between them the iteration gives
+x and its sums of squares per row or column, from which muon_factors makes s and one factor f per
+row or column for Muon+, variance reduction and the kept norm, so that u = f*x.
+
+Bytes per parameter: muon_momentum g 4 (bf16: 2) + m 8 + z 2, and 4 (2) more to clear g; muon_apply
+x 2 + p 8 + copies 2 (bf16) and 1 + 1 (FP8). FLOPs: 20 per parameter outside of the iteration.
 """
 
-from kernels.newton_schulz import newton_schulz_ref
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.fp8 import FP8Operand, Scaling, operand_args, store_fp8
+from kernels.muon_momentum import muon_momentum
+from kernels.newton_schulz import (
+    EQUILIBRATIONS,
+    NORM_FLOOR,
+    compute_dtype,
+    initial_scale,
+    newton_schulz,
+    newton_schulz_ref,
+    orthogonalize,
+)
+from kernels.tuning import Tile, tuned
 
 SECOND_MOMENT_FLOOR = 1e-10
+TILE = Tile(rows=64, cols=128, warps=8)
+
+
+@dataclass(frozen=True)
+class WeightCopies:
+    """Copies of a stack of N matrices that `muon_update` writes in its last pass, each or None.
+
+    Fields: bf16; fp8, an FP8Operand of stacks: data (N, R, C), transposed (N, C, R); and the
+    Scaling that fp8 needs, with one scale, inverse scale and amax per matrix: (N,) tensors.
+    """
+
+    bf16: torch.Tensor | None = None  # (N, R, C)
+    fp8: FP8Operand | None = None
+    scaling: Scaling | None = None
+
+    @classmethod
+    def empty(cls, shape, device, bf16=False, scaling=None):
+        """Unwritten copies of a stack of `shape` (N, R, C); FP8 if there is a scaling."""
+        n, rows, cols = shape
+        copy = torch.empty(n, rows, cols, dtype=torch.bfloat16, device=device) if bf16 else None
+        if scaling is None:
+            return cls(copy)
+        data = torch.empty(n, rows, cols, dtype=scaling.dtype, device=device)
+        transposed = torch.empty(n, cols, rows, dtype=scaling.dtype, device=device)
+        return cls(copy, FP8Operand(data, transposed, scaling.inverse_scale), scaling)
 
 
 def second_moment_shape(
@@ -58,3 +105,218 @@ def muon_update_ref(
     lr = lr * max(1.0, param.size(-2) / param.size(-1)) ** 0.5
     cautious = (u * param) >= 0
     param.sub_(lr * u + lr * weight_decay * param * cautious)
+
+
+@triton.jit
+def _factors_kernel(
+    squares_ptr,  # (N, L) fp32
+    moment_ptr,  # (N, L) fp32
+    factors_ptr,  # (N, L) fp32
+    L,
+    reduced,  # elements in each sum of squares
+    target,  # Frobenius norm after Muon+
+    weight,  # 1 - beta2
+    norm_floor,
+    moment_floor,
+    MUON_PLUS: tl.constexpr,
+    BL: tl.constexpr,
+):
+    n, i = tl.program_id(0), tl.arange(0, BL)
+    ok = i < L
+    root = tl.sqrt(tl.load(squares_ptr + n * L + i, mask=ok, other=0.0))
+    kappa = 1.0
+    if MUON_PLUS:
+        norm = tl.sqrt(tl.sum(root * root, axis=0))
+        kappa = target / tl.maximum(norm, norm_floor, propagate_nan=tl.PropagateNan.ALL)
+    root *= kappa  # before squaring: kappa^2 may not be finite
+    squares = root * root
+    moment = tl.load(moment_ptr + n * L + i, mask=ok, other=1.0)
+    moment += weight * (squares / reduced - moment)
+    tl.store(moment_ptr + n * L + i, moment, mask=ok)
+    moment = tl.maximum(moment, moment_floor, propagate_nan=tl.PropagateNan.ALL)
+    norm = tl.sqrt(tl.sum(squares, axis=0))
+    new_norm = tl.sqrt(tl.sum(squares / moment, axis=0))
+    new_norm = tl.maximum(new_norm, moment_floor, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(factors_ptr + n * L + i, kappa * (norm / new_norm) / tl.sqrt(moment), mask=ok)
+
+
+@triton.jit
+def _apply_kernel(
+    param_ptr,  # (N, R, C) fp32
+    x_ptr,  # (N, R, C)
+    factors_ptr,  # (N, R) if PER_ROW, else (N, C); fp32
+    hyper_ptr,  # (3,) fp32: lr, momentum, weight decay
+    copy_ptr,  # (N, R, C) bf16, or None
+    data_ptr,  # (N, R, C) FP8, or None
+    transposed_ptr,  # (N, C, R) FP8
+    scale_ptr,  # (N,) fp32
+    amax_ptr,  # (N,) int32
+    R,
+    C,
+    lr_factor,
+    PER_ROW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    n = tl.program_id(2).to(tl.int64)
+    row, col = tl.program_id(1) * BM, tl.program_id(0) * BN
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    row_ok, col_ok = row + r < R, col + c < C
+    mask = row_ok[:, None] & col_ok[None, :]
+    if PER_ROW:
+        f = tl.load(factors_ptr + n * R + row + r, mask=row_ok, other=0.0)[:, None]
+    else:
+        f = tl.load(factors_ptr + n * C + col + c, mask=col_ok, other=0.0)[None, :]
+    base = (n * R + row) * C + col
+    offsets = r[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + base + offsets, mask=mask, other=0.0)
+    lr = tl.load(hyper_ptr) * lr_factor
+    decay = lr * tl.load(hyper_ptr + 2)
+    u = f * x
+    p -= lr * u + tl.where(u * p >= 0, decay * p, 0.0)
+    tl.store(param_ptr + base + offsets, p, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + base + offsets, p.to(tl.bfloat16), mask=mask)
+    if data_ptr is not None:
+        matrix = n * R * C
+        store_fp8(
+            p,
+            data_ptr + matrix,
+            transposed_ptr + matrix,
+            scale_ptr + n,
+            amax_ptr + n,
+            row,
+            col,
+            R,
+            C,
+            BM,
+            BN,
+        )
+
+
+def muon_hyper(lr, momentum, weight_decay, device):
+    """(3,) fp32 tensor from which `muon_update` reads its numbers, so that a CUDA graph can."""
+    return torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, device=device)
+
+
+def muon_factors(
+    squares,  # (N, R) fp32 sums of squares of the rows if R >= C, else (N, C) of the columns
+    second_moment,  # (N, R, 1) if R >= C, else (N, 1, C); fp32, updated in place
+    shape,  # (N, R, C)
+    beta2,
+    muon_plus,
+):
+    """Factor of each row (column) for Muon+ and variance reduction, (N, R) or (N, C) fp32."""
+    n, rows, cols = shape
+    count, reduced = (rows, cols) if rows >= cols else (cols, rows)
+    factors = torch.empty(n, count, dtype=torch.float32, device=squares.device)
+    _factors_kernel[(n,)](
+        squares,
+        second_moment,
+        factors,
+        count,
+        reduced,
+        min(rows, cols) ** 0.5,
+        1 - beta2,
+        NORM_FLOOR,
+        SECOND_MOMENT_FLOOR,
+        MUON_PLUS=muon_plus,
+        BL=triton.next_power_of_2(count),
+        num_warps=8,
+    )
+    return factors
+
+
+def muon_apply(
+    param,  # (N, R, C) fp32, updated in place
+    x,  # (N, R, C)
+    factors,  # (N, R) if R >= C, else (N, C); fp32
+    hyper,  # (3,) fp32
+    weights=None,
+):
+    """Scale x, decay and update param, and write the WeightCopies `weights` if given."""
+    n, rows, cols = param.shape
+    weights = weights or WeightCopies()
+    config = tuned("muon_apply", TILE)
+    grid = (triton.cdiv(cols, config.cols), triton.cdiv(rows, config.rows), n)
+    _apply_kernel[grid](
+        param,
+        x,
+        factors,
+        hyper,
+        weights.bf16,
+        *operand_args(weights.fp8, weights.scaling),
+        rows,
+        cols,
+        max(1.0, rows / cols) ** 0.5,
+        PER_ROW=rows >= cols,
+        BM=config.rows,
+        BN=config.cols,
+        num_warps=config.warps,
+    )
+
+
+def _check(param, grad, momentum_buffer, second_moment, hyper, weights):
+    """Raise ValueError for what the kernels do not take."""
+    if param.dim() != 3 or not grad.shape == momentum_buffer.shape == param.shape:
+        raise ValueError("parameter, gradient and momentum must have one shape (N, R, C)")
+    if second_moment.shape != second_moment_shape(param.shape):
+        raise ValueError("the second moment must have the shape of second_moment_shape")
+    tensors = [param, grad, momentum_buffer, second_moment]
+    if any(x.dtype != torch.float32 for x in (param, momentum_buffer, second_moment, hyper)):
+        raise ValueError("parameter, momentum, second moment and hyper must be fp32")
+    if grad.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError("the gradient must be fp32 or bf16")
+    if hyper.shape != (3,):
+        raise ValueError("hyper must be the (3,) tensor of muon_hyper")
+    if weights is not None and weights.bf16 is not None:
+        tensors.append(weights.bf16)
+        if weights.bf16.shape != param.shape:
+            raise ValueError("the bf16 copy must have the parameter's shape")
+    if weights is not None and weights.fp8 is not None:
+        tensors += [weights.fp8.data, weights.fp8.transposed]
+        if weights.fp8.data.shape != param.shape or weights.fp8.transposed.shape != param.mT.shape:
+            raise ValueError("the FP8 copies must have shapes (N, R, C) and (N, C, R)")
+        if weights.scaling.scale.shape != param.shape[:1]:
+            raise ValueError("the FP8 copies need one scale per matrix")
+    if not all(x.is_contiguous() for x in tensors):
+        raise ValueError("muon_update takes contiguous tensors only")
+
+
+def muon_update(
+    param,  # (N, R, C) fp32, updated in place
+    grad,  # (N, R, C) fp32 or bf16, not changed unless clear_grad
+    momentum_buffer,  # (N, R, C) fp32, updated in place
+    second_moment,  # (N, R, 1) if R >= C, else (N, 1, C); fp32, updated in place
+    hyper,  # (3,) fp32: learning rate, momentum, weight decay; see muon_hyper
+    beta2=0.9,
+    equilibration="row",
+    muon_plus=True,
+    weights=None,
+    clear_grad=False,
+):
+    """Update a stack of matrices in place; what `muon_update_ref` does.
+
+    Args:
+        equilibration: one of EQUILIBRATIONS; "row" is the fast path.
+        weights: WeightCopies to fill with the updated parameter; its amaxes are raised.
+        clear_grad: write zeros over the gradient after it is read.
+
+    Raises:
+        ValueError: shapes or dtypes other than above, a tensor that is not contiguous, or an
+            unknown equilibration.
+    """
+    if equilibration not in EQUILIBRATIONS:
+        raise ValueError(f"unknown equilibration {equilibration!r}")
+    _check(param, grad, momentum_buffer, second_moment, hyper, weights)
+    row = equilibration == "row"
+    dtype = compute_dtype(param.device) if row else torch.float32
+    z, norms = muon_momentum(grad, momentum_buffer, hyper, dtype, row, clear_grad)
+    if row:
+        x, squares = orthogonalize(z, initial_scale(norms))
+    else:
+        x = newton_schulz(z, equilibration, muon_plus=False)
+        squares = x.square().sum(-1 if x.size(1) >= x.size(2) else -2)
+    factors = muon_factors(squares, second_moment, param.shape, beta2, muon_plus)
+    muon_apply(param, x, factors, hyper, weights)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from kernels.fp8 import empty_operand, operand_args, store_fp8
-from kernels.tuning import tile
+from kernels.tuning import Tile, tuned
 
 AMAX_FLOOR = 1e-12  # an all-zero tensor keeps a finite scale
+TILE = Tile(rows=64, cols=128, warps=8)
 
 
 def quantize_ref(
@@ -68,7 +69,7 @@ def quantize(
         raise ValueError("quantize takes a matrix with contiguous rows; call .contiguous() on it")
     rows, cols = x.shape
     operand = empty_operand(rows, cols, scaling, x.device)
-    config = tile("quantize")
+    config = tuned("quantize", TILE)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _quantize_kernel[grid](
         x,

@@ -1,9 +1,20 @@
 """Squared ReLU (Primer, https://arxiv.org/abs/2109.08668): y = max(x, 0)^2, dx = 2*max(x, 0)*dy.
 
-Bytes: x read, y written. FLOPs: 2 per element.
+Both passes give a plain result, an FP8 operand in both layouts (kernels/fp8.py), or both.
+
+Bytes per element of s bytes: s read forward and 2*s backward (x and dy); s written for a plain
+result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward. FLOPs: 2.
 """
 
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.fp8 import empty_operand, operand_args, store_fp8
+from kernels.tuning import Tile, tuned
+
+TILE = Tile(rows=64, cols=128, warps=8)
 
 
 def relu_squared_ref(
@@ -11,3 +22,122 @@ def relu_squared_ref(
 ):
     """Elementwise max(x, 0)^2 in x's shape and dtype."""
     return F.relu(x).square()
+
+
+@triton.jit
+def _relu_squared_kernel(
+    x_ptr,  # (M, N), rows x_stride apart
+    dy_ptr,  # (M, N), rows dy_stride apart; None in the forward pass
+    out_ptr,  # (M, N), or None
+    data_ptr,  # (M, N) FP8, or None
+    transposed_ptr,  # (N, M) FP8, or None
+    scale_ptr,  # (1,) fp32, or None
+    amax_ptr,  # (1,) int32, or None
+    M,
+    N,
+    x_stride,
+    dy_stride,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
+    m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    inside = (row + m < M) & (col + n < N)
+    row64 = row.to(tl.int64)
+    x = tl.load(x_ptr + row64 * x_stride + col + (m * x_stride + n), mask=inside, other=0.0)
+    positive = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if dy_ptr is None:
+        out = positive * positive
+    else:
+        dy = tl.load(dy_ptr + row64 * dy_stride + col + (m * dy_stride + n), mask=inside, other=0.0)
+        out = 2 * positive * dy.to(tl.float32)
+    if out_ptr is not None:
+        tl.store(out_ptr + row64 * N + col + (m * N + n), out, mask=inside)
+    if data_ptr is not None:
+        store_fp8(out, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N, BM, BN)
+
+
+def _launch(op, x, dy, scaling, want_plain):
+    for name, matrix in (("x", x), ("dy", dy)):
+        if matrix is not None and (matrix.dim() != 2 or matrix.stride(1) != 1):
+            raise ValueError(f"{op}: {name} must be a matrix with contiguous rows")
+    if dy is not None and dy.shape != x.shape:
+        raise ValueError(f"{op}: dy is {tuple(dy.shape)}, x {tuple(x.shape)}")
+    rows, cols = x.shape
+    out = torch.empty(rows, cols, dtype=x.dtype, device=x.device) if want_plain else None
+    operand = None if scaling is None else empty_operand(rows, cols, scaling, x.device)
+    config = tuned(op, TILE)
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
+    _relu_squared_kernel[grid](
+        x,
+        dy,
+        out,
+        *operand_args(operand, scaling),
+        rows,
+        cols,
+        x.stride(0),
+        0 if dy is None else dy.stride(0),
+        BM=config.rows,
+        BN=config.cols,
+        num_warps=config.warps,
+    )
+    return out, operand
+
+
+def relu_squared_fwd(
+    x,  # (M, N) bf16 or fp32, stride 1 along the rows
+    scaling=None,
+    want_plain=True,
+):
+    """y = max(x, 0)^2 in x's dtype (None unless want_plain) and as an FP8Operand under `scaling`
+    (None without one); the operand is rounded from fp32, not from the plain y.
+
+    Raises:
+        ValueError: x is not a matrix with contiguous rows.
+    """
+    return _launch("relu_squared", x, None, scaling, want_plain)
+
+
+def relu_squared_bwd(
+    dy,  # (M, N) bf16 or fp32, stride 1 along the rows
+    x,  # (M, N) bf16 or fp32, stride 1 along the rows
+    scaling=None,
+    want_plain=True,
+):
+    """dx = 2*max(x, 0)*dy: plain in x's dtype and as an FP8Operand, as for relu_squared_fwd.
+
+    Raises:
+        ValueError: dy or x is not a matrix with contiguous rows, or their shapes differ.
+    """
+    return _launch("relu_squared_bwd", x, dy, scaling, want_plain)
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x,  # (M, N)
+    ):
+        ctx.save_for_backward(x)
+        return relu_squared_fwd(x)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx,
+        dy,  # (M, N), any strides
+    ):
+        return relu_squared_bwd(dy.contiguous(), *ctx.saved_tensors)[0]
+
+
+def relu_squared(
+    x,  # (..., D) bf16 or fp32, contiguous
+):
+    """Elementwise max(x, 0)^2 in x's shape and dtype, with its gradient.
+
+    Raises:
+        ValueError: x is not contiguous.
+    """
+    if not x.is_contiguous():
+        raise ValueError("relu_squared takes a contiguous tensor; call .contiguous() on it")
+    return _ReluSquared.apply(x.view(-1, x.size(-1))).view(x.shape)

@@ -9,19 +9,54 @@ its table the rotation is y = x*cos + roll(x, D/2)*sin. Written so, torch.compil
 backward take 0.27 ms for (32, 2048, 8, 128) bf16 on an H200, against 0.34 ms with rotation first
 and halves concatenated (records/2026-11-22-baseline).
 
+The kernels work in place on the rows of a fused (N, (H + 2K)*D) buffer that holds the heads of q,
+then k, then v. The backward pass takes x_hat = x*rstd from the result, as a rotation back, and with
+x_hat . R^T g = (R x_hat) . g = (y / 1.2) . g it needs a single rotation:
+
+    dx = rstd * R^T (1.2*g - y * mean(y*g) / 1.2)
+    dgate = 3*s*(1 - s) * sum(g_v * value_embedding),   s = sigmoid(gate)
+    dvalue_embedding = 3*s*g_v,   dv = g_v
+
 Sources: RoFormer (https://arxiv.org/abs/2104.09864), query-key norm
 (https://arxiv.org/abs/2010.04245), value embeddings as in karpathy/nanochat at dc54a1a.
 
 Bytes, N = B*T positions, H query and K key/value heads of width D at s bytes:
-2*N*(H + 2K)*D*s plus N*K*D*s for the value embedding. FLOPs: about 12 per element.
+forward 2*N*(H + K)*D*s for q and k, and 3*N*K*D*s for v if it has an embedding, else none;
+backward N*D*(2H + 3K)*s read, N*(H + 2K)*D*(s and/or 2) written, and 2*N*K*D*s for an embedding
+and its gradient. FLOPs: about 12 per element.
 """
 
+from dataclasses import dataclass
+
 import torch
+import triton
 
+from kernels.embedding_grad import embedding_grad, sort_rows
+from kernels.fp8 import empty_operand, operand_args
 from kernels.rms_norm import rms_norm_ref
+from kernels.rotary_qk_norm_kernels import (
+    QK_GAIN,
+    VALUE_GATE_SCALE,
+    rotary_qk_norm_bwd_kernel,
+    rotary_qk_norm_fwd_kernel,
+)
+from kernels.tuning import tuned
 
-QK_GAIN = 1.2
-VALUE_GATE_SCALE = 3.0
+
+@dataclass(frozen=True)
+class HeadTile:
+    """Rows and heads per program, its warps, stages of its loop over heads, and the most registers
+    that a thread may take (None: as the compiler likes)."""
+
+    rows: int
+    heads: int
+    warps: int
+    stages: int = 2
+    registers: int | None = None
+
+
+TILE = HeadTile(rows=16, heads=8, warps=4, stages=3)
+TILE_BWD = HeadTile(rows=64, heads=4, warps=16, stages=3, registers=64)  # two programs an SM
 
 
 def rotary_table(seq_len, head_dim, base, device=None):
@@ -64,3 +99,234 @@ def value_gate_ref(
 ):
     """Add the gated value embedding to v; (B, T, K, D) in v's dtype."""
     return v + (VALUE_GATE_SCALE * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding
+
+
+def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
+    """K of a fused buffer with `num_heads` heads of q; ValueError for what the kernels refuse."""
+    head_dim = cos.size(-1)
+    if qkv.dim() != 2 or qkv.stride(1) != 1:
+        raise ValueError("rotary_qk_norm: qkv must be a matrix with contiguous rows")
+    kv_heads, rest = divmod(qkv.size(1) - num_heads * head_dim, 2 * head_dim)
+    if rest or kv_heads < 1 or head_dim % 2:
+        raise ValueError(
+            f"rotary_qk_norm: a row of {qkv.size(1)} does not hold {num_heads} query heads and "
+            f"as many key as value heads of an even width {head_dim}"
+        )
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.dtype != torch.float32 or not angles.is_contiguous():
+            raise ValueError(f"rotary_qk_norm: {name} must be contiguous fp32")
+        if angles.size(0) < seq_len or angles.size(1) != head_dim:
+            raise ValueError(f"rotary_qk_norm: {name} is too small for {seq_len} positions")
+    if qkv.size(0) % seq_len:
+        raise ValueError(f"rotary_qk_norm: {qkv.size(0)} rows are not sequences of {seq_len}")
+    given = [x is not None for x in (tokens, table, gate)]
+    if any(given):
+        if not all(given):
+            raise ValueError("rotary_qk_norm: tokens, table and gate go together")
+        shapes = (tokens.numel(), table.size(-1), gate.numel())
+        if shapes != (qkv.size(0), kv_heads * head_dim, qkv.size(0) * kv_heads):
+            raise ValueError("rotary_qk_norm: tokens, table or gate do not fit qkv")
+        if not all(x.is_contiguous() for x in (tokens, table, gate)):
+            raise ValueError("rotary_qk_norm: tokens, table and gate must be contiguous")
+    return kv_heads
+
+
+def _launch_sizes(config, head_dim):
+    return {
+        "D": head_dim,
+        "BM": config.rows,
+        "HALF": triton.next_power_of_2(head_dim // 2),
+        "HEADS": config.heads,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
+
+
+def rotary_qk_norm_fwd(
+    qkv,  # (N, (H + 2K)*D) bf16 or fp32, stride 1 along the rows; overwritten
+    tokens,  # (N,) integer, or None: v stays as it is, neither read nor written
+    table,  # (R, K*D) value embeddings, or None
+    gate,  # (N, K) logits, or None
+    cos,  # (>= seq_len, D) fp32
+    sin,  # (>= seq_len, D) fp32, second half negated; its first half alone is read
+    seq_len,
+    num_heads,
+):
+    """Normalise, rotate and scale q and k and gate the value embeddings into v, all in place.
+
+    Row n is at position n % seq_len. Tokens are not checked against the table.
+
+    Returns:
+        rstd, (H + K, N) fp32: the inverse root mean square of each head, for the backward pass.
+
+    Raises:
+        ValueError: tensors that are not contiguous or do not fit together.
+    """
+    kv_heads = _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)
+    rows, head_dim = qkv.size(0), cos.size(1)
+    heads = num_heads + kv_heads
+    rstd = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
+    config = tuned("rotary_qk_norm", TILE)
+    groups = triton.cdiv(heads, config.heads)
+    if table is not None:
+        groups += triton.cdiv(kv_heads, config.heads)
+    rotary_qk_norm_fwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
+        qkv,
+        rstd,
+        cos,
+        sin,
+        tokens,
+        table,
+        gate,
+        rows,
+        seq_len,
+        num_heads,
+        kv_heads,
+        qkv.stride(0),
+        **_launch_sizes(config, head_dim),
+    )
+    return rstd
+
+
+def rotary_qk_norm_bwd(
+    g_q,  # (N, H*D), stride 1 along the rows
+    g_k,  # (N, K*D), stride 1 along the rows
+    g_v,  # (N, K*D), stride 1 along the rows
+    qkv,  # (N, (H + 2K)*D), as the forward pass left it; v is not read
+    rstd,  # (H + K, N) fp32
+    tokens,  # (N,) integer, or None
+    table,  # (R, K*D), or None
+    gate,  # (N, K) logits, or None
+    cos,  # (>= seq_len, D) fp32
+    sin,  # (>= seq_len, D) fp32
+    seq_len,
+    scaling=None,
+    want_plain=True,
+):
+    """Gradients of the fused buffer, of the gate and of each position's value embedding.
+
+    Returns:
+        g_qkv, (N, (H + 2K)*D) in qkv's dtype, or None unless want_plain; the same as an
+        FP8Operand under `scaling`, or None without one; g_gate, (N, K) in gate's dtype, and
+        g_values, (N, K*D) in the table's dtype, which kernels.embedding_grad adds up by token;
+        both None without a table.
+
+    Raises:
+        ValueError: tensors that are not contiguous or do not fit together.
+    """
+    rows, head_dim = qkv.size(0), cos.size(1)
+    num_heads = g_q.size(1) // head_dim
+    kv_heads = _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)
+    for name, g, heads in (("g_q", g_q, num_heads), ("g_k", g_k, kv_heads), ("g_v", g_v, kv_heads)):
+        shape = (rows, heads * head_dim)
+        if g.shape != shape or g.stride(1) != 1 or g.dtype != qkv.dtype:
+            raise ValueError(
+                f"rotary_qk_norm: {name} must be {shape} in {qkv.dtype} with contiguous rows"
+            )
+    if scaling is not None and (head_dim < 8 or head_dim & (head_dim - 1)):
+        raise ValueError(f"rotary_qk_norm: FP8 wants heads of 8, 16, 32, ... and not {head_dim}")
+    g_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if want_plain else None
+    operand = None if scaling is None else empty_operand(*qkv.shape, scaling, qkv.device)
+    g_gate = None if table is None else torch.empty_like(gate)
+    g_values = None if table is None else table.new_empty(rows, kv_heads * head_dim)
+    config = tuned("rotary_qk_norm_bwd", TILE_BWD)
+    groups = triton.cdiv(num_heads, config.heads) + 2 * triton.cdiv(kv_heads, config.heads)
+    rotary_qk_norm_bwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
+        g_q,
+        g_k,
+        g_v,
+        qkv,
+        rstd,
+        cos,
+        sin,
+        tokens,
+        table,
+        gate,
+        g_gate,
+        g_values,
+        g_qkv,
+        *operand_args(operand, scaling),
+        rows,
+        seq_len,
+        num_heads,
+        kv_heads,
+        g_q.stride(0),
+        g_k.stride(0),
+        g_v.stride(0),
+        qkv.stride(0),
+        **_launch_sizes(config, head_dim),
+    )
+    return g_qkv, operand, g_gate, g_values
+
+
+class _RotaryQKNorm(torch.autograd.Function):
+    """Writes into qkv behind autograd's back, and raises its version: the three results are views
+    of one buffer, which autograd does not allow an in-place Function to return."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        qkv,  # (N, (H + 2K)*D)
+        tokens,  # (N,), or None
+        table,  # (R, K*D), or None
+        gate,  # (N, K), or None
+        cos,  # (>= seq_len, D)
+        sin,  # (>= seq_len, D)
+        seq_len,
+        num_heads,
+    ):
+        rstd = rotary_qk_norm_fwd(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)
+        torch.autograd.graph.increment_version(qkv)
+        ctx.save_for_backward(qkv, rstd, tokens, table, gate, cos, sin)
+        ctx.seq_len = seq_len
+        head_dim = cos.size(1)
+        heads = qkv.detach().view(-1, seq_len, qkv.size(1) // head_dim, head_dim)
+        kv_heads = (heads.size(2) - num_heads) // 2
+        return heads.split([num_heads, kv_heads, kv_heads], dim=2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx,
+        *grads,  # of q, k and v: (B, T, H or K, D), any strides
+    ):
+        qkv, rstd, tokens, table, gate, cos, sin = ctx.saved_tensors
+        rows = [g.reshape(qkv.size(0), -1) for g in grads]
+        rows = [g if g.stride(1) == 1 else g.contiguous() for g in rows]
+        g_qkv, _, g_gate, g_values = rotary_qk_norm_bwd(
+            *rows, qkv, rstd, tokens, table, gate, cos, sin, ctx.seq_len
+        )
+        g_table = None
+        if table is not None and ctx.needs_input_grad[2]:
+            order = sort_rows(tokens, table.size(0))
+            g_table = embedding_grad(g_values, order, torch.zeros_like(table))
+        return g_qkv, None, g_table, g_gate, None, None, None, None
+
+
+def rotary_qk_norm(
+    qkv,  # (N, (H + 2K)*D) bf16 or fp32, contiguous; overwritten
+    cos,  # (>= seq_len, D) fp32
+    sin,  # (>= seq_len, D) fp32, second half negated
+    seq_len,
+    num_heads,
+    tokens=None,  # (N,) integer
+    table=None,  # (R, K*D) value embeddings
+    gate=None,  # (N, K) logits
+):
+    """q (B, T, H, D), k and v (B, T, K, D), ready for attention, from a fused projection.
+
+    The three are views of qkv, which is overwritten: its old values are gone, and what is done
+    with qkv itself afterwards has no gradient through this function. Its producer must not need
+    its own result in its backward pass (a matrix product does not); autograd raises if it does.
+    With tokens, table and gate, v += 3*sigmoid(gate)*table[token]. Gradients: qkv, table, gate.
+
+    Raises:
+        ValueError: a leaf that requires a gradient; tensors that are not contiguous or do not fit
+            together.
+    """
+    if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
+        raise ValueError("rotary_qk_norm overwrites qkv, which may not be a leaf with a gradient")
+    if not qkv.is_contiguous():
+        raise ValueError("rotary_qk_norm takes a contiguous qkv; call .contiguous() on it")
+    return _RotaryQKNorm.apply(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)

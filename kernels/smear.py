@@ -1,11 +1,29 @@
 """Smear: mix the previous position's embedding into each position (karpathy/nanochat at dc54a1a).
 
-    y_t = x_t + smear_lambda * sigmoid(gate_t) * x_{t-1},        y_0 = x_0
+    n_t = rms_norm(wte[token_t]);   gate_t = W . n_t[:G]
+    y_t = n_t + smear_lambda * sigmoid(gate_t) * n_{t-1},        y_0 = n_0
 
-Bytes: x read, y written (x_{t-1} comes from cache). FLOPs: 2 per element.
+`embed_smear` does all of it in one kernel, forward and backward. With g the gradient of y,
+s = sigmoid(gate) and q_t = g_t . n_{t-1}:
+
+    grad gate_t = smear_lambda * s_t * (1 - s_t) * q_t,      grad smear_lambda = sum_t s_t * q_t
+    grad n_t    = g_t + smear_lambda * s_{t+1} * g_{t+1} + grad gate_t * W
+
+and the gradient of n_t goes through the norm to the table's row. Bytes, N positions of width C at
+s bytes: forward 2*N*C*s, backward 3*N*C*s (a neighbour's row comes from cache). FLOPs: about 8
+forward, 15 backward per element.
 """
 
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.embedding_grad import embedding_grad, sort_rows
+from kernels.rms_norm import RMS_NORM_EPS, rms_norm_ref
+from kernels.tuning import Tile, tuned
+
+TILE = Tile(rows=4, cols=0, warps=4)  # whole rows
 
 
 def smear_ref(
@@ -20,3 +38,226 @@ def smear_ref(
         return torch.cat([x[:, :1], x[:, 1:] + scale[:, 1:] * x[:, :-1]], dim=1)
     previous = torch.cat([prev_embedding[:, None], x[:, :-1]], dim=1)  # (B, T, D)
     return x + scale * previous
+
+
+def embed_smear_ref(
+    tokens,  # (B, T) integer
+    table,  # (V, C) token embeddings
+    gate_weight,  # (1, G)
+    smear_lambda,  # (1,)
+):
+    """Embedding, norm, gate and smear, (B, T, C) in the table's dtype."""
+    x = rms_norm_ref(F.embedding(tokens, table))
+    gate = F.linear(x[..., : gate_weight.size(1)], gate_weight.to(x.dtype))
+    return smear_ref(x, gate, smear_lambda)
+
+
+@triton.jit
+def _normed_rows(
+    table_ptr,  # (V, C)
+    tokens,  # (BM,) int64
+    ok,  # (BM, BC) bool
+    cols,  # (BC,)
+    C,
+    eps,
+):
+    """Normalised table rows (BM, BC) fp32, the same rounded to the table's dtype, rstd (BM,)."""
+    e = tl.load(table_ptr + tokens[:, None] * C + cols[None, :], mask=ok, other=0.0)
+    e = e.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(e * e, axis=1) / C + eps)
+    normed = e * rstd[:, None]
+    return normed, normed.to(table_ptr.dtype.element_ty).to(tl.float32), rstd
+
+
+@triton.jit
+def _embed_smear_fwd_kernel(
+    tokens_ptr,  # (N,) integer
+    table_ptr,  # (V, C)
+    weight_ptr,  # (G,)
+    lambda_ptr,  # (1,)
+    y_ptr,  # (N, C)
+    gate_ptr,  # (N,) fp32: sigmoid of the gate
+    N,
+    C,
+    T,
+    eps,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BC)
+    row_ok, first = rows < N, rows % T == 0
+    ok = row_ok[:, None] & (cols < C)[None, :]
+    token = tl.load(tokens_ptr + rows, mask=row_ok, other=0).to(tl.int64)
+    _, x, _ = _normed_rows(table_ptr, token, ok, cols, C, eps)
+    token = tl.load(tokens_ptr + rows - 1, mask=row_ok & ~first, other=0).to(tl.int64)
+    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, C, eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < G, other=0.0).to(tl.float32)  # (BC,)
+    gate = 1.0 / (1.0 + tl.exp(-tl.sum(x * weight[None, :], axis=1)))  # (BM,)
+    scale = tl.load(lambda_ptr).to(tl.float32) * gate
+    y = x + scale[:, None] * previous
+    offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=ok)
+    tl.store(gate_ptr + rows, gate, mask=row_ok)
+
+
+@triton.jit
+def _embed_smear_bwd_kernel(
+    grad_ptr,  # (N, C) gradient of y
+    tokens_ptr,  # (N,) integer
+    table_ptr,  # (V, C)
+    weight_ptr,  # (G,)
+    lambda_ptr,  # (1,)
+    gate_ptr,  # (N,) fp32
+    grad_rows_ptr,  # (N, C) gradient of the looked-up rows
+    partial_ptr,  # (programs, G + 1) fp32: of the gate's weight, of the lambda
+    N,
+    C,
+    T,
+    eps,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BC)
+    row_ok, first = rows < N, rows % T == 0
+    last = (rows + 1) % T == 0
+    ok = row_ok[:, None] & (cols < C)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    grad = tl.load(grad_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    after_ok = (rows + 1 < N) & ~last
+    after = tl.load(grad_ptr + offsets + C, mask=ok & after_ok[:, None], other=0.0).to(tl.float32)
+    token = tl.load(tokens_ptr + rows, mask=row_ok, other=0).to(tl.int64)
+    normed, x, rstd = _normed_rows(table_ptr, token, ok, cols, C, eps)
+    token = tl.load(tokens_ptr + rows - 1, mask=row_ok & ~first, other=0).to(tl.int64)
+    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, C, eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < G, other=0.0).to(tl.float32)  # (BC,)
+    smear_lambda = tl.load(lambda_ptr).to(tl.float32)
+    gate = tl.load(gate_ptr + rows, mask=row_ok, other=0.0)  # (BM,)
+    gate_after = tl.load(gate_ptr + rows + 1, mask=after_ok, other=0.0)
+    of_scale = tl.sum(grad * previous, axis=1)  # (BM,), 0 at first positions
+    of_gate = smear_lambda * gate * (1.0 - gate) * of_scale
+    of_x = grad + (smear_lambda * gate_after)[:, None] * after + of_gate[:, None] * weight[None, :]
+    mean = tl.sum(of_x * normed, axis=1) / C
+    of_row = rstd[:, None] * (of_x - normed * mean[:, None])
+    tl.store(grad_rows_ptr + offsets, of_row.to(grad_rows_ptr.dtype.element_ty), mask=ok)
+    partial_ptr += tl.program_id(0) * (G + 1)
+    tl.store(partial_ptr + cols, tl.sum(of_gate[:, None] * x, axis=0), mask=cols < G)
+    tl.store(partial_ptr + G, tl.sum(gate * of_scale, axis=0))
+
+
+def _launch(tokens, table, gate_weight):
+    """Grid, sizes and tile shared by both directions."""
+    for name, tensor in (("tokens", tokens), ("table", table), ("gate_weight", gate_weight)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"embed_smear takes contiguous {name}; call .contiguous() on it")
+    if gate_weight.numel() > table.size(1):
+        raise ValueError(
+            f"embed_smear: the gate reads {gate_weight.numel()} channels of {table.size(1)}"
+        )
+    config = tuned("embed_smear", TILE)
+    n, c = tokens.numel(), table.size(1)
+    tile = {
+        "G": gate_weight.numel(),
+        "BM": config.rows,
+        "BC": triton.next_power_of_2(c),
+        "num_warps": config.warps,
+    }
+    return (triton.cdiv(n, config.rows),), (n, c, tokens.size(1), RMS_NORM_EPS), tile
+
+
+def embed_smear_fwd(
+    tokens,  # (B, T) integer
+    table,  # (V, C)
+    gate_weight,  # (1, G)
+    smear_lambda,  # (1,)
+):
+    """The smeared stream (B*T, C) in the table's dtype, and sigmoid(gate) (B*T,) fp32.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or a gate wider than the table.
+    """
+    grid, sizes, tile = _launch(tokens, table, gate_weight)
+    y = torch.empty(sizes[0], sizes[1], dtype=table.dtype, device=table.device)
+    gate = torch.empty(sizes[0], dtype=torch.float32, device=table.device)
+    _embed_smear_fwd_kernel[grid](tokens, table, gate_weight, smear_lambda, y, gate, *sizes, **tile)
+    return y, gate
+
+
+def embed_smear_bwd(
+    grad,  # (B*T, C)
+    tokens,  # (B, T) integer
+    table,  # (V, C)
+    gate_weight,  # (1, G)
+    smear_lambda,  # (1,)
+    gate,  # (B*T,) fp32
+):
+    """Gradients of the looked-up rows (B*T, C), gate_weight (1, G) and smear_lambda (1,), fp32."""
+    grid, sizes, tile = _launch(tokens, table, gate_weight)
+    grad_rows = torch.empty_like(grad)
+    partial = torch.empty(grid[0], tile["G"] + 1, dtype=torch.float32, device=grad.device)
+    _embed_smear_bwd_kernel[grid](
+        grad,
+        tokens,
+        table,
+        gate_weight,
+        smear_lambda,
+        gate,
+        grad_rows,
+        partial,
+        *sizes,
+        **tile,
+    )
+    sums = partial.sum(dim=0)  # (G + 1,)
+    return grad_rows, sums[:-1].view(1, -1), sums[-1:]
+
+
+class EmbedSmear(torch.autograd.Function):
+    """embed_smear with the gradients of table, gate and lambda."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        tokens,  # (B, T)
+        table,  # (V, C)
+        gate_weight,  # (1, G)
+        smear_lambda,  # (1,)
+    ):
+        y, gate = embed_smear_fwd(tokens, table, gate_weight, smear_lambda)
+        ctx.save_for_backward(tokens, table, gate_weight, smear_lambda, gate)
+        return y.view(*tokens.shape, -1)
+
+    @staticmethod
+    def backward(
+        ctx,
+        grad,  # (B, T, C)
+    ):
+        tokens, table, gate_weight, smear_lambda, gate = ctx.saved_tensors
+        grad = grad.contiguous().view(-1, grad.size(-1))
+        grad_rows, of_weight, of_lambda = embed_smear_bwd(
+            grad, tokens, table, gate_weight, smear_lambda, gate
+        )
+        grad_table = torch.zeros_like(table)
+        embedding_grad(grad_rows, sort_rows(tokens, table.size(0)), grad_table)
+        return (
+            None,
+            grad_table,
+            of_weight.to(gate_weight.dtype),
+            of_lambda.to(smear_lambda.dtype),
+        )
+
+
+def embed_smear(
+    tokens,  # (B, T) integer, contiguous
+    table,  # (V, C) token embeddings, contiguous
+    gate_weight,  # (1, G), G <= C
+    smear_lambda,  # (1,)
+):
+    """Embedding, norm, gate and smear, (B, T, C) in the table's dtype; differentiable.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or a gate wider than the table.
+    """
+    return EmbedSmear.apply(tokens, table, gate_weight, smear_lambda)

@@ -2,16 +2,49 @@
 
     z = cap * tanh(logits / cap) in fp32
     loss_n = logsumexp(z_n) - z_n[target_n],   logsumexp(z_n) = cap + ln sum exp(z_n - cap)
+    dlogits_nv = grad_scale_n * (exp(z_nv - logsumexp(z_n)) - [v = target_n]) * dz/dlogits_nv
 
 |z| <= cap, so cap stands for the row's maximum and one pass over the row is enough. Columns at
-and beyond vocab_size are padding and take no part. Bytes: N*V logits read; with the gradient,
-N*V written. FLOPs: about 6 per logit, a tanh and an exp among them.
+and beyond vocab_size are padding and take no part. With r = 1 / (1 + exp(2 x / cap)),
+
+    z - cap = -2 cap r,   dz/dx = 4 r (1 - r),
+
+so an element costs two exponentials and a reciprocal. The losses are one pass over the logits, the
+gradient a second one: one row does not fill a block of the transposed copy, and the rows that do
+are more than the cache holds. (One launch that interleaves both kinds of programs so that the
+second pass reads from the cache took 1.5 times as long as the two: dev/LOG.md, 2026-11-22.)
+
+Bytes for N rows of V logits of s bytes: N*V*s read; with the gradient N*V*s written, or N*V for
+each FP8 layout; the gradient alone reads the logits again. FLOPs: about 12 per logit forward,
+25 with the gradient.
 """
 
+from dataclasses import dataclass
+
 import torch
+import triton
+
+from kernels.fp8 import empty_operand, operand_args
+from kernels.softcap_cross_entropy_kernels import bwd_kernel, fwd_kernel
+from kernels.tuning import Tile, tuned
 
 IGNORE_INDEX = -1
 LOGIT_SOFTCAP = 15.0
+
+
+@dataclass(frozen=True)
+class LossTile:
+    """Blocks of the gradient: rows x cols, and stripe, the rows (a multiple of `rows`) whose blocks
+    run next to each other."""
+
+    rows: int = 64
+    cols: int = 128
+    stripe: int = 256
+    warps: int = 8
+
+
+FORWARD_TILE = Tile(rows=1, cols=8192, warps=8)
+BACKWARD_TILE = LossTile()
 
 
 def softcap_ref(
@@ -50,3 +83,155 @@ def softcap_cross_entropy_ref(
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+
+
+def _check(logits, targets, vocab_size):
+    if logits.dim() != 2 or (logits.size(1) > 1 and logits.stride(1) != 1):
+        raise ValueError("logits must be a matrix with contiguous rows; call .contiguous() on it")
+    if targets.shape != logits.shape[:1] or not targets.is_contiguous():
+        raise ValueError(f"targets must be ({logits.size(0)},) and contiguous")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets must be int64 or int32, not {targets.dtype}")
+    if not 0 < vocab_size <= logits.size(1):
+        raise ValueError(f"vocab_size {vocab_size} does not fit {logits.size(1)} columns")
+
+
+def _outputs(logits, grad_scale, scaling, want_bf16, inplace):
+    """Unwritten gradient, FP8 operand, and the stride of grad_scale."""
+    rows, cols = logits.shape
+    if grad_scale.dtype != torch.float32 or grad_scale.shape not in ((1,), (rows,)):
+        raise ValueError(f"grad_scale must be (1,) or ({rows},) in fp32")
+    if scaling is None and not want_bf16:
+        raise ValueError("no gradient is asked for: pass a scaling or want_bf16")
+    if inplace and not want_bf16:
+        raise ValueError("inplace needs want_bf16")
+    grad = None
+    if want_bf16:
+        grad = logits if inplace else torch.empty_like(logits)
+    operand = None if scaling is None else empty_operand(rows, cols, scaling, logits.device)
+    return grad, operand, 0 if grad_scale.numel() == 1 else grad_scale.stride(0)
+
+
+def mean_grad_scale(
+    targets,  # (N,) integer
+):
+    """Upstream gradient of every loss under their mean over counted rows, (1,) fp32."""
+    return (targets != IGNORE_INDEX).sum(dtype=torch.float32).reciprocal()[None]
+
+
+def softcap_cross_entropy_fwd(
+    logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
+    targets,  # (N,) int64 or int32; IGNORE_INDEX gives loss 0
+    vocab_size,
+    softcap=LOGIT_SOFTCAP,
+):
+    """Losses (N,) and logsumexp of the softcapped logits (N,), both fp32.
+
+    Raises:
+        ValueError: shapes, strides or dtypes that the kernels do not take.
+    """
+    _check(logits, targets, vocab_size)
+    rows, cols = logits.shape
+    losses, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    config = tuned("softcap_cross_entropy_fwd", FORWARD_TILE)
+    if rows:
+        fwd_kernel[(rows,)](
+            logits, targets, losses, lse, vocab_size, cols, logits.stride(0),
+            CAP=softcap, IGNORE=IGNORE_INDEX, PIECE=config.cols, num_warps=config.warps,
+        )  # fmt: skip
+    return losses, lse
+
+
+def softcap_cross_entropy_bwd(
+    logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
+    targets,  # (N,) int64 or int32
+    lse,  # (N,) fp32, from the forward
+    grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss; ignored rows need no zero
+    vocab_size,
+    scaling=None,
+    want_bf16=True,
+    inplace=False,
+    softcap=LOGIT_SOFTCAP,
+):
+    """Gradient of the logits: (N, V_padded) in their dtype or None, and an FP8Operand or None.
+
+    Args:
+        scaling: kernels.fp8.Scaling of the FP8 gradient; None for none.
+        want_bf16: whether to write the gradient in the dtype of the logits.
+        inplace: write it over the logits.
+
+    Raises:
+        ValueError: shapes, strides or dtypes that the kernels do not take; nothing to write.
+    """
+    _check(logits, targets, vocab_size)
+    grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)
+    rows, cols = logits.shape
+    config = tuned("softcap_cross_entropy_bwd", BACKWARD_TILE)
+    tasks = config.stripe // config.rows * triton.cdiv(cols, config.cols)
+    if rows:
+        bwd_kernel[(triton.cdiv(rows, config.stripe) * tasks,)](
+            logits, targets, lse, grad_scale, grad, *operand_args(operand, scaling),
+            rows, vocab_size, cols, logits.stride(0), cols if grad is None else grad.stride(0),
+            scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX, BM=config.rows, BN=config.cols,
+            STRIPE=config.stripe, num_warps=config.warps,
+        )  # fmt: skip
+    return grad, operand
+
+
+def softcap_cross_entropy_fwd_bwd(
+    logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
+    targets,  # (N,) int64 or int32
+    grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss
+    vocab_size,
+    scaling=None,
+    want_bf16=True,
+    inplace=False,
+    softcap=LOGIT_SOFTCAP,
+):
+    """Losses, logsumexp, gradient and FP8Operand of the two functions above.
+
+    Raises:
+        ValueError: as `softcap_cross_entropy_bwd`.
+    """
+    losses, lse = softcap_cross_entropy_fwd(logits, targets, vocab_size, softcap)
+    return losses, lse, *softcap_cross_entropy_bwd(
+        logits, targets, lse, grad_scale, vocab_size, scaling, want_bf16, inplace, softcap
+    )  # fmt: skip
+
+
+class _SoftcapCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, vocab_size, softcap):
+        losses, lse = softcap_cross_entropy_fwd(logits, targets, vocab_size, softcap)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.vocab_size, ctx.softcap = vocab_size, softcap
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        logits, targets, lse = ctx.saved_tensors
+        grad, _ = softcap_cross_entropy_bwd(
+            logits, targets, lse, grad_losses, ctx.vocab_size, softcap=ctx.softcap
+        )
+        return grad, None, None, None
+
+
+def softcap_cross_entropy(
+    logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
+    targets,  # (N,) int64 or int32; IGNORE_INDEX positions give loss 0 and leave the mean
+    vocab_size,
+    softcap=LOGIT_SOFTCAP,
+    reduction="mean",
+):
+    """Cross-entropy in nats: a scalar for "mean" and "sum", (N,) for "none"; fp32.
+
+    Raises:
+        ValueError: an unknown reduction; logits or targets that the kernels do not take.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
+    losses = _SoftcapCrossEntropy.apply(logits, targets, vocab_size, softcap)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()

@@ -1,17 +1,19 @@
-"""Launch configurations as data: defaults here, measured winners by GPU in tuned.json.
+"""Launch configurations as data: each op names its default, tuned.json the winners by GPU.
 
 tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "shape": [...]}};
 `python -m bench.tune` writes it. Nothing is tuned at start-up.
 """
 
+import contextlib
 import functools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
+_forced = {}  # op -> configuration, within `forced`
 
 
 @dataclass(frozen=True)
@@ -24,36 +26,36 @@ class Tile:
     stages: int = 2
 
 
-DEFAULTS = {
-    "bigram_residual": Tile(32, 128, 8),
-    "bigram_residual_bwd": Tile(32, 128, 8),
-    "residual_gradients": Tile(8, 1024, 8),
-    "quantize": Tile(64, 128, 8),
-    "smear": Tile(4, 1024, 4),
-}
-
-
 @functools.cache
-def _tuned(gpu):
+def _winners(gpu):
     if not TUNED.exists():
         return {}
     return json.loads(TUNED.read_text(encoding="utf-8")).get(gpu, {})
 
 
+@functools.cache
 def gpu_name():
     """Name of the current CUDA device; "cpu" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-@functools.cache
-def tile(op, gpu=None):
-    """Tile of a kernel: the winner measured on `gpu` (default: this one), else the default.
+def tuned(op, default, gpu=None):
+    """Configuration of `op` (a name): what won on `gpu` (default: this one), else `default`.
 
-    Raises:
-        KeyError: an op without a default.
+    Args:
+        default: a frozen dataclass, such as Tile; the entry of tuned.json replaces its fields.
     """
-    default = DEFAULTS[op]
-    entry = _tuned(gpu or gpu_name()).get(op)
-    if entry is None:
-        return default
-    return replace(default, **{k: v for k, v in entry["config"].items() if k in asdict(default)})
+    if op in _forced:
+        return _forced[op]
+    entry = _winners(gpu or gpu_name()).get(op)
+    return default if entry is None else replace(default, **entry["config"])
+
+
+@contextlib.contextmanager
+def forced(op, config):
+    """Within the context `op` runs with `config`: for measuring one against another."""
+    _forced[op] = config
+    try:
+        yield
+    finally:
+        del _forced[op]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kernels.backout import backout_ref
-from kernels.bigram_residual import bigram_embedding_ref, bigram_residual_ref
+from kernels.bigram_hash import bigram_embedding_ref
+from kernels.bigram_residual import bigram_residual_ref
 from kernels.relu_squared import relu_squared_ref
 from kernels.rms_norm import rms_norm_ref
 from kernels.rotary_qk_norm import rotary_qk_norm_ref, rotary_table, value_gate_ref

@@ -59,7 +59,10 @@ def device():
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_casts():
-    """Round to nearest in the interpreter's casts from fp32; its own truncate, and lose NaN."""
+    """Casts from fp32 as the GPU does them: to nearest, FP8 saturating, NaN kept.
+
+    The interpreter's own truncate and lose NaN.
+    """
     casts = {
         tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
         tl.float8e5: (torch.float8_e5m2, torch.uint8),
@@ -71,7 +74,10 @@ def exact_casts():
         if source != tl.float32 or target not in casts:
             return convert(data, source, target, rounding_mode)
         dtype, bits = casts[target]
-        return torch.tensor(data).to(dtype).view(bits).numpy()
+        values = torch.tensor(data)
+        if dtype.itemsize == 1:
+            values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+        return values.to(dtype).view(bits).numpy()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact)

@@ -1,64 +1,203 @@
 import pytest
 import torch
 
-from kernels.bigram_residual import bigram_embedding_ref, bigram_residual_ref, bigram_rows_ref
+from kernels.bigram_hash import bigram_embedding_ref
+from kernels.bigram_residual import (
+    bigram_residual,
+    bigram_residual_bwd,
+    bigram_residual_fwd,
+    bigram_residual_ref,
+)
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.rms_norm import rms_norm_ref
+from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
+
+ROWS_OF_TABLE = 23
+LAMBDAS = {"resid_lambda": 1.1, "x0_lambda": 0.2, "bigram_lambda": 0.4}
+#            B, T, C: one element, 2^k - 1, 2^k, 2^k + 1, a prime, several blocks of rows
+SHAPES = [(1, 1, 1), (1, 31, 127), (2, 16, 128), (3, 11, 129), (1, 67, 97), (2, 40, 260)]
 
 
-def hash_in_python(tokens, rows):
-    expected = [rows - 1]
-    for previous, current in zip(tokens, tokens[1:], strict=False):
-        expected.append(((36313 * current) ^ (27191 * previous)) % (rows - 1))
-    return expected
+class Case:
+    """Inputs in one dtype; `leaves` are those that want a gradient."""
+
+    def __init__(self, shape, dtype, device, branch=True, bigram=True, x0=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*size):
+            return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
+
+        b, t, c = shape
+        self.tokens = torch.randint(50, (b, t), generator=generator).to(device)
+        self.leaves = {"x": randn(b, t, c)}
+        if branch:
+            self.leaves["branch"] = randn(b, t, c)
+        if x0:
+            self.leaves["x0"] = randn(b, t, c)
+        if bigram:
+            self.leaves["table"] = randn(ROWS_OF_TABLE, c)
+        names = ["resid_lambda"] * x0 + ["x0_lambda"] * x0 + ["bigram_lambda"] * bigram
+        for name in names:
+            self.leaves[name] = torch.tensor(LAMBDAS[name], device=device).requires_grad_()
+        self.upstream = [randn(b, t, c).detach() for _ in range(2)]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 64])
-@pytest.mark.parametrize("rows", [2, 3, 1601, 163840])
-def test_rows_equal_the_hash_in_python_integers(length, rows):
-    tokens = torch.randint(32768, (3, length), generator=torch.Generator().manual_seed(length))
-    got = bigram_rows_ref(tokens, rows)
-    assert got.tolist() == [hash_in_python(row, rows) for row in tokens.tolist()]
-    assert (got[:, 0] == rows - 1).all()
-    assert rows == 2 or (got[:, 1:] < rows - 1).all()  # nothing else hashes to the reserved row
+def reference(case, dtype):
+    """y, normed and the gradients of all leaves through the references in `dtype`."""
+    scalar = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = {
+        name: v.detach().to(dtype if v.dim() else scalar).requires_grad_()
+        for name, v in case.leaves.items()
+    }
+    x = leaves["x"]
+    if "branch" in leaves:
+        x = x + leaves["branch"]
+    y = x
+    if "x0" in leaves:
+        e = None
+        if "table" in leaves:
+            e = bigram_embedding_ref(case.tokens, leaves["table"])
+        y = bigram_residual_ref(
+            x, leaves["x0"], leaves["resid_lambda"], leaves["x0_lambda"], e,
+            leaves.get("bigram_lambda"),
+        )  # fmt: skip
+    normed = rms_norm_ref(y)
+    grads = torch.autograd.grad(
+        [y, normed], list(leaves.values()), [u.to(dtype) for u in case.upstream]
+    )
+    return {"y": y, "normed": normed, **dict(zip(leaves, grads, strict=True))}
 
 
-def test_int32_tokens_do_not_overflow():
-    tokens = torch.tensor([[65535, 65535, 65534]], dtype=torch.int32)
-    assert bigram_rows_ref(tokens, 1601).tolist() == [hash_in_python(tokens[0].tolist(), 1601)]
+def kernel(case):
+    tokens = case.tokens if "table" in case.leaves else None
+    y, normed = bigram_residual(**case.leaves, tokens=tokens)
+    grads = torch.autograd.grad([y, normed], list(case.leaves.values()), case.upstream)
+    return {"y": y, "normed": normed, **dict(zip(case.leaves, grads, strict=True))}
 
 
-def test_previous_token_continues_a_row():
-    tokens = torch.randint(320, (2, 30))
-    whole = bigram_rows_ref(tokens, 961)
-    for cut in (1, 2, 29):
-        rest = bigram_rows_ref(tokens[:, cut:], 961, prev_token=tokens[:, cut - 1])
-        assert torch.equal(rest, whole[:, cut:])
+def compare(case, dtype):
+    truth, baseline, ours = reference(case, torch.float64), reference(case, dtype), kernel(case)
+    # the gradient of a lambda is one number, so a lucky rounding of the baseline decides nothing:
+    # its error may also be small against the size of the terms that it sums
+    x = sum(v.detach().double().norm() for v in case.leaves.values() if v.dim() == 3)
+    terms = truth["x"].norm() * x
+    for name, value in ours.items():
+        if value.dim():
+            floor = 1e-6 if dtype == torch.float32 else 1e-3
+            assert_accurate(name, value, baseline[name], truth[name], floor)
+        else:
+            limit = 1e-6 if dtype == torch.float32 else 2e-3
+            ours_off, theirs_off = (
+                (v.double() - truth[name]).abs() for v in (value, baseline[name])
+            )
+            assert ours_off <= max(limit * terms, 2 * theirs_off), name
 
 
-def test_a_table_of_one_row_is_refused():
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        bigram_rows_ref(torch.zeros(1, 4, dtype=torch.int64), 1)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_gradients_with_bigram(shape, dtype, device):
+    compare(Case(shape, dtype, device), dtype)
 
 
-def test_embedding_reads_the_rows():
-    table = torch.randn(961, 8)
-    tokens = torch.randint(320, (2, 5))
-    rows = bigram_rows_ref(tokens, 961)
-    assert torch.equal(bigram_embedding_ref(tokens, table), table[rows])
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("x0", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_the_bigram_term(dtype, x0, branch, device):
+    compare(Case((2, 19, 130), dtype, device, branch=branch, bigram=False, x0=x0), dtype)
 
 
-def test_residual_mix_and_its_gradients():
-    x, x0, e = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    scales = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (1.1, 0.2, 0.05)]
-    y = bigram_residual_ref(x, x0, scales[0], scales[1], e, scales[2])
-    torch.testing.assert_close(y, 1.1 * x + 0.2 * x0 + 0.05 * e)
-    upstream = torch.randn_like(y)
-    y.backward(upstream)
-    for tensor, scale in zip((x, x0, e), scales, strict=True):
-        torch.testing.assert_close(tensor.grad, scale.detach() * upstream)
-        torch.testing.assert_close(scale.grad, (tensor.detach() * upstream).sum())
+def test_reserved_row_serves_position_zero_only(device):
+    case = Case((3, 5, 16), torch.float32, device)
+    with torch.no_grad():
+        case.leaves["table"][-1] = 1000.0
+    y, _ = bigram_residual(**case.leaves, tokens=case.tokens)
+    big = y.abs().amax(dim=-1) > 100
+    assert big[:, 0].all() and not big[:, 1:].any()
 
 
-def test_residual_mix_without_bigram():
-    x, x0 = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    y = bigram_residual_ref(x, x0, torch.tensor(1.1), torch.tensor(0.2))
-    torch.testing.assert_close(y, 1.1 * x + 0.2 * x0)
+def operand_case(device, dtype=torch.float32):
+    """48 x 144: ragged in rows and columns."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(48, 144, generator=generator).to(device, dtype) for _ in range(5)]
+
+
+def test_fp8_forward_is_the_rounded_norm(device):
+    x, branch, *_ = operand_case(device)
+    scaling = Scaling.from_bound(12.0, E4M3, device)
+    y, rstd, normed, operand = bigram_residual_fwd(x, branch, scaling=scaling)
+    torch.testing.assert_close(y, x + branch)
+    torch.testing.assert_close(normed, rms_norm_ref(x + branch))
+    assert_fp8("normed", operand, normed, scaling)
+    without = bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
+    assert without[2] is None and torch.equal(without[0], y) and torch.equal(without[1], rstd)
+
+
+def test_fp8_backward_is_the_branch_gradient(device):
+    y, h, stream, x, out = operand_case(device)
+    rstd = y.square().mean(dim=-1).add(2.0**-23).rsqrt()
+    resid, stream_scale = (torch.tensor([v], device=device) for v in (1.3, 0.7))
+    scaling = Scaling.from_bound(40.0, E5M2, device)
+    grad, of_resid, operand = bigram_residual_bwd(
+        h, y, rstd, stream, stream_scale, x, resid, scaling, out
+    )
+    assert grad.data_ptr() == out.data_ptr()
+    leaf = y.double().requires_grad_()
+    (expected,) = torch.autograd.grad(rms_norm_ref(leaf), leaf, h.double())
+    expected = expected + 0.7 * stream.double()
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_fp8("branch gradient", operand, 1.3 * grad, scaling)
+    torch.testing.assert_close(
+        of_resid.double(), (expected * x.double()).sum(), rtol=1e-4, atol=1e-2
+    )
+
+
+def test_nan_stays_in_its_row_and_inf_shows(device):
+    case = Case((1, 40, 24), torch.float32, device)
+    with torch.no_grad():
+        case.leaves["x"][0, 7, 3] = torch.nan
+        case.leaves["x"][0, 33, 3] = torch.inf
+    y, normed = bigram_residual(**case.leaves, tokens=case.tokens)
+    assert normed[0, 7].isnan().all() and y[0, 33, 3] == torch.inf and normed[0, 33].isnan().any()
+    clean = torch.ones(40, dtype=torch.bool)
+    clean[[7, 33]] = False
+    assert normed[0, clean].isfinite().all()
+
+
+def test_two_runs_give_the_same_bits(device):
+    case = Case((2, 50, 70), torch.float32, device)
+    same_bits(lambda: list(kernel(case).values()))
+
+
+def test_what_does_not_fit_is_refused(device):
+    x = torch.randn(4, 8, device=device)
+    with pytest.raises(ValueError, match="branch must be contiguous and of shape"):
+        bigram_residual_fwd(x, x[:, :4])
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        bigram_residual_fwd(x.t())
+    with pytest.raises(ValueError, match="tokens"):
+        tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
+        bigram_residual_fwd(x, None, x, tokens, torch.zeros(9, 8, device=device))
+    with pytest.raises(ValueError, match="wants tokens"):
+        bigram_residual(x[None], table=x)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("width", [256, 768, 1024, 1280])
+def test_training_shapes(width, device):
+    compare(Case((4, 2048, width), torch.bfloat16, device), torch.bfloat16)
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements(device):
+    n, c = (1 << 21) + 48, 1024
+    x = torch.zeros(n, c, dtype=torch.bfloat16, device=device)
+    x[-1], x[0] = 3.0, 2.0
+    scaling = Scaling.from_bound(32.0, E4M3, device)
+    y, rstd, normed, operand = bigram_residual_fwd(x, scaling=scaling)
+    assert torch.equal(y[-1], x[-1]) and (normed[-1] == 1).all() and (normed[0] == 1).all()
+    assert (operand.data[-1].float() == 14).all()
+    assert (operand.transposed[:, -1].float() == 14).all()
+    assert (operand.transposed[:, -2].float() == 0).all()
+    grad, _, _ = bigram_residual_bwd(x, y, rstd, x)
+    torch.testing.assert_close(grad[-1], x[-1], rtol=0.01, atol=0)
+    assert (grad[-2] == 0).all()

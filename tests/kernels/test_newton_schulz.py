@@ -3,11 +3,19 @@ import torch
 
 from kernels.newton_schulz import (
     POLAR_EXPRESS,
+    compute_dtype,
     equilibrate_ref,
+    initial_scale,
     muon_plus_ref,
+    newton_schulz,
     newton_schulz_ref,
+    orthogonalize,
     polar_express_ref,
+    rescale,
+    unit_rows,
 )
+from kernels.symmetric_matmul import MatmulTile
+from tests.kernels.checks import ON_GPU, assert_accurate, same_bits
 
 SHAPES = [(1, 1, 1), (3, 16, 16), (2, 33, 8), (2, 8, 33), (1, 127, 65), (2, 1, 9), (2, 9, 1)]
 
@@ -108,3 +116,187 @@ def test_one_matrix_does_not_touch_another():
 
 def test_muon_plus_of_bf16_is_fp32():
     assert muon_plus_ref(random((1, 4, 4)).bfloat16()).dtype == torch.float32
+
+
+# The kernels. The interpreter computes in fp32, where rounding errors grow by up to 1000 in the
+# directions of small singular values and more in the Gram iteration; GPUs take bf16 inputs.
+KERNEL_FLOOR = 5e-5
+AWKWARD = [
+    (1, 1, 1), (2, 1, 9), (2, 9, 1), (2, 5, 12), (1, 7, 8), (2, 13, 13), (1, 31, 33), (1, 32, 32),
+    (1, 63, 37), (1, 33, 67), (2, 40, 24),
+]  # fmt: skip
+ADVERSARIAL = ["zeros", "rank 1", "low rank", "decay", "zero row", "huge", "tiny", "uneven rows"]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles per matrix at small sizes in the interpreter, whose dot is slow."""
+    if not ON_GPU:
+        tile = MatmulTile(rows=32, cols=32, depth=32, warps=4, stages=3)
+        monkeypatch.setattr("kernels.symmetric_matmul.SYMMETRIC_TILE", tile)
+        monkeypatch.setattr("kernels.symmetric_matmul.TILE", tile)
+
+
+def working_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def adversarial(name, shape):
+    """(N, R, C) fp64 with an awkward spectrum or scale."""
+    n, rows, cols = shape
+    rank = min(rows, cols)
+    x = random(shape)
+    if name == "zeros":
+        return torch.zeros_like(x)
+    if name == "rank 1":
+        return random((n, rows, 1), 1) @ random((n, 1, cols), 2)
+    if name == "low rank":
+        return random((n, rows, 2), 1) @ random((n, 2, cols), 2) + 0.01 * x
+    if name == "decay":
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        return u * torch.logspace(0, -3, rank, dtype=torch.float64) @ vh
+    if name == "zero row":
+        x[:, rows // 2] = 0
+    if name == "uneven rows":
+        x *= torch.logspace(-6, 6, rows, dtype=torch.float64)[:, None]
+    return x * {"huge": 1e15, "tiny": 1e-15}.get(name, 1.0)
+
+
+def assert_orthogonalised(name, x, equilibration="row", muon_plus=True, gram="auto"):
+    truth = newton_schulz_ref(x.double(), equilibration, muon_plus)
+    y = newton_schulz(x, equilibration, muon_plus, gram)
+    assert y.dtype == torch.float32 and y.is_contiguous()
+    torch_result = newton_schulz_ref(x, equilibration, muon_plus)
+    assert_accurate(name, y, torch_result, truth, floor=KERNEL_FLOOR)
+    return y
+
+
+@pytest.mark.parametrize("shape", AWKWARD, ids=str)
+def test_kernels_on_awkward_shapes(shape, device):
+    assert_orthogonalised("awkward", random(shape).to(device, working_dtype(device)))
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (1, 40, 16)], ids=str)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_kernels_on_adversarial_spectra(name, shape, device):
+    x = adversarial(name, shape).to(device, working_dtype(device))
+    y = assert_orthogonalised(name, x)
+    assert (y[x.abs().sum(dim=-1) == 0] == 0).all()  # rows of zeros stay zero
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24, 56), (1, 56, 24), (1, 24, 24)], ids=str)
+def test_gram_and_plain_iteration(shape, gram, device):
+    assert_orthogonalised("gram", random(shape).to(device, working_dtype(device)), gram=gram)
+
+
+@pytest.mark.parametrize("muon_plus", [False, True])
+@pytest.mark.parametrize("equilibration", ["row", "col", "none"])
+def test_kernels_in_all_modes(equilibration, muon_plus, device):
+    x = random((2, 24, 40)).to(device, working_dtype(device))
+    assert_orthogonalised(equilibration, x, equilibration, muon_plus)
+
+
+def test_kernels_against_the_polar_factor(device):
+    """Singular values in Polar Express's band, singular vectors those of the equilibrated x."""
+    x = random((2, 32, 64)).to(device, working_dtype(device))
+    y = newton_schulz(x, muon_plus=False).double()
+    u, _, vh = torch.linalg.svd(equilibrate_ref(x.double(), "row"), full_matrices=False)
+    core = u.mT @ y @ vh.mT  # diagonal, in the band
+    sigma = core.diagonal(dim1=-2, dim2=-1)
+    assert 0.85 < sigma.min() and sigma.max() < 1.15
+    assert (core - torch.diag_embed(sigma)).norm() < 0.02 * core.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 13, 40), (2, 40, 13), (1, 24, 24), (1, 3, 4100)], ids=str)
+def test_the_parts(shape, device):
+    x = random(shape).to(device, working_dtype(device))
+    x[0, 1] = 0
+    z, norms = unit_rows(x)
+    assert z.dtype == compute_dtype(device)
+    expected = torch.linalg.vector_norm(x.double(), dim=-1)
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+    rows = torch.linalg.vector_norm(z.double(), dim=-1)
+    torch.testing.assert_close(rows, (expected > 0).double(), rtol=1e-3, atol=0)
+    sigma = initial_scale(norms)
+    whole = torch.linalg.matrix_norm(sigma.double()[:, None, None] * z.double())
+    torch.testing.assert_close(whole, torch.full_like(whole, 1 / 1.01), rtol=1e-3, atol=0)
+    y, sumsq = orthogonalize(z, sigma)
+    assert y.dtype == working_dtype(device)
+    squares = y.double().square().sum(dim=2 if shape[1] >= shape[2] else 1)
+    torch.testing.assert_close(sumsq.double(), squares, rtol=1e-5, atol=1e-12)
+    whole = torch.linalg.matrix_norm(rescale(y, sumsq).double())
+    expected = torch.full_like(whole, min(shape[1:]) ** 0.5)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(3, 12, 12), (3, 8, 20)], ids=str)
+def test_nan_and_inf_show_in_their_matrix_only(shape, bad, device):
+    x = random(shape).to(device, working_dtype(device))
+    clean = newton_schulz(x)
+    x[1, 2, 3] = bad
+    y = newton_schulz(x)
+    assert y[1].isnan().all() and torch.equal(y[::2], clean[::2])
+
+
+def test_two_runs_of_the_kernels_give_the_same_bits(device):
+    x = random((2, 40, 16)).to(device, working_dtype(device))
+    copy = x.clone()
+    same_bits(lambda: (newton_schulz(x),))
+    assert torch.equal(x, copy)
+
+
+def test_refused_inputs(device):
+    x = torch.zeros(2, 8, 16, device=device)
+    for wrong in (x.mT, x[0], x.double(), x.half()):
+        with pytest.raises(ValueError, match="contiguous"):
+            newton_schulz(wrong)
+    with pytest.raises(ValueError, match="row, col, none"):
+        newton_schulz(x, "both")
+    with pytest.raises(ValueError, match="gram"):
+        newton_schulz(x, gram="maybe")
+    with pytest.raises(ValueError, match="sigma"):
+        orthogonalize(x, torch.zeros(3, device=device))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("name", ["random", *ADVERSARIAL])
+@pytest.mark.parametrize("shape", [(2, 128, 256), (1, 1024, 256)], ids=str)
+def test_spectra_at_larger_sizes(shape, name, gram, dtype, device):
+    """Against PyTorch in bf16 for both inputs: the iteration's dtype does not depend on them."""
+    x = adversarial(name, shape).to(device, dtype)
+    y = newton_schulz(x, gram=gram)
+    torch_result = newton_schulz_ref(x.bfloat16())
+    assert_accurate(name, y, torch_result, newton_schulz_ref(x.double()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 256, 256), (4, 1024, 256), (4, 256, 1024),
+        (4, 768, 768), (4, 3072, 768), (4, 768, 3072),
+        (4, 1024, 1024), (4, 4096, 1024), (4, 1024, 4096),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_model_shapes(shape, device):
+    x = random(shape).to(device, torch.bfloat16)
+    same_bits(lambda: (newton_schulz(x),))
+    assert_orthogonalised("model", x)
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements_in_newton_schulz(device):
+    x = torch.zeros(2049, 1024, 1024, dtype=torch.bfloat16, device=device)
+    x[-1] = random((1024, 1024)).to(device)
+    z, norms = unit_rows(x)
+    y, sumsq = orthogonalize(z, initial_scale(norms))
+    del z, x
+    last = rescale(y[-1:], sumsq[-1:])
+    y = rescale(y[-2:], sumsq[-2:])
+    assert (y[0] == 0).all() and torch.equal(y[1], last[0])
+    torch.testing.assert_close(y[1].norm().item(), 32.0, rtol=1e-4, atol=0)

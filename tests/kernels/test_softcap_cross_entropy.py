@@ -3,7 +3,18 @@ import math
 import pytest
 import torch
 
-from kernels.softcap_cross_entropy import softcap_cross_entropy_ref, softcap_ref
+import kernels.softcap_cross_entropy as module
+from kernels.fp8 import E5M2, Scaling
+from kernels.softcap_cross_entropy import (
+    LossTile,
+    mean_grad_scale,
+    softcap_cross_entropy,
+    softcap_cross_entropy_fwd_bwd,
+    softcap_cross_entropy_ref,
+    softcap_ref,
+)
+from kernels.tuning import Tile
+from tests.kernels.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
 
 VOCAB, PADDED = 13, 16
 
@@ -92,3 +103,246 @@ def test_nan_shows():
     logits, targets = case()
     logits[2, 5] = math.nan
     assert softcap_cross_entropy_ref(logits, targets, VOCAB).isnan()
+
+
+# (rows, vocab_size, padded columns): ragged last blocks, pieces and stripes
+SHAPES = [(1, 1, 4), (9, 13, 16), (31, 127, 128), (37, 255, 256), (33, 257, 384), (17, 1000, 1024)]
+# exp2.approx and div.full are wrong by 2 units of the last place each, which cap = 15 multiplies
+FLOOR = 5e-6 if ON_GPU else 1e-6
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks small enough for tests to have many, in stripes of two."""
+    if not ON_GPU:
+        monkeypatch.setattr(module, "FORWARD_TILE", Tile(rows=1, cols=256, warps=8))
+        monkeypatch.setattr(module, "BACKWARD_TILE", LossTile(rows=16, cols=64, stripe=32))
+
+
+def kernel_case(rows, vocab, padded, dtype, device, spread=5.0):
+    """Logits with NaN in the padding, targets with every eighth ignored, upstream gradients."""
+    logits = (spread * torch.randn(rows, padded, device=device)).to(dtype)
+    logits[:, vocab:] = math.nan
+    targets = torch.randint(vocab, (rows,), device=device)
+    targets[1::8] = -1
+    return logits, targets, torch.randn(rows, device=device)
+
+
+def losses_and_gradient(op, logits, targets, upstream, vocab):
+    """Losses (N,) and the gradient (N, vocab) of one implementation."""
+    logits = logits.clone().requires_grad_()
+    losses = op(logits, targets, vocab, reduction="none")
+    losses.backward(upstream.to(losses.dtype))
+    return losses.detach(), logits.grad[:, :vocab], logits.grad[:, vocab:]
+
+
+def check(logits, targets, upstream, vocab):
+    exact = losses_and_gradient(
+        softcap_cross_entropy_ref, logits.double(), targets, upstream, vocab
+    )
+    torch_ = losses_and_gradient(softcap_cross_entropy_ref, logits, targets, upstream, vocab)
+    got = losses_and_gradient(softcap_cross_entropy, logits, targets, upstream, vocab)
+    if vocab > 1:  # else both are zero but for rounding
+        assert_accurate("loss", got[0], torch_[0], exact[0], FLOOR)
+        assert_accurate("gradient", got[1], torch_[1], exact[1], FLOOR)
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    atol = 1e-5 if logits.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-2, atol=atol)
+    assert (got[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_losses_and_gradient(shape, dtype, device):
+    check(*kernel_case(*shape, dtype, device), shape[1])
+
+
+def run(logits, targets, upstream, vocab, inplace=False, want_bf16=True):
+    """Losses, logsumexp, gradient or None, both FP8 layouts and the amax."""
+    scaling = Scaling.from_bound(3.0, E5M2, logits.device)
+    x = logits.clone()
+    losses, lse, grad, operand = softcap_cross_entropy_fwd_bwd(
+        x, targets, upstream, vocab, scaling, want_bf16, inplace
+    )
+    assert (grad is x) == inplace
+    return losses, lse, grad, operand.data, operand.transposed, scaling.amax
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((32, 127, 128), torch.bfloat16), ((48, 257, 320), torch.float32)], ids=str
+)
+def test_in_place_and_out_of_place_give_the_same_bits(shape, dtype, device):
+    case = (*kernel_case(*shape, dtype, device), shape[1])
+    outcomes = iter((run(*case), run(*case, inplace=True)))
+    same_bits(lambda: next(outcomes))
+    fp8_only = iter((run(*case)[3:], run(*case, want_bf16=False)[3:]))
+    same_bits(lambda: next(fp8_only))
+
+
+@pytest.mark.parametrize("shape", [(16, 13, 16), (32, 127, 128), (48, 257, 320)], ids=str)
+def test_fp8_gradient_is_the_rounded_gradient(shape, device):
+    logits, targets, upstream = kernel_case(*shape, torch.float32, device)
+    scaling = Scaling.from_bound(3.0, E5M2, device)
+    *_, grad, operand = softcap_cross_entropy_fwd_bwd(logits, targets, upstream, shape[1], scaling)
+    assert_fp8("gradient", operand, grad, scaling)
+
+
+def test_two_runs_give_the_same_bits(device):
+    case = (*kernel_case(32, 257, 320, torch.float32, device), 257)
+    same_bits(lambda: run(*case))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions(reduction, dtype, device):
+    logits, targets, _ = kernel_case(37, 127, 128, dtype, device)
+    logits[:, 127:] = 0
+    results = []
+    for op in (softcap_cross_entropy, softcap_cross_entropy_ref):
+        x = logits.clone().requires_grad_()
+        loss = op(x, targets, 127, reduction=reduction)
+        (-0.7 * loss).backward()
+        results.append((loss.detach(), x.grad))
+    torch.testing.assert_close(*[loss for loss, _ in results])
+    torch.testing.assert_close(*[grad for _, grad in results])
+
+
+def test_mean_scale_gives_the_gradient_of_the_mean(device):
+    logits, targets, _ = kernel_case(37, 127, 128, torch.float32, device)
+    x = logits.clone().requires_grad_()
+    softcap_cross_entropy(x, targets, 127).backward()
+    *_, grad, _ = softcap_cross_entropy_fwd_bwd(logits, targets, mean_grad_scale(targets), 127)
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_all_ignored(device):
+    logits, targets, _ = kernel_case(5, 13, 16, torch.float32, device)
+    targets.fill_(-1)
+    logits.requires_grad_()
+    loss = softcap_cross_entropy(logits, targets, 13)
+    loss.backward()
+    assert loss.isnan() and (logits.grad == 0).all()
+    assert softcap_cross_entropy(logits, targets, 13, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, math.inf, -math.inf, 3e38])
+def test_saturated_logits(value, device):
+    """A row of one extreme value, and one of it among others: softcap keeps both finite."""
+    logits, targets, upstream = kernel_case(4, 127, 128, torch.float32, device)
+    logits[0, :127] = value
+    logits[2, 5], targets[2] = value, 5
+    logits[3, 6] = value
+    exact = logits.double().clamp(-1e4, 1e4)
+    exact = losses_and_gradient(softcap_cross_entropy_ref, exact, targets, upstream, 127)
+    got = losses_and_gradient(softcap_cross_entropy, logits, targets, upstream, 127)
+    for a, b in zip(got[:2], exact[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_shows_in_its_row_alone(device):
+    logits, targets, upstream = kernel_case(16, 127, 128, torch.float32, device)
+    logits[4, 50] = math.nan
+    scaling = Scaling.from_bound(3.0, E5M2, device)
+    losses, _, grad, operand = softcap_cross_entropy_fwd_bwd(
+        logits, targets, upstream, 127, scaling
+    )
+    rows = torch.arange(16, device=device) == 4
+    assert torch.equal(losses.isnan(), rows)
+    for gradient in (grad, operand.dequantize()):
+        assert gradient[4, :127].isnan().all() and gradient[~rows].isfinite().all()
+    assert scaling.amax.isnan()
+
+
+def test_targets_beyond_the_vocabulary_do_as_the_reference(device):
+    logits, targets, upstream = kernel_case(9, 13, 16, torch.float32, device)
+    targets[3], targets[5] = 14, -7
+    a, b = (
+        losses_and_gradient(op, logits, targets, upstream, 13)
+        for op in (softcap_cross_entropy, softcap_cross_entropy_ref)
+    )
+    torch.testing.assert_close(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])
+
+
+def test_rows_of_a_wider_buffer_and_int32_targets(device):
+    wide = 5 * torch.randn(37, 160, device=device)
+    targets = torch.randint(127, (37,), device=device)
+    expected = softcap_cross_entropy(wide[:, 16:144].contiguous(), targets, 127)
+    assert torch.equal(softcap_cross_entropy(wide[:, 16:144], targets.int(), 127), expected)
+    scale = torch.ones(1, device=device)
+    *_, grad, _ = softcap_cross_entropy_fwd_bwd(wide[:, 16:144], targets, scale, 127)
+    before = wide.clone()
+    softcap_cross_entropy_fwd_bwd(wide[:, 16:144], targets, scale, 127, inplace=True)
+    assert torch.equal(wide[:, 16:144], grad)
+    assert torch.equal(wide[:, :16], before[:, :16])
+    assert torch.equal(wide[:, 144:], before[:, 144:])
+
+
+def test_other_softcaps(device):
+    logits, targets, _ = kernel_case(9, 127, 128, torch.float32, device)
+    for softcap in (5.0, 30.0):
+        expected = softcap_cross_entropy_ref(logits, targets, 127, softcap)
+        torch.testing.assert_close(softcap_cross_entropy(logits, targets, 127, softcap), expected)
+
+
+def test_without_gradient_losses_alone(device):
+    logits, targets, _ = kernel_case(9, 13, 16, torch.float32, device)
+    with torch.no_grad():
+        losses = softcap_cross_entropy(logits.requires_grad_(), targets, 13, reduction="none")
+    assert not losses.requires_grad and losses.shape == (9,)
+
+
+def test_no_rows(device):
+    targets = torch.zeros(0, dtype=torch.long, device=device)
+    scale = torch.ones(1, device=device)
+    losses, lse, grad, _ = softcap_cross_entropy_fwd_bwd(
+        torch.zeros(0, 16, device=device), targets, scale, 13
+    )
+    assert losses.shape == lse.shape == (0,) and grad.shape == (0, 16)
+
+
+def test_what_does_not_fit_is_refused(device):
+    logits, targets, upstream = kernel_case(6, 13, 16, torch.float32, device)
+    for match, arguments in {
+        "contiguous rows": (logits.t(), targets, 6),
+        "targets must be": (logits, targets[:5], 13),
+        "int64 or int32": (logits, targets.float(), 13),
+        "does not fit": (logits, targets, 17),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            softcap_cross_entropy(*arguments)
+    with pytest.raises(ValueError, match="mean, sum, none"):
+        softcap_cross_entropy(logits, targets, 13, reduction="max")
+    for match, arguments in {
+        "grad_scale must be": (upstream[:5], 13),
+        "no gradient": (upstream, 13, None, False),
+        "inplace needs": (upstream, 13, Scaling.from_bound(1.0, E5M2, device), False, True),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            softcap_cross_entropy_fwd_bwd(logits, targets, *arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(8192, 32768, 32768), (4099, 32749, 32768)], ids=str)
+def test_real_vocabulary(shape, device):
+    logits, targets, upstream = kernel_case(*shape, torch.bfloat16, device)
+    check(logits, targets, upstream, shape[1])
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements(device):
+    rows, vocab = 65552, 32768
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=device)
+    targets = torch.arange(rows, device=device) % vocab
+    logits[-1, -1], targets[-1] = 20.0, vocab - 1
+    scaling = Scaling.from_bound(1.0, E5M2, device)
+    scale = torch.ones(1, device=device)
+    losses, _, grad, operand = softcap_cross_entropy_fwd_bwd(logits, targets, scale, vocab, scaling)
+    expected = softcap_cross_entropy_ref(logits[-70:], targets[-70:], vocab, reduction="none")
+    torch.testing.assert_close(losses[-70:], expected)
+    uniform = 1 / vocab
+    for view in (grad, operand.dequantize()):
+        tail = view[-3:].float()
+        torch.testing.assert_close(tail[0, targets[-3]].item(), uniform - 1, rtol=0.1, atol=0)
+        torch.testing.assert_close(tail[1, 0].item(), uniform, rtol=0.15, atol=0)
+        assert tail[2, -1] < 0 < tail[2, -2]

@@ -1,0 +1,86 @@
+"""adamw at d16: lm_head, wte, eight value embeddings and the bigram table in two launches."""
+
+import torch
+
+from bench.harness import ON_GPU, compiled, measure, op_benchmark
+from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
+from tests.kernels.checks import relative_error
+
+VOCAB, WIDTH, BIGRAM_ROWS = (32768, 1024, 163840) if ON_GPU else (16, 8, 32)
+BF16, FP32 = torch.bfloat16, torch.float32
+TENSORS = [  # (rows, dtype, AdamWHyper)
+    (VOCAB, FP32, AdamWHyper(0.008, 0.8, 0.96, 1e-10, 0.01)),
+    (VOCAB, BF16, AdamWHyper(0.3, 0.8, 0.995, 1e-10, 0.001)),
+    *[(VOCAB, BF16, AdamWHyper(0.15, 0.8, 0.995, 1e-10, 0.01))] * 8,
+    (BIGRAM_ROWS, BF16, AdamWHyper(0.3, 0.8, 0.995, 1e-10, 0.0)),
+]
+HYPERS = [hyper for *_, hyper in TENSORS]
+
+
+def state(device):
+    """Parameters, gradients and zero moments."""
+    generator = torch.Generator(device).manual_seed(0)
+    params, grads = (
+        [
+            torch.randn(rows, WIDTH, device=device, generator=generator).to(dtype)
+            for rows, dtype, _ in TENSORS
+        ]
+        for _ in range(2)
+    )
+    return params, grads, *([torch.zeros_like(p) for p in params] for _ in range(2))
+
+
+def reference_step(lists, update, lr, step):
+    """adamw_ref, or a compiled one, of every tensor; `lr` and `step` are CPU tensors."""
+    for *tensors, hyper in zip(*lists, HYPERS, strict=True):
+        update(
+            *tensors, hyper.lr * lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, step
+        )
+
+
+def fused_adamw(device):
+    """step() of torch.optim.AdamW(fused=True) over the same tensors."""
+    params, grads, *_ = state(device)
+    groups = []
+    for param, grad, hyper in zip(params, grads, HYPERS, strict=True):
+        param.requires_grad_().grad = grad
+        betas = hyper.beta1, hyper.beta2
+        groups.append(
+            {"params": [param], "lr": hyper.lr, "betas": betas, "eps": hyper.eps}
+            | {"weight_decay": hyper.weight_decay}
+        )
+    return torch.optim.AdamW(groups, fused=True).step
+
+
+@op_benchmark
+def bench_adamw(benchmark, device):
+    lists, twin = state(device), state(device)
+    numbers = torch.tensor(1.0), torch.tensor(1.0)
+    alternatives = {}
+
+    def op():
+        reference_step(lists, adamw_ref, *numbers)
+
+    if ON_GPU:
+        tensors, schedule = AdamWTensors(*lists, HYPERS), adamw_schedule(1.0, 1, device)
+        adamw(tensors, schedule)
+        reference_step(twin, adamw_ref, *numbers)
+        for ours, theirs in zip(lists, twin, strict=True):
+            assert all(relative_error(a, b) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+        fused = fused_adamw(device)
+        alternatives = {
+            "eager": lambda: reference_step(twin, adamw_ref, *numbers),
+            "compile": lambda: reference_step(twin, compiled(adamw_ref), *numbers),
+            "torch_fused": fused,
+        }
+
+        def op():
+            adamw(tensors, schedule, clear_grad=True)
+
+    measure(
+        benchmark,
+        op,
+        bytes_moved=sum(8 * p.numel() * p.element_size() for p in lists[0]),
+        alternatives=alternatives,
+        shape=f"{sum(p.numel() for p in lists[0]):,} parameters",
+    )

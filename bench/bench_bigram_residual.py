@@ -1,0 +1,212 @@
+"""bigram_residual and residual_gradients at d16: one layer's mix, norm and quantisation, the
+middle norm of a block, their backward passes, and what the bigram path costs in all.
+
+The compiled alternative does the same span with dynamic scales and a transposed copy.
+"""
+
+import torch
+
+from bench.harness import (
+    ON_GPU,
+    compiled,
+    measure,
+    median_seconds,
+    op_benchmark,
+    quantize_both_layouts,
+    zipf_tokens,
+)
+from kernels.bigram_hash import bigram_embedding_ref, bigram_rows_ref
+from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd, bigram_residual_ref
+from kernels.embedding_grad import bigram_table_grad
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.residual_gradients import residual_gradients, residual_gradients_ref
+from kernels.rms_norm import rms_norm_ref
+from tests.kernels.checks import relative_error
+
+LAYERS, ROWS, T, WIDTH, VOCAB = (16, 32, 2048, 1024, 32768) if ON_GPU else (2, 2, 8, 32, 50)
+N = ROWS * T
+UNIT = N * WIDTH * 2  # bytes of one bf16 activation
+
+
+class Inputs:
+    """One micro-step's tensors."""
+
+    def __init__(self, device):
+        def randn(*shape):
+            return torch.randn(*shape, device=device).bfloat16()
+
+        self.tokens = zipf_tokens((ROWS, T), VOCAB, device)
+        self.table = randn(5 * VOCAB, WIDTH)
+        self.x, self.x0, self.branch, self.h, self.stream = (randn(N, WIDTH) for _ in range(5))
+        self.resid, self.x0_lambda, self.bigram = (
+            torch.tensor([v], device=device) for v in (1.1, 0.2, 0.05)
+        )
+        self.e4m3 = Scaling.from_bound(WIDTH**0.5, E4M3, device)
+        self.e5m2 = Scaling.from_bound(40.0, E5M2, device)
+        rows = bigram_rows_ref(self.tokens, self.table.size(0))
+        self.row_bytes = rows.unique().numel() * WIDTH * 2  # distinct rows, each read once
+
+    def opening(self, table=True):
+        """The kernel that opens a block, with or without the bigram term."""
+        return bigram_residual_fwd(
+            self.x,
+            x0=self.x0,
+            tokens=self.tokens if table else None,
+            table=self.table if table else None,
+            resid_lambda=self.resid,
+            x0_lambda=self.x0_lambda,
+            bigram_lambda=self.bigram if table else None,
+            scaling=self.e4m3,
+            want_normed=False,
+        )
+
+
+def opening_ref(x, x0, tokens, table, resid, x0_lambda, bigram):
+    e = bigram_embedding_ref(tokens, table).view(x.shape)
+    scales = (s.to(x.dtype) for s in (resid, x0_lambda))
+    y = bigram_residual_ref(x, x0, *scales, e, bigram.to(x.dtype))
+    return y, quantize_both_layouts(rms_norm_ref(y), E4M3)
+
+
+def middle_ref(x, branch):
+    y = x + branch
+    return y, quantize_both_layouts(rms_norm_ref(y), E4M3)
+
+
+def backward_ref(h, y, rstd, stream, x, resid):
+    h, y, rstd = h.float(), y.float(), rstd[:, None]
+    g = stream.float() + rstd * h - y * rstd**3 * (h * y).mean(dim=-1, keepdim=True)
+    of_resid = None if x is None else (g * x.float()).sum()
+    branch = (g if resid is None else resid * g).bfloat16()
+    return g.bfloat16(), of_resid, quantize_both_layouts(branch, E5M2)
+
+
+def alternatives(function, *args):
+    return {
+        "eager": lambda: function(*args),
+        "compile": lambda: compiled(function)(*args),
+    }
+
+
+def assert_close(got, expected, bound=0.01):
+    assert relative_error(got, expected) < bound
+
+
+@op_benchmark
+def bench_block_opening(benchmark, device):
+    i = Inputs(device)
+    args = (i.x, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram)
+    y, (q, _, inverse_scale) = opening_ref(*args)
+    if ON_GPU:
+        got, _, _, operand = i.opening()
+        assert_close(got, y)
+        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
+    measure(
+        benchmark,
+        i.opening if ON_GPU else lambda: opening_ref(*args),
+        bytes_moved=4 * UNIT + i.row_bytes,  # x, x0 in; y, FP8 twice out; table rows
+        alternatives=alternatives(opening_ref, *args),
+        shape=(N, WIDTH),
+    )
+
+
+@op_benchmark
+def bench_middle_norm(benchmark, device):
+    i = Inputs(device)
+
+    def op():
+        return bigram_residual_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
+
+    y, (q, _, inverse_scale) = middle_ref(i.x, i.branch)
+    if ON_GPU:
+        got, _, _, operand = op()
+        assert_close(got, y)
+        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
+    measure(
+        benchmark,
+        op if ON_GPU else lambda: middle_ref(i.x, i.branch),
+        bytes_moved=4 * UNIT,
+        alternatives=alternatives(middle_ref, i.x, i.branch),
+        shape=(N, WIDTH),
+    )
+
+
+def backward_case(benchmark, i, x, resid):
+    rstd = i.branch.float().square().mean(dim=-1).add(2.0**-23).rsqrt()
+    args = (i.h, i.branch, rstd, i.stream, x, resid)
+
+    def op():
+        return bigram_residual_bwd(
+            i.h, i.branch, rstd, i.stream, x=x, resid_lambda=resid, scaling=i.e5m2
+        )
+
+    grad, of_resid, (q, _, inverse_scale) = backward_ref(*args)
+    if ON_GPU:
+        got, of_resid_got, operand = op()
+        assert_close(got, grad)
+        assert x is None or abs(of_resid_got - of_resid) < 1.0
+        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.1)
+    measure(
+        benchmark,
+        op if ON_GPU else lambda: backward_ref(*args),
+        bytes_moved=(5 + (x is not None)) * UNIT,
+        alternatives=alternatives(backward_ref, *args),
+        shape=(N, WIDTH),
+    )
+
+
+@op_benchmark
+def bench_block_opening_backward(benchmark, device):
+    i = Inputs(device)
+    backward_case(benchmark, i, i.x, i.resid)
+
+
+@op_benchmark
+def bench_middle_norm_backward(benchmark, device):
+    backward_case(benchmark, Inputs(device), None, None)
+
+
+def all_layers_ref(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
+    e = bigram_embedding_ref(tokens, table).view(x0.shape)
+    return residual_gradients_ref(grads, x0, x0_lambdas, e, bigram_lambdas)
+
+
+@op_benchmark
+def bench_residual_gradients(benchmark, device):
+    i = Inputs(device)
+    grads = torch.randn(LAYERS, N, WIDTH, device=device, dtype=torch.bfloat16)
+    lambdas = [torch.rand(LAYERS, device=device) for _ in range(2)]
+
+    def op(table=True):
+        if not table:
+            return residual_gradients(grads, i.x0, lambdas[0])
+        return residual_gradients(grads, i.x0, lambdas[0], i.tokens, i.table, lambdas[1])
+
+    low = [v.bfloat16() for v in lambdas]
+    args = (grads, i.x0, low[0], i.tokens, i.table, low[1])
+    expected = all_layers_ref(*args)
+    if ON_GPU:
+        for got, want in zip(op(), expected, strict=True):
+            assert_close(got, want, 0.05)
+    info = measure(
+        benchmark,
+        op if ON_GPU else lambda: all_layers_ref(*args),
+        bytes_moved=(LAYERS + 3) * UNIT + i.row_bytes,
+        alternatives=alternatives(all_layers_ref, *args),
+        shape=(LAYERS, N, WIDTH),
+    )
+    if ON_GPU:
+        bigram_path(i, info, op)
+
+
+def bigram_path(i, info, gradients):
+    """Milliseconds a micro-step that the bigram term adds to the same kernels without it."""
+    table_grad = torch.zeros_like(i.table)
+    grad_e = gradients()[2]
+    forward = LAYERS * (median_seconds(i.opening) - median_seconds(lambda: i.opening(False)))
+    backward = info["us"] * 1e-6 - median_seconds(lambda: gradients(False))
+    scatter = median_seconds(lambda: bigram_table_grad(i.tokens, grad_e, table_grad))
+    parts = {"forward": forward, "backward": backward, "table_grad": scatter}
+    info["bigram_path_ms"] = 1e3 * sum(parts.values())
+    shown = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in parts.items())
+    print(f"\nbigram path, ms a micro-step: {info['bigram_path_ms']:.3f} ({shown})")

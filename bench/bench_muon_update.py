@@ -1,0 +1,234 @@
+"""muon_update and the whole optimiser step at d16: AdamW has lm_head and the tables."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bench.bench_adamw import BIGRAM_ROWS, VOCAB, WIDTH
+from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
+from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from kernels.fp8 import E4M3, Scaling
+from kernels.muon_momentum import muon_momentum
+from kernels.muon_update import (
+    WeightCopies,
+    muon_apply,
+    muon_factors,
+    muon_hyper,
+    muon_update,
+    muon_update_ref,
+    reduce_variance_ref,
+    second_moment_shape,
+)
+from kernels.newton_schulz import (
+    compute_dtype,
+    equilibrate_ref,
+    initial_scale,
+    muon_plus_ref,
+)
+from tests.kernels.checks import relative_error
+from train.optim import ADAMW_EPS, MuonAdamW, OptimConfig
+
+LAYERS = 16 if ON_GPU else 2
+SHAPES = [
+    (4 * LAYERS, WIDTH, WIDTH),
+    (LAYERS, 4 * WIDTH, WIDTH),
+    (LAYERS, WIDTH, 4 * WIDTH),
+]
+COMPUTE = torch.bfloat16 if ON_GPU else torch.float32  # of the references' products
+NUMBERS = 0.02, 0.95, 0.1  # learning rate, momentum, weight decay
+BETA2 = 0.9
+
+
+def newton_schulz_flops(shape):
+    """FLOPs of the plain iteration for a stack."""
+    n, *sides = shape
+    small, large = sorted(sides)
+    return n * 5 * (4 * small**2 * large + 2 * small**3)
+
+
+def pass_bytes(shape):
+    """Both passes with fp32 gradients, cleared, bf16 products and FP8 copies."""
+    n, rows, cols = shape
+    return n * rows * cols * ((4 + 8 + 2 + 4) + (2 + 8 + 1 + 1))
+
+
+def state(shape, device, seed=0):
+    """Parameter, gradient, momentum and second moment of a stack."""
+    generator = torch.Generator(device).manual_seed(seed)
+    param, grad = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+    second = torch.zeros(second_moment_shape(shape), device=device)
+    return param.mul_(0.02), grad, torch.zeros_like(param), second
+
+
+def fp8_copies(shape, device):
+    n = shape[0]
+    scaling = Scaling(E4M3, *(torch.full((n,), x, device=device) for x in (448.0, 1 / 448.0, 0.0)))
+    return WeightCopies.empty(shape, device, scaling=scaling)
+
+
+def passes(param, grad, momentum, second, hyper, squares, weights):
+    """muon_update without the iteration: x = z, whose sums of squares are given."""
+    z, norms = muon_momentum(grad, momentum, hyper, compute_dtype(grad.device), clear_grad=True)
+    initial_scale(norms)
+    factors = muon_factors(squares, second, param.shape, BETA2, True)
+    muon_apply(param, z, factors, hyper, weights)
+
+
+def squares_of(grad, momentum, hyper):
+    """Sums of squares that `passes` takes; grad and momentum are not changed."""
+    z = muon_momentum(grad, momentum.clone(), hyper, torch.float32)[0]
+    return z.square().sum(-1 if z.size(1) >= z.size(2) else -2)
+
+
+def passes_ref(param, grad, momentum_buffer, second, lr, momentum, weight_decay):
+    """What torch.compile would run around the iteration, with FP8 copies."""
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    nesterov = grad.lerp(momentum_buffer, momentum)
+    x = equilibrate_ref(nesterov.to(COMPUTE), "row")
+    u = reduce_variance_ref(muon_plus_ref(x), second, BETA2)
+    lr = lr * max(1.0, param.size(1) / param.size(2)) ** 0.5
+    param.sub_(lr * u + lr * weight_decay * param * ((u * param) >= 0))
+    grad.zero_()
+    return quantize_both_layouts(param.flatten(0, 1), E4M3)
+
+
+@op_benchmark
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_muon_passes(benchmark, device, shape):
+    tensors, twin = state(shape, device), state(shape, device)
+    numbers = [torch.tensor(x) for x in NUMBERS]
+    op = partial(passes_ref, *tensors, *numbers)
+    if ON_GPU:
+        hyper, start = muon_hyper(*NUMBERS, device), tensors[0].clone()
+        squares = squares_of(*tensors[1:3], hyper)
+        op = partial(passes, *tensors, hyper, squares, fp8_copies(shape, device))
+        op()
+        passes_ref(*twin, *numbers)
+        assert relative_error(tensors[0] - start, twin[0] - start) < 0.02
+    measure(
+        benchmark,
+        op,
+        bytes_moved=pass_bytes(shape),
+        alternatives={
+            "eager": lambda: passes_ref(*twin, *numbers),
+            "compile": lambda: compiled(passes_ref)(*twin, *numbers),
+        },
+        shape=shape,
+    )
+
+
+@op_benchmark
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_muon_update(benchmark, device, shape):
+    tensors, twin = state(shape, device), state(shape, device)
+    numbers = [torch.tensor(x) for x in NUMBERS]
+    options = BETA2, "row", True
+
+    def reference(update):
+        update(*twin, *numbers, *options, COMPUTE)
+
+    op = partial(muon_update_ref, *tensors, *numbers, *options, COMPUTE)
+    if ON_GPU:
+        hyper, start = muon_hyper(*NUMBERS, device), tensors[0].clone()
+        muon_update(*tensors, hyper, *options)
+        reference(muon_update_ref)
+        assert relative_error(tensors[0] - start, twin[0] - start) < 0.05
+        weights = fp8_copies(shape, device)
+        op = partial(muon_update, *tensors, hyper, *options, weights, clear_grad=True)
+    measure(
+        benchmark,
+        op,
+        bytes_moved=pass_bytes(shape),
+        flops=newton_schulz_flops(shape),
+        alternatives={
+            "eager": lambda: reference(muon_update_ref),
+            "compile": lambda: reference(compiled(muon_update_ref)),
+        },
+        shape=shape,
+    )
+
+
+def roles(device):
+    """{role: [(name, parameter with a gradient)]} of d16, as MuonAdamW takes them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def parameters(role, count, rows, cols, dtype=torch.float32):
+        result = []
+        for i in range(count):
+            param, grad = (
+                torch.randn(rows, cols, device=device, generator=generator).to(dtype)
+                for _ in range(2)
+            )
+            param.mul_(0.02).requires_grad_().grad = grad
+            result.append((f"{role}.{rows}x{cols}.{i}", param))
+        return result
+
+    table = torch.bfloat16
+    return {
+        "lm_head": parameters("lm_head", 1, VOCAB, WIDTH),
+        "wte": parameters("wte", 1, VOCAB, WIDTH, table),
+        "value_embeds": parameters("value_embeds", LAYERS // 2, VOCAB, WIDTH, table),
+        "bigram_embed": parameters("bigram_embed", 1, BIGRAM_ROWS, WIDTH, table),
+        "matrices": [x for shape in SHAPES for x in parameters("matrices", *shape)],
+    }
+
+
+class KernelStep:
+    """MuonAdamW's step by the kernels, on stacked copies of an optimiser's parameters."""
+
+    def __init__(self, optimizer, device):
+        self.matrices = []  # (param, grad, momentum, second, WeightCopies)
+        for key, params in optimizer.stacks.items():
+            stacks = [torch.stack(x) for x in (params, [p.grad for p in params])]
+            moments = [optimizer.state[f"muon.{key}.{x}"].clone() for x in ("momentum", "second")]
+            weights = fp8_copies(stacks[0].shape, device)
+            self.matrices.append((*(x.detach() for x in stacks), *moments, weights))
+        params, hypers = [], []
+        for _, param, group in optimizer.adamw:
+            lr = group.lr * (optimizer.width_scale if group.width_scaled else 1.0)
+            params.append(param.detach())
+            hypers.append(AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay))
+        grads = [p.grad.clone() for _, p, _ in optimizer.adamw]
+        moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        self.adamw = AdamWTensors([p.clone() for p in params], grads, *moments, hypers)
+        self.schedule = adamw_schedule(1.0, 1, device)
+        self.hyper = muon_hyper(optimizer.config.matrix_lr, *NUMBERS[1:], device)
+
+    def __call__(self):
+        adamw(self.adamw, self.schedule, clear_grad=True)
+        for *tensors, weights in self.matrices:
+            muon_update(*tensors, self.hyper, BETA2, "row", True, weights, clear_grad=True)
+
+
+@op_benchmark
+def bench_optimizer_step(benchmark, device):
+    parameters = roles(device)
+    optimizer = MuonAdamW(
+        parameters, OptimConfig(), WIDTH, compile=ON_GPU, newton_schulz_dtype=COMPUTE
+    )
+
+    def theirs():
+        optimizer.step(momentum=NUMBERS[1], weight_decay=NUMBERS[2])
+
+    op = theirs
+    if ON_GPU:
+        op = KernelStep(optimizer, device)
+        starts = [param.clone() for param, *_ in op.matrices]
+        op()
+        theirs()
+        stacks = zip(optimizer.stacks.values(), op.matrices, starts, strict=True)
+        for params, (ours, *_), start in stacks:
+            assert relative_error(ours - start, torch.stack(params) - start) < 0.05
+        for (_, param, _), (ours, *_) in zip(optimizer.adamw, op.adamw.tensors, strict=True):
+            assert relative_error(ours, param) < 1e-3
+    tables = [p for role in parameters if role != "matrices" for _, p in parameters[role]]
+    table_bytes = sum(8 * p.numel() * p.element_size() for p in tables)
+    measure(
+        benchmark,
+        op,
+        bytes_moved=table_bytes + sum(pass_bytes(shape) for shape in SHAPES),
+        flops=sum(newton_schulz_flops(shape) for shape in SHAPES),
+        alternatives={"compile": theirs},
+        shape=f"d16, {LAYERS} layers",
+    )

@@ -1,0 +1,53 @@
+"""newton_schulz: the stacks of a depth-16 model, one by one and together."""
+
+import pytest
+import torch
+
+from bench.harness import ON_GPU, compiled, measure, op_benchmark
+from kernels.newton_schulz import GRAM_ASPECT, POLAR_EXPRESS, newton_schulz, newton_schulz_ref
+from tests.kernels.checks import assert_accurate
+
+D16 = [(64, 1024, 1024), (16, 4096, 1024), (16, 1024, 4096)]
+TINY = [(2, 16, 16), (1, 32, 8), (1, 8, 32)]
+SETS = [[shape] for shape in D16] + [D16] if ON_GPU else [[shape] for shape in TINY]
+
+
+def iteration_flops(shape):
+    """FLOPs of the products with symmetric results computed by halves, plain or Gram."""
+    n, *sides = shape
+    small, large = sorted(sides)
+    if large >= GRAM_ASPECT * small:
+        return n * (6 * small**2 * large + 14 * small**3)
+    return n * len(POLAR_EXPRESS) * (3 * small**2 * large + small**3)
+
+
+def library():
+    """{name: function} of the gram-newton-schulz package; {} where it does not import."""
+    try:
+        from gram_newton_schulz import GramNewtonSchulz
+    except ImportError:
+        return {}
+    return {"gram_newton_schulz": GramNewtonSchulz(ns_coefficients=POLAR_EXPRESS)}
+
+
+@op_benchmark
+@pytest.mark.parametrize("shapes", SETS, ids=str)
+def bench_newton_schulz(benchmark, device, shapes):
+    stacks = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
+    if ON_GPU:
+        for x in (stack[:2] for stack in stacks):
+            truth = newton_schulz_ref(x.double())
+            assert_accurate("newton_schulz", newton_schulz(x), newton_schulz_ref(x), truth)
+
+    def run(function):
+        return lambda: [function(x) for x in stacks]
+
+    functions = {"eager": newton_schulz_ref, "compile": compiled(newton_schulz_ref), **library()}
+    measure(
+        benchmark,
+        run(newton_schulz if ON_GPU else newton_schulz_ref),
+        bytes_moved=sum(x.numel() for x in stacks) * (2 + 4),
+        flops=sum(iteration_flops(shape) for shape in shapes),
+        alternatives={name: run(function) for name, function in functions.items()},
+        shape=shapes,
+    )

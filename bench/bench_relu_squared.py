@@ -1,0 +1,50 @@
+"""relu_squared with FP8 operands in both layouts, forward and backward, at MLP activations."""
+
+import pytest
+import torch
+
+from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd, relu_squared_ref
+from tests.kernels.checks import assert_fp8
+
+SHAPE = (65536, 4096) if ON_GPU else (64, 128)
+
+
+def forward_ref(x):
+    """Activation, then what the compiled baseline does for the next product."""
+    return quantize_both_layouts(relu_squared_ref(x), E4M3)
+
+
+def backward_ref(dy, x):
+    """The same for the gradient."""
+    return quantize_both_layouts(2 * torch.relu(x) * dy, E5M2)
+
+
+@op_benchmark
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def bench_relu_squared(benchmark, device, backward):
+    x, dy = (torch.randn(SHAPE, device=device).bfloat16() for _ in range(2))
+    args, reference, kernel, dtype = (x,), forward_ref, relu_squared_fwd, E4M3
+    if backward:
+        args, reference, kernel, dtype = (dy, x), backward_ref, relu_squared_bwd, E5M2
+    op = reference
+    if ON_GPU:
+        exact = 2 * x.float().relu() * dy.float() if backward else relu_squared_ref(x.float())
+        scaling = Scaling.from_bound(exact.abs().max().item(), dtype, device)
+        assert_fp8("relu_squared", kernel(*args, scaling, want_plain=False)[1], exact, scaling)
+        del exact
+
+        def op(*args):
+            return kernel(*args, scaling, want_plain=False)
+
+    measure(
+        benchmark,
+        lambda: op(*args),
+        bytes_moved=x.numel() * (6 if backward else 4),
+        alternatives={
+            "eager": lambda: reference(*args),
+            "compile": lambda: compiled(reference)(*args),
+        },
+        shape=SHAPE,
+    )

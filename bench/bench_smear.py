@@ -1,0 +1,72 @@
+"""embed_smear at d16: embedding, norm, gate and smear in one kernel, forward and backward."""
+
+import torch
+
+from bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
+from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref
+from tests.kernels.checks import relative_error
+
+ROWS, T, WIDTH, VOCAB, GATE = (32, 2048, 1024, 32768, 24) if ON_GPU else (2, 8, 32, 50, 24)
+UNIT = ROWS * T * WIDTH * 2
+
+
+def inputs(device):
+    tokens = zipf_tokens((ROWS, T), VOCAB, device)
+    table = torch.randn(VOCAB, WIDTH, device=device).bfloat16()
+    gate_weight = torch.rand(1, GATE, device=device)
+    return tokens, table, gate_weight, torch.tensor([0.3], device=device)
+
+
+@op_benchmark
+def bench_embed_smear(benchmark, device):
+    args = inputs(device)
+    if ON_GPU:
+        expected = embed_smear_ref(*args).view(-1, WIDTH)
+        assert relative_error(embed_smear_fwd(*args)[0], expected) < 0.01
+    measure(
+        benchmark,
+        (lambda: embed_smear_fwd(*args)) if ON_GPU else (lambda: embed_smear_ref(*args)),
+        bytes_moved=UNIT + args[0].unique().numel() * WIDTH * 2,
+        alternatives={
+            "eager": lambda: embed_smear_ref(*args),
+            "compile": lambda: compiled(embed_smear_ref)(*args),
+        },
+        shape=(ROWS * T, WIDTH),
+    )
+
+
+@op_benchmark
+def bench_embed_smear_backward(benchmark, device):
+    args = inputs(device)
+    grad = torch.randn(ROWS * T, WIDTH, device=device).bfloat16()
+    rows = torch.nn.functional.embedding(args[0], args[1]).requires_grad_()  # (B, T, C)
+
+    def of_rows(rows, gate_weight, smear_lambda):
+        positions = torch.arange(rows.size(0) * rows.size(1), device=device)
+        table = rows.view(-1, WIDTH)
+        return embed_smear_ref(positions.view(rows.shape[:2]), table, gate_weight, smear_lambda)
+
+    def backward(function):
+        """Backward alone of a graph that stays alive."""
+        y = function(rows, args[2], args[3])
+        return lambda: torch.autograd.grad(y, rows, grad.view(y.shape), retain_graph=True)[0]
+
+    eager = backward(of_rows)
+    op = eager
+    if ON_GPU:
+        gate = embed_smear_fwd(*args)[1]
+        assert relative_error(embed_smear_bwd(grad, *args, gate)[0], eager().view(-1, WIDTH)) < 0.02
+
+        def op():
+            return embed_smear_bwd(grad, *args, gate)
+
+    alternatives = {"eager": eager}
+    if ON_GPU:
+        alternatives["compile"] = backward(compiled(of_rows))
+    measure(
+        benchmark,
+        op,
+        bytes_moved=2 * UNIT + args[0].unique().numel() * WIDTH * 2,
+        alternatives=alternatives,
+        shape=(ROWS * T, WIDTH),
+    )

@@ -1,0 +1,137 @@
+"""Muon before the iteration: momentum, Nesterov and unit rows in one pass.
+
+    m <- lerp(m, g, 1 - mu);  u = lerp(g, m, mu);  z = u / ||u|| per row
+
+Equal rows are what row equilibration makes (https://arxiv.org/abs/2603.28254), up to one factor per
+matrix, which kernels/newton_schulz.py takes from the norms. Bytes per parameter, c-byte compute
+dtype: g 4 (bf16: 2) + m 8 + z c, and 4 (2) more where the gradient is cleared. FLOPs: 10 per
+parameter.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.newton_schulz import NORM_FLOOR
+from kernels.tuning import Tile, tuned
+
+TILE = Tile(rows=1024, cols=4096, warps=8)  # the largest; wider rows take two passes
+TILE_ELEMENTS = 4096
+
+
+@triton.jit
+def _nesterov(
+    grad_ptr,  # (BM, BN) pointers
+    moment_ptr,  # (BM, BN) pointers
+    mu,
+    mask,  # (BM, BN)
+):
+    """The new momentum and the Nesterov gradient, both (BM, BN) fp32."""
+    g = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(moment_ptr, mask=mask, other=0.0)
+    m += (1 - mu) * (g - m)
+    return m, m + (1 - mu) * (g - m)
+
+
+@triton.jit
+def _store_momentum(
+    m,  # (BM, BN) fp32
+    z,  # (BM, BN) fp32
+    moment_ptr,  # (BM, BN) pointers
+    grad_ptr,  # (BM, BN) pointers
+    z_ptr,  # (BM, BN) pointers
+    mask,  # (BM, BN)
+    CLEAR: tl.constexpr,
+):
+    tl.store(moment_ptr, m, mask=mask)
+    if CLEAR:
+        tl.store(grad_ptr, tl.zeros_like(m).to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(z_ptr, z.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _momentum_kernel(
+    grad_ptr,  # (M, C) fp32 or bf16, M rows of all matrices
+    moment_ptr,  # (M, C) fp32
+    hyper_ptr,  # (3,) fp32: lr, momentum, weight decay
+    z_ptr,  # (M, C)
+    norms_ptr,  # (M,) fp32
+    M,
+    C,
+    norm_floor,
+    UNIT: tl.constexpr,
+    CLEAR: tl.constexpr,
+    ONE_PASS: tl.constexpr,  # C <= BN: rows stay in registers, else they are read twice
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    mu = tl.load(hyper_ptr + 1)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    row_ok = row < M
+    cols = tl.arange(0, BN)
+    offsets = row[:, None].to(tl.int64) * C + cols[None, :]
+    grad_ptr += offsets
+    moment_ptr += offsets
+    z_ptr += offsets
+    mask = row_ok[:, None] & (cols < C)[None, :]
+    m, u = _nesterov(grad_ptr, moment_ptr, mu, mask)
+    inverse = tl.full((BM,), 1.0, tl.float32)
+    if UNIT:
+        squares = tl.sum(u * u, axis=1)
+        if not ONE_PASS:
+            for col in range(BN, C, BN):
+                tail_mask = row_ok[:, None] & (col + cols < C)[None, :]
+                _, tail = _nesterov(grad_ptr + col, moment_ptr + col, mu, tail_mask)
+                squares += tl.sum(tail * tail, axis=1)
+        norm = tl.sqrt(squares)
+        tl.store(norms_ptr + row, norm, mask=row_ok)
+        inverse = tl.where(norm < norm_floor, 0.0, 1 / norm)  # NaN stays NaN
+    if ONE_PASS:
+        z = u * inverse[:, None]
+        _store_momentum(m, z, moment_ptr, grad_ptr, z_ptr, mask, CLEAR)
+    else:
+        for col in range(0, C, BN):
+            mask = row_ok[:, None] & (col + cols < C)[None, :]
+            m, u = _nesterov(grad_ptr + col, moment_ptr + col, mu, mask)
+            z = u * inverse[:, None]
+            _store_momentum(m, z, moment_ptr + col, grad_ptr + col, z_ptr + col, mask, CLEAR)
+
+
+def muon_momentum(
+    grad,  # (N, R, C) fp32 or bf16, contiguous
+    momentum_buffer,  # (N, R, C) fp32, contiguous, updated in place
+    hyper,  # (3,) fp32
+    dtype,
+    unit_rows=True,
+    clear_grad=False,
+):
+    """Momentum and Nesterov, and with `unit_rows` the division of every row by its norm.
+
+    Returns z (N, R, C) in `dtype` and the norms (N, R) fp32 of its rows before the division (None
+    without unit_rows). Rows of zeros stay zero.
+    """
+    n, rows, cols = grad.shape
+    z = torch.empty(n, rows, cols, dtype=dtype, device=grad.device)
+    norms = None
+    if unit_rows:
+        norms = torch.empty(n, rows, dtype=torch.float32, device=grad.device)
+    config = tuned("muon_momentum", TILE)
+    block_cols = min(triton.next_power_of_2(cols), config.cols)
+    block_rows = min(config.rows, max(1, TILE_ELEMENTS // block_cols))
+    _momentum_kernel[(triton.cdiv(n * rows, block_rows),)](
+        grad,
+        momentum_buffer,
+        hyper,
+        z,
+        norms,
+        n * rows,
+        cols,
+        NORM_FLOOR,
+        UNIT=unit_rows,
+        CLEAR=clear_grad,
+        ONE_PASS=cols <= block_cols,
+        BM=block_rows,
+        BN=block_cols,
+        num_warps=config.warps,
+    )
+    return z, norms

@@ -1,0 +1,201 @@
+"""Gradients of x0, the bigram table and their lambdas from the residual mixes of all layers.
+
+Every block opens with y_l = resid_l * x_l + x0_lambda_l * x0 + bigram_lambda_l * e
+(kernels/bigram_residual.py). With g_l the gradient of y_l:
+
+    grad x0 = sum_l x0_lambda_l * g_l            grad x0_lambda_l     = sum(g_l * x0)
+    grad e  = sum_l bigram_lambda_l * g_l        grad bigram_lambda_l = sum(g_l * e)
+
+All four come from one pass over the stacked g, so that x0, e and the two accumulators travel once
+for (up to 16) layers and not once per layer. e is looked up again; grad e goes on to the table
+with kernels/embedding_grad.py.
+
+Bytes, L layers, N positions of width C at s bytes: s*N*C*(L + 4). FLOPs: 8 per element of g.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from kernels.tuning import tuned
+
+VECTOR = 8  # columns a thread: 16 bytes of bf16
+MAX_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Positions a program, and how many layers travel together (a power of two)."""
+
+    positions: int = 8
+    layers: int = 16
+
+
+CONFIG = Config()
+
+
+def residual_gradients_ref(
+    grads,  # (L, N, C)
+    x0,  # (N, C)
+    x0_lambdas,  # (L,)
+    e=None,  # (N, C)
+    bigram_lambdas=None,  # (L,)
+):
+    """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,); None without e."""
+    of_x0 = torch.einsum("l,lnc->nc", x0_lambdas, grads), torch.einsum("lnc,nc->l", grads, x0)
+    if e is None:
+        return *of_x0, None, None
+    of_e = torch.einsum("l,lnc->nc", bigram_lambdas, grads), torch.einsum("lnc,nc->l", grads, e)
+    return *of_x0, *of_e
+
+
+@triton.jit
+def _lane_sums(
+    x,  # (BL, BC)
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Sums over runs of VECTOR columns, (BL, BC / VECTOR): each within one thread."""
+    return tl.sum(tl.reshape(x, (BL, BC // VECTOR, VECTOR)), axis=2)
+
+
+@triton.jit
+def _residual_gradients_kernel(
+    grads_ptr,  # (L, N, C)
+    x0_ptr,  # (N, C)
+    tokens_ptr,  # (N,) integer, or None
+    table_ptr,  # (num_rows, C) or None
+    x0_lambdas_ptr,  # (L,)
+    bigram_lambdas_ptr,  # (L,) or None
+    grad_x0_ptr,  # (N, C)
+    grad_e_ptr,  # (N, C) or None
+    partial_ptr,  # (programs, L, 2) fp32
+    L,
+    N,
+    C,
+    layer_stride,
+    T,
+    num_rows,
+    CURRENT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    # One position at a time, all its layers at once: with VECTOR columns a thread, every sum over
+    # layers stays within a thread, and those over columns wait for the end of the program.
+    layers, cols = tl.arange(0, BL), tl.arange(0, BC)
+    layer_ok, col_ok = layers < L, cols < C
+    x0_lambdas = tl.load(x0_lambdas_ptr + layers, mask=layer_ok, other=0.0).to(tl.float32)
+    of_x0 = tl.zeros((BL, BC // VECTOR), tl.float32)
+    of_e = of_x0
+    if table_ptr is not None:
+        bigram_lambdas = tl.load(bigram_lambdas_ptr + layers, mask=layer_ok, other=0.0)
+        bigram_lambdas = bigram_lambdas.to(tl.float32)
+    layer_offsets = layers.to(tl.int64)[:, None] * layer_stride + cols[None, :]
+    for i in range(POSITIONS):
+        position = tl.program_id(0) * POSITIONS + i
+        where = position + tl.arange(0, 1)  # (1,)
+        ok = col_ok & (where < N)
+        base = position.to(tl.int64) * C
+        mask = layer_ok[:, None] & ok[None, :]
+        g = tl.load(grads_ptr + base + layer_offsets, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
+        grad_x0 = tl.sum(x0_lambdas[:, None] * g, axis=0)
+        of_x0 += _lane_sums(g * x0[None, :], BL, BC, VECTOR)
+        if ACCUMULATE:
+            grad_x0 += tl.load(grad_x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
+        tl.store(grad_x0_ptr + base + cols, grad_x0.to(grad_x0_ptr.dtype.element_ty), mask=ok)
+        if table_ptr is not None:
+            row = hash_rows(tokens_ptr, where, where < N, T, num_rows, CURRENT, PREVIOUS)  # (1,)
+            e = tl.load(table_ptr + row * C + cols, mask=ok, other=0.0).to(tl.float32)
+            grad_e = tl.sum(bigram_lambdas[:, None] * g, axis=0)
+            of_e += _lane_sums(g * e[None, :], BL, BC, VECTOR)
+            if ACCUMULATE:
+                grad_e += tl.load(grad_e_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
+            tl.store(grad_e_ptr + base + cols, grad_e.to(grad_e_ptr.dtype.element_ty), mask=ok)
+    partial_ptr += tl.program_id(0).to(tl.int64) * L * 2
+    tl.store(partial_ptr + 2 * layers, tl.sum(of_x0, axis=1), mask=layer_ok)
+    if table_ptr is not None:
+        tl.store(partial_ptr + 2 * layers + 1, tl.sum(of_e, axis=1), mask=layer_ok)
+
+
+def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
+    layers, n, c = grads.shape
+    for name, tensor, shape in (
+        ("grads", grads, grads.shape),
+        ("x0", x0, (n, c)),
+        ("x0_lambdas", x0_lambdas, (layers,)),
+        ("bigram_lambdas", bigram_lambdas, (layers,)),
+        ("tokens", tokens, tokens.shape if tokens is not None else ()),
+        ("table", table, (table.size(0) if table is not None else 0, c)),
+    ):
+        if tensor is not None and (not tensor.is_contiguous() or tensor.shape != shape):
+            raise ValueError(f"residual_gradients: {name} must be contiguous, {tuple(shape)}")
+
+
+def residual_gradients(
+    grads,  # (L, N, C)
+    x0,  # (N, C)
+    x0_lambdas,  # (L,)
+    tokens=None,  # (B, T) integer, B*T = N
+    table=None,  # (num_rows, C)
+    bigram_lambdas=None,  # (L,)
+    accumulators=None,  # grad x0 and grad e, (N, C) each, to add to in place
+):
+    """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,).
+
+    The first and third are in x0's dtype (or are the accumulators), the lambdas' in fp32; without
+    a table the last two are None. Sums are taken in fp32 in a fixed order.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or does not fit the others.
+    """
+    _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas)
+    layers, n, c = grads.shape
+    grad_x0, grad_e = accumulators or (torch.empty_like(x0), None)
+    if table is not None and grad_e is None:
+        grad_e = torch.empty_like(x0)
+    config = tuned("residual_gradients", CONFIG)
+    programs = triton.cdiv(n, config.positions)
+    block = max(triton.next_power_of_2(c), VECTOR)
+    of_lambdas = []  # (group, 2) each
+    for first in range(0, layers, config.layers):
+        group = min(config.layers, layers - first)
+        partial = torch.empty(programs, group, 2, dtype=torch.float32, device=x0.device)
+        _residual_gradients_kernel[(programs,)](
+            grads[first:],
+            x0,
+            tokens,
+            table,
+            x0_lambdas[first:],
+            None if table is None else bigram_lambdas[first:],
+            grad_x0,
+            grad_e,
+            partial,
+            group,
+            n,
+            c,
+            n * c,
+            tokens.size(1) if tokens is not None else n,
+            table.size(0) if table is not None else 0,
+            HASH_CURRENT,
+            HASH_PREVIOUS,
+            ACCUMULATE=accumulators is not None or first > 0,
+            POSITIONS=config.positions,
+            BL=triton.next_power_of_2(group),
+            BC=block,
+            VECTOR=VECTOR,
+            num_warps=min(max(block // (32 * VECTOR), 1), MAX_WARPS),
+        )
+        of_lambdas.append(partial.sum(dim=0))
+    of_lambdas = torch.cat(of_lambdas)  # (L, 2)
+    if table is None:
+        return grad_x0, of_lambdas[:, 0], None, None
+    return grad_x0, of_lambdas[:, 0], grad_e, of_lambdas[:, 1]
