@@ -20,7 +20,7 @@ VOCAB, BIGRAM_ROWS = (32768, 163840) if ON_GPU else (32, 160)
 def add_dense_backward(grad_rows, indices, table_grad):
     """What eager autograd does: a dense gradient, then an addition."""
     return table_grad.add_(
-        torch.embedding_dense_backward(grad_rows, indices, table_grad.size(0), -1, False)
+        torch.ops.aten.embedding_dense_backward(grad_rows, indices, table_grad.size(0), -1, False)
     )
 
 

@@ -137,7 +137,8 @@ def softcap_cross_entropy_fwd(
     if rows:
         fwd_kernel[(rows,)](
             logits, targets, losses, lse, vocab_size, cols, logits.stride(0),
-            CAP=softcap, IGNORE=IGNORE_INDEX, PIECE=config.cols, num_warps=config.warps,
+            CAP=softcap, IGNORE=IGNORE_INDEX,
+            PADDED=vocab_size < cols, PIECE=config.cols, num_warps=config.warps,
         )  # fmt: skip
     return losses, lse
 
@@ -172,7 +173,8 @@ def softcap_cross_entropy_bwd(
         bwd_kernel[(triton.cdiv(rows, config.stripe) * tasks,)](
             logits, targets, lse, grad_scale, grad, *operand_args(operand, scaling),
             rows, vocab_size, cols, logits.stride(0), cols if grad is None else grad.stride(0),
-            scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX, BM=config.rows, BN=config.cols,
+            scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX,
+            PADDED=vocab_size < cols, BM=config.rows, BN=config.cols,
             STRIPE=config.stripe, num_warps=config.warps,
         )  # fmt: skip
     return grad, operand

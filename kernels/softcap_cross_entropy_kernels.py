@@ -7,6 +7,7 @@ logit), so four neighbours share one reciprocal: 1/a = (1/abcd) * cd * b.
 import triton
 import triton.language as tl
 
+from kernels.approx import fast_exp2, fast_reciprocal
 from kernels.fp8 import store_fp8
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -22,10 +23,10 @@ def _gaps(
 ):
     """r = 1 / (1 + exp(2 x / cap)), the distance of softcap(x) from cap in units of 2 cap."""
     x = tl.minimum(x, SATURATION * CAP, propagate_nan=tl.PropagateNan.ALL)
-    q = 1.0 + tl.exp2(x * (2 * LOG2_E / CAP))
+    q = 1.0 + fast_exp2(x * (2 * LOG2_E / CAP))
     a, b = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))  # (BM, BN / 4, 2)
     u, v = tl.split(a * b)  # (BM, BN / 4)
-    inverse = 1.0 / (u * v)
+    inverse = fast_reciprocal(u * v)
     inverse = tl.join(inverse * v, inverse * u)  # 1 / (a * b)
     return tl.reshape(tl.join(inverse * b, inverse * a), (BM, BN))
 
@@ -37,15 +38,16 @@ def _exp_sum(
     vocab,
     V,
     CAP: tl.constexpr,
+    PADDED: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Sum of exp(softcap(x) - cap) over one piece of a row."""
     n = (col + tl.arange(0, BN))[None, :]
     x = tl.load(row_ptr + n, mask=n < V, other=0.0).to(tl.float32)
-    if col + BN > vocab:  # padding may hold anything: it must not meet its neighbours
+    if PADDED:  # padding may hold anything: it must not meet its neighbours
         x = tl.where(n < vocab, x, 0.0)
-    e = tl.exp2(_gaps(x, CAP, 1, BN) * (-2 * CAP * LOG2_E))
-    if col + BN > vocab:
+    e = fast_exp2(_gaps(x, CAP, 1, BN) * (-2 * CAP * LOG2_E))
+    if PADDED:
         e = tl.where(n < vocab, e, 0.0)
     return tl.sum(tl.ravel(e), axis=0)
 
@@ -64,70 +66,6 @@ def _target_gap(
 
 
 @triton.jit
-def _load_tile(
-    logits_ptr,  # (N, V), rows stride apart
-    row,
-    col,
-    N,
-    V,
-    stride,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
-    inside = (row + m < N)[:, None] & (col + n < V)[None, :]
-    base = logits_ptr + row.to(tl.int64) * stride + col
-    return tl.load(base + m[:, None] * stride + n[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_gradient(
-    x,  # (BM, BN) logits
-    lse,  # (BM,) fp32
-    targets_ptr,  # (N,)
-    grad_scale_ptr,  # (N,) fp32, scale_stride apart
-    grad_ptr,  # (N, V), rows grad_stride apart, or None
-    data_ptr,  # (N, V) FP8, or None
-    transposed_ptr,  # (V, N) FP8
-    fp8_scale_ptr,  # (1,) fp32
-    amax_ptr,  # (1,) int32
-    row,
-    col,
-    N,
-    vocab,
-    V,
-    grad_stride,
-    scale_stride,
-    CAP: tl.constexpr,
-    IGNORE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Gradient of one block of logits, in every layout that is asked for."""
-    m, n = tl.arange(0, BM), col + tl.arange(0, BN)
-    m_ok = row + m < N
-    target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE)
-    upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
-    upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
-    x = x.to(tl.float32)
-    if col + BN > vocab:
-        x = tl.where(n[None, :] < vocab, x, 0.0)
-    r = _gaps(x, CAP, BM, BN)
-    p = tl.exp2(r * (-2 * CAP * LOG2_E) + ((CAP - lse) * LOG2_E)[:, None])
-    p = tl.where(n[None, :] == target.to(tl.int32)[:, None], p - 1.0, p)
-    g = p * (r - r * r) * upstream[:, None]
-    if col + BN > vocab:
-        g = tl.where(n[None, :] < vocab, g, 0.0)
-    if grad_ptr is not None:
-        base = grad_ptr + row.to(tl.int64) * grad_stride
-        inside = m_ok[:, None] & (n < V)[None, :]
-        address = base + m[:, None] * grad_stride + n[None, :]
-        tl.store(address, g.to(grad_ptr.dtype.element_ty), mask=inside)
-    if data_ptr is not None:
-        store_fp8(g, data_ptr, transposed_ptr, fp8_scale_ptr, amax_ptr, row, col, N, V, BM, BN)
-
-
-@triton.jit
 def fwd_kernel(
     logits_ptr,  # (N, V), rows logits_stride apart
     targets_ptr,  # (N,)
@@ -138,6 +76,7 @@ def fwd_kernel(
     logits_stride,
     CAP: tl.constexpr,
     IGNORE: tl.constexpr,
+    PADDED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -146,7 +85,7 @@ def fwd_kernel(
     gap = _target_gap(row_ptr, target, vocab, CAP)
     total = 0.0
     for col in range(0, vocab, PIECE):
-        total += _exp_sum(row_ptr, col, vocab, V, CAP, PIECE)
+        total += _exp_sum(row_ptr, col, vocab, V, CAP, PADDED, PIECE)
     log_sum = tl.log(total)
     tl.store(lse_ptr + row, CAP + log_sum)
     tl.store(losses_ptr + row, tl.where(target == IGNORE, 0.0, log_sum + gap))
@@ -171,6 +110,7 @@ def bwd_kernel(
     scale_stride,
     CAP: tl.constexpr,
     IGNORE: tl.constexpr,
+    PADDED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STRIPE: tl.constexpr,
@@ -179,13 +119,32 @@ def bwd_kernel(
     tasks = tall * tl.cdiv(V, BN)
     task = tl.program_id(0) % tasks
     row = (tl.program_id(0) // tasks) * STRIPE + task % tall * BM
+    if row >= N:
+        return
     col = task // tall * BN
-    if row < N:
-        x = _load_tile(logits_ptr, row, col, N, V, logits_stride, BM, BN)
-        m = row + tl.arange(0, BM)
-        lse = tl.load(lse_ptr + m, mask=m < N, other=CAP)
-        _store_gradient(
-            x, lse, targets_ptr, grad_scale_ptr, grad_ptr, data_ptr, transposed_ptr,
-            fp8_scale_ptr, amax_ptr, row, col, N, vocab, V, grad_stride, scale_stride,
-            CAP, IGNORE, BM, BN,
-        )  # fmt: skip
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    m_ok, n_ok = row + m < N, col + n < V
+    inside = m_ok[:, None] & n_ok[None, :]
+    base = logits_ptr + row.to(tl.int64) * logits_stride + col
+    x = tl.load(base + m[:, None] * logits_stride + n[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    lse = tl.load(lse_ptr + row + m, mask=m_ok, other=CAP)
+    target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE).to(tl.int32)
+    upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
+    upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
+    if PADDED:
+        x = tl.where((col + n < vocab)[None, :], x, 0.0)
+    r = _gaps(x, CAP, BM, BN)
+    p = fast_exp2(r * (-2 * CAP * LOG2_E) + ((CAP - lse) * LOG2_E)[:, None])
+    here = (target >= col) & (target < col + BN)
+    if tl.max(here.to(tl.int32), axis=0) > 0:  # few blocks hold a target
+        p = tl.where((col + n)[None, :] == target[:, None], p - 1.0, p)
+    g = p * (r - r * r) * upstream[:, None]
+    if PADDED:
+        g = tl.where((col + n < vocab)[None, :], g, 0.0)
+    if grad_ptr is not None:
+        base = grad_ptr + row.to(tl.int64) * grad_stride + col
+        address = base + m[:, None] * grad_stride + n[None, :]
+        tl.store(address, g.to(grad_ptr.dtype.element_ty), mask=inside)
+    if data_ptr is not None:
+        store_fp8(g, data_ptr, transposed_ptr, fp8_scale_ptr, amax_ptr, row, col, N, V, BM, BN)
