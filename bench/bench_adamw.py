@@ -31,15 +31,17 @@ def state(device):
 
 
 def reference_step(lists, update, lr, step):
-    """adamw_ref, or a compiled one, of every tensor; `lr` and `step` are CPU tensors."""
+    """adamw_ref, or a compiled one, of every tensor; `lr` and `step` are CPU tensors. Clears the
+    gradients."""
     for *tensors, hyper in zip(*lists, HYPERS, strict=True):
         update(
             *tensors, hyper.lr * lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, step
         )
+    torch._foreach_zero_(lists[1])
 
 
 def fused_adamw(device):
-    """step() of torch.optim.AdamW(fused=True) over the same tensors."""
+    """torch.optim.AdamW(fused=True) over the same tensors, and the clearing of gradients."""
     params, grads, *_ = state(device)
     groups = []
     for param, grad, hyper in zip(params, grads, HYPERS, strict=True):
@@ -49,7 +51,13 @@ def fused_adamw(device):
             {"params": [param], "lr": hyper.lr, "betas": betas, "eps": hyper.eps}
             | {"weight_decay": hyper.weight_decay}
         )
-    return torch.optim.AdamW(groups, fused=True).step
+    optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
 
 
 @op_benchmark
@@ -63,7 +71,7 @@ def bench_adamw(benchmark, device):
 
     if ON_GPU:
         tensors, schedule = AdamWTensors(*lists, HYPERS), adamw_schedule(1.0, 1, device)
-        adamw(tensors, schedule)
+        adamw(tensors, schedule, clear_grad=True)
         reference_step(twin, adamw_ref, *numbers)
         for ours, theirs in zip(lists, twin, strict=True):
             assert all(relative_error(a, b) < 1e-3 for a, b in zip(ours, theirs, strict=True))

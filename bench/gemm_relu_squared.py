@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from bench.harness import ON_GPU, median_seconds
-from kernels.fp8 import E4M3, Scaling, cast_fp8, empty_operand, record_amax
+from kernels.fp8 import E4M3, Scaling, empty_operand, operand_args, store_fp8
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_fwd
 
@@ -53,21 +53,22 @@ CONFIGS = [
 def _epilogue(
     h,  # (BM, BN) fp32
     h_desc,  # (M, N) bf16
-    y_desc,  # (M, N) FP8
-    transposed_desc,  # (N, M) FP8
-    scale,
+    data_ptr,  # (M, N) FP8
+    transposed_ptr,  # (N, M) FP8
+    scale_ptr,  # (1,) fp32
     amax_ptr,  # (1,) int32
     row,
     col,
+    M,
+    N,
 ):
     h = h.to(tl.bfloat16)
     h_desc.store([row, col], h)
     positive = tl.maximum(h.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     y = positive * positive
-    record_amax(amax_ptr, y)
-    q = cast_fp8(y * scale, tl.float8e4nv)
-    y_desc.store([row, col], q)
-    transposed_desc.store([col, row], tl.trans(q))
+    store_fp8(
+        y, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N, h.shape[0], h.shape[1]
+    )
 
 
 @triton.jit
@@ -75,10 +76,10 @@ def _gemm_relu_squared_kernel(
     x_desc,  # (M, K) FP8
     w_desc,  # (N, K) FP8
     h_desc,  # (M, N) bf16
-    y_desc,  # (M, N) FP8
-    transposed_desc,  # (N, M) FP8
     x_inverse_ptr,  # (1,) fp32
     w_inverse_ptr,  # (1,) fp32
+    data_ptr,  # (M, N) FP8
+    transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32
     amax_ptr,  # (1,) int32
     M,
@@ -93,7 +94,6 @@ def _gemm_relu_squared_kernel(
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     inverse = tl.load(x_inverse_ptr) * tl.load(w_inverse_ptr)
-    scale = tl.load(scale_ptr)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         group = tile // (GROUP * tiles_n)
         height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -108,10 +108,21 @@ def _gemm_relu_squared_kernel(
         if HALVES:
             parts = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
             left, right = tl.split(parts)
-            _epilogue(left, h_desc, y_desc, transposed_desc, scale, amax_ptr, row, col)
-            _epilogue(right, h_desc, y_desc, transposed_desc, scale, amax_ptr, row, col + BN // 2)
+            _epilogue(left, h_desc, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N)
+            _epilogue(
+                right,
+                h_desc,
+                data_ptr,
+                transposed_ptr,
+                scale_ptr,
+                amax_ptr,
+                row,
+                col + BN // 2,
+                M,
+                N,
+            )
         else:
-            _epilogue(acc, h_desc, y_desc, transposed_desc, scale, amax_ptr, row, col)
+            _epilogue(acc, h_desc, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N)
 
 
 def fused(x, w, scaling, config):
@@ -128,12 +139,9 @@ def fused(x, w, scaling, config):
         describe(x.data, [config.rows, config.depth]),
         describe(w.data, [config.cols, config.depth]),
         describe(h, [config.rows, width]),
-        describe(operand.data, [config.rows, width]),
-        describe(operand.transposed, [width, config.rows]),
         x.inverse_scale,
         w.inverse_scale,
-        scaling.scale,
-        scaling.amax.view(torch.int32),
+        *operand_args(operand, scaling),
         rows,
         cols,
         depth,

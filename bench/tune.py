@@ -1,26 +1,239 @@
-"""Time every candidate configuration of the ops and write the winners to kernels/tuned.json.
+"""Time every candidate configuration of the ops at d16 and write the winners to kernels/tuned.json.
 
-python -m bench.tune [op ...] [--out FILE]
+    python -m bench.tune [op ...] [--out FILE]
+
+Candidates are compiled by several processes first, on small inputs, then timed by one.
 """
 
 import argparse
 import itertools
 import json
-from dataclasses import asdict
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from bench.bench_bigram_residual import LAYERS, UNIT, WIDTH, Inputs
+from bench.bench_bigram_residual import WIDTH, Inputs
 from bench.bench_bigram_residual import N as ROWS
-from bench.harness import copy_ceiling, median_seconds
+from bench.bench_muon_update import NUMBERS, fp8_copies, squares_of, state
+from bench.harness import copy_ceiling, matmul_ceiling, median_seconds, zipf_tokens
 from kernels import tuning
-from kernels.bigram_residual import bigram_residual_bwd
+from kernels.adamw import AdamWConfig, AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
+from kernels.embedding_grad import embedding_grad, sort_rows
 from kernels.fp8 import E5M2, Scaling
+from kernels.muon_momentum import muon_momentum
+from kernels.muon_update import muon_apply, muon_factors, muon_hyper
 from kernels.quantize import quantize
+from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.residual_gradients import Config, residual_gradients
+from kernels.rotary_qk_norm import (
+    HeadTile,
+    rotary_qk_norm_bwd,
+    rotary_qk_norm_fwd,
+    rotary_table,
+)
 from kernels.smear import embed_smear_bwd, embed_smear_fwd
+from kernels.softcap_cross_entropy import (
+    LossTile,
+    softcap_cross_entropy_bwd,
+    softcap_cross_entropy_fwd,
+)
+from kernels.symmetric_matmul import MatmulTile, batched_matmul, symmetric_matmul
 from kernels.tuning import Tile
+
+LAYERS, HEADS, HEAD_DIM, VOCAB = 16, 8, 128, 32768
+WARM_ROWS = 256
+JOBS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed, and the bytes that it must move or the FLOPs that it must do."""
+
+    run: object
+    bytes_moved: float = 0.0
+    flops: float = 0.0
+
+    def share(self, seconds):
+        """Share of the measured copy bandwidth, or of cuBLAS's rate."""
+        if self.flops:
+            return self.flops / seconds / matmul_ceiling()
+        return self.bytes_moved / seconds / copy_ceiling()
+
+
+def randn(*shape):
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def quantize_case(rows):
+    x, scaling = randn(rows, WIDTH), Scaling.from_bound(6.0)
+    return Case(lambda: quantize(x, scaling), 4 * x.numel())
+
+
+def bigram_residual_fwd_case(rows):
+    x, branch, scaling = randn(rows, WIDTH), randn(rows, WIDTH), Scaling.from_bound(32.0)
+
+    def run():
+        return bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
+
+    return Case(run, 8 * x.numel())
+
+
+def bigram_residual_bwd_case(rows):
+    h, y, stream, x = (randn(rows, WIDTH) for _ in range(4))
+    rstd, resid = torch.ones(rows, device="cuda"), torch.ones(1, device="cuda")
+    scaling = Scaling.from_bound(40.0, E5M2)
+
+    def run():
+        return bigram_residual_bwd(h, y, rstd, stream, x=x, resid_lambda=resid, scaling=scaling)
+
+    return Case(run, 12 * x.numel())
+
+
+def residual_gradients_case(rows):
+    inputs, grads = Inputs(torch.device("cuda")), randn(LAYERS, rows, WIDTH)
+    tokens, x0 = inputs.tokens.view(-1, min(rows, 2048))[: -(-rows // 2048)], inputs.x0[:rows]
+    lambdas = torch.rand(LAYERS, device="cuda")
+
+    def run():
+        return residual_gradients(grads, x0, lambdas, tokens.contiguous(), inputs.table, lambdas)
+
+    return Case(run, (LAYERS + 3) * 2 * rows * WIDTH + inputs.row_bytes)
+
+
+def embed_smear_case(rows):
+    tokens = zipf_tokens((max(rows // 2048, 1), min(rows, 2048)), VOCAB, "cuda")
+    table, gate, scale = randn(VOCAB, WIDTH), torch.rand(1, 24, device="cuda"), torch.ones(1)
+    grad, sigmoid = randn(rows, WIDTH), torch.rand(rows, device="cuda")
+    args = tokens, table, gate, scale.cuda()
+
+    def run():
+        embed_smear_fwd(*args)
+        return embed_smear_bwd(grad, *args, sigmoid)
+
+    return Case(run, 6 * grad.numel() + 4 * tokens.unique().numel() * WIDTH)
+
+
+def relu_squared_case(rows):
+    x, scaling = randn(rows, 4 * WIDTH), Scaling.from_bound(30.0)
+    return Case(lambda: relu_squared_fwd(x, scaling, want_plain=False), 4 * x.numel())
+
+
+def relu_squared_bwd_case(rows):
+    x, dy, scaling = randn(rows, 4 * WIDTH), randn(rows, 4 * WIDTH), Scaling.from_bound(30.0, E5M2)
+    return Case(lambda: relu_squared_bwd(dy, x, scaling, want_plain=False), 6 * x.numel())
+
+
+def rotary_inputs(rows):
+    width, t = HEADS * HEAD_DIM, min(rows, 2048)
+    tokens = zipf_tokens((rows,), VOCAB, "cuda")
+    angles = rotary_table(t, HEAD_DIM, 1e5, "cuda")
+    gate = torch.randn(rows, HEADS, device="cuda").bfloat16()
+    args = tokens, randn(VOCAB, width), gate, *angles, t
+    return randn(rows, 3 * width), args, 2 * tokens.unique().numel() * width
+
+
+def rotary_qk_norm_case(rows):
+    qkv, args, table_bytes = rotary_inputs(rows)
+    return Case(lambda: rotary_qk_norm_fwd(qkv, *args, HEADS), 4 * qkv.numel() + table_bytes)
+
+
+def rotary_qk_norm_bwd_case(rows):
+    qkv, args, table_bytes = rotary_inputs(rows)
+    rstd = rotary_qk_norm_fwd(qkv, *args, HEADS)
+    grads = [randn(rows, HEADS * HEAD_DIM) for _ in range(3)]
+    scaling = Scaling.from_bound(10.0, E5M2)
+
+    def run():
+        return rotary_qk_norm_bwd(*grads, qkv, rstd, *args, scaling=scaling, want_plain=False)
+
+    # three gradients, q and k in; FP8 twice and the value gradients out: nine units of 2 bytes
+    return Case(run, 9 * 2 * rows * HEADS * HEAD_DIM + table_bytes)
+
+
+def logits_inputs(rows):
+    return randn(rows, VOCAB), zipf_tokens((rows,), VOCAB, "cuda")
+
+
+def softcap_cross_entropy_fwd_case(rows):
+    logits, targets = logits_inputs(rows)
+    return Case(lambda: softcap_cross_entropy_fwd(logits, targets, VOCAB), 2 * logits.numel())
+
+
+def softcap_cross_entropy_bwd_case(rows):
+    logits, targets = logits_inputs(rows)
+    _, lse = softcap_cross_entropy_fwd(logits, targets, VOCAB)
+    scale, scaling = torch.ones(1, device="cuda"), Scaling.from_bound(2.0, E5M2)
+
+    def run():
+        return softcap_cross_entropy_bwd(logits, targets, lse, scale, VOCAB, scaling, False)
+
+    return Case(run, 4 * logits.numel())
+
+
+def embedding_grad_case(rows):
+    tokens = zipf_tokens((rows,), VOCAB, "cuda")
+    grad, table_grad, order = randn(rows, WIDTH), randn(VOCAB, WIDTH), sort_rows(tokens, VOCAB)
+    rows_moved = rows + 2 * tokens.unique().numel()
+    return Case(lambda: embedding_grad(grad, order, table_grad), 2 * WIDTH * rows_moved)
+
+
+def adamw_case(rows):
+    lists = [[randn(rows, WIDTH) for _ in range(8)] for _ in range(4)]
+    tensors = AdamWTensors(*lists, [AdamWHyper(0.1, 0.8, 0.99, 1e-10, 0.0)] * 8)
+    schedule = adamw_schedule(1.0, 1, "cuda")
+    return Case(lambda: adamw(tensors, schedule, clear_grad=True), 16 * 8 * rows * WIDTH)
+
+
+def muon_case(rows):
+    shape = (max(rows // 4096, 1), 4096, 1024)
+    hyper = muon_hyper(*NUMBERS, "cuda")
+    return shape, state(shape, "cuda"), hyper, shape[0] * shape[1] * shape[2]
+
+
+def muon_momentum_case(rows):
+    _, (_, grad, momentum, _), hyper, numel = muon_case(rows)
+
+    def run():
+        return muon_momentum(grad, momentum, hyper, torch.float16, clear_grad=True)
+
+    return Case(run, (4 + 8 + 2 + 4) * numel)
+
+
+def muon_apply_case(rows):
+    shape, (param, grad, momentum, second), hyper, numel = muon_case(rows)
+    factors = muon_factors(squares_of(grad, momentum, hyper), second, shape, 0.9, True)
+    weights, x = fp8_copies(shape, "cuda"), grad.bfloat16()
+    return Case(lambda: muon_apply(param, x, factors, hyper, weights), (2 + 8 + 2) * numel)
+
+
+def matrices(rows, *shape):
+    count = max(rows // 1024, 1)
+    return (torch.randn(count, *shape, device="cuda") / 32).half(), count
+
+
+def symmetric_matmul_case(rows):
+    x, count = matrices(rows, 1024, 1024)
+    gram = symmetric_matmul(x)
+
+    def run():
+        return symmetric_matmul(gram, factor=2.0, addend=gram, beta=-2.0, diagonal=4.0)
+
+    return Case(run, flops=count * 1024**3)
+
+
+def symmetric_matmul_transposed_case(rows):
+    x, count = matrices(rows // 4, 4096, 1024)
+    scale = torch.ones(count, device="cuda")
+    return Case(lambda: symmetric_matmul(x, transpose=True, scale=scale), flops=4 * count * 1024**3)
+
+
+def batched_matmul_case(rows):
+    x, count = matrices(rows, 1024, 1024)
+    return Case(lambda: batched_matmul(x, x), flops=2 * count * 1024**3)
 
 
 def tiles(rows, cols, warps, stages=(2,)):
@@ -28,90 +241,115 @@ def tiles(rows, cols, warps, stages=(2,)):
     return [Tile(*fields) for fields in itertools.product(rows, cols, warps, stages)]
 
 
-def randn(*shape):
-    return torch.randn(*shape, device="cuda").bfloat16()
-
-
-def quantize_case():
-    x, scaling = randn(ROWS, WIDTH), Scaling.from_bound(6.0)
-    return lambda: quantize(x, scaling), 2 * UNIT
-
-
-def bigram_residual_fwd_case():
-    inputs = Inputs(torch.device("cuda"))
-    return inputs.opening, 4 * UNIT + inputs.row_bytes
-
-
-def bigram_residual_bwd_case():
-    h, y, stream, x = (randn(ROWS, WIDTH) for _ in range(4))
-    rstd, resid = torch.ones(ROWS, device="cuda"), torch.ones(1, device="cuda")
-    scaling = Scaling.from_bound(40.0, E5M2)
-
-    def run():
-        return bigram_residual_bwd(h, y, rstd, stream, x=x, resid_lambda=resid, scaling=scaling)
-
-    return run, 6 * UNIT
-
-
-def residual_gradients_case():
-    inputs, grads = Inputs(torch.device("cuda")), randn(LAYERS, ROWS, WIDTH)
-    lambdas = torch.rand(LAYERS, device="cuda")
-
-    def run():
-        return residual_gradients(grads, inputs.x0, lambdas, inputs.tokens, inputs.table, lambdas)
-
-    return run, (LAYERS + 3) * UNIT + inputs.row_bytes
-
-
-def embed_smear_case():
-    inputs = Inputs(torch.device("cuda"))
-    gate, scale = torch.rand(1, 24, device="cuda"), torch.ones(1, device="cuda")
-    grad, sigmoid = randn(ROWS, WIDTH), torch.rand(ROWS, device="cuda")
-    args = inputs.tokens, inputs.table[:32768], gate, scale
-
-    def run():
-        embed_smear_fwd(*args)
-        return embed_smear_bwd(grad, *args, sigmoid)
-
-    return run, 3 * UNIT + 2 * inputs.tokens.unique().numel() * WIDTH * 2
-
-
+ELEMENTWISE = tiles((32, 64), (128, 256), (4, 8)) + tiles((128,), (64, 128), (8,))
+RESIDUAL = [
+    *tiles((32,), (256,), (4, 8), (1, 2, 3)),
+    *tiles((32,), (128,), (4,), (1, 2, 3)),
+    *tiles((16,), (256, 512), (4, 8), (1, 2)),
+    *tiles((32,), (512,), (8, 16), (1, 2)),
+]
+MATMUL = [
+    MatmulTile(128, 128, 64, 4, 3),
+    MatmulTile(128, 128, 64, 8, 3),
+    MatmulTile(128, 128, 64, 8, 4),
+    MatmulTile(128, 256, 64, 8, 3),
+    MatmulTile(128, 256, 64, 8, 4),
+    MatmulTile(128, 128, 64, 8, 3, 1),
+    MatmulTile(128, 256, 64, 8, 3, 1),
+]
+HEAD_TILES = [
+    HeadTile(rows, heads, 4, stages)
+    for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))
+]
 CASES = {
-    "quantize": (quantize_case, tiles((32, 64, 128), (64, 128, 256), (4, 8))),
-    "bigram_residual_fwd": (
-        bigram_residual_fwd_case,
-        tiles((16, 32, 64), (64, 128, 256), (4, 8)),
-    ),
-    "bigram_residual_bwd": (
-        bigram_residual_bwd_case,
-        tiles((16, 32, 64), (64, 128, 256), (4, 8)),
-    ),
+    "quantize": (quantize_case, ELEMENTWISE),
+    "bigram_residual_fwd": (bigram_residual_fwd_case, RESIDUAL),
+    "bigram_residual_bwd": (bigram_residual_bwd_case, RESIDUAL),
     "residual_gradients": (
         residual_gradients_case,
-        [Config(positions, layers) for positions in (2, 4, 8, 16) for layers in (4, 8, 16)],
+        [Config(positions, 16) for positions in (4, 8, 16, 32, 64)],
     ),
-    "embed_smear": (embed_smear_case, tiles((1, 2, 4), (0,), (1, 2, 4))),
+    "embed_smear": (embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
+    "relu_squared": (relu_squared_case, ELEMENTWISE),
+    "relu_squared_bwd": (relu_squared_bwd_case, ELEMENTWISE),
+    "rotary_qk_norm": (rotary_qk_norm_case, HEAD_TILES),
+    "rotary_qk_norm_bwd": (
+        rotary_qk_norm_bwd_case,
+        HEAD_TILES[6:] + [HeadTile(64, heads, 8, stages) for heads in (4, 8) for stages in (1, 2)],
+    ),
+    "softcap_cross_entropy_fwd": (
+        softcap_cross_entropy_fwd_case,
+        tiles((1,), (2048, 4096, 8192), (4, 8)) + tiles((1,), (16384,), (16,)),
+    ),
+    "softcap_cross_entropy_bwd": (
+        softcap_cross_entropy_bwd_case,
+        [
+            LossTile(rows, cols, 256, warps)
+            for rows, cols, warps in (
+                (64, 128, 8),
+                (64, 128, 16),
+                (64, 64, 4),
+                (64, 64, 8),
+                (128, 64, 8),
+                (128, 128, 16),
+                (32, 128, 4),
+                (32, 128, 8),
+                (32, 256, 8),
+                (64, 256, 16),
+            )
+        ],
+    ),
+    "embedding_grad": (
+        embedding_grad_case,
+        tiles((16, 32, 64), (256,), (1,)) + tiles((16, 32), (512,), (2,)),
+    ),
+    "adamw": (
+        adamw_case,
+        [
+            AdamWConfig(block, warps)
+            for block, warps in ((4096, 4), (8192, 4), (8192, 8), (16384, 8))
+        ],
+    ),
+    "muon_momentum": (muon_momentum_case, tiles((1024,), (4096,), (4, 8, 16))),
+    "muon_apply": (muon_apply_case, ELEMENTWISE),
+    "symmetric_matmul": (symmetric_matmul_case, MATMUL),
+    "symmetric_matmul_transposed": (symmetric_matmul_transposed_case, MATMUL),
+    "batched_matmul": (batched_matmul_case, MATMUL + [MatmulTile(256, 128, 64, 8, 4)]),
 }
+
+
+def warm(job):
+    """Compile one candidate (op, index) into Triton's cache, on few rows."""
+    op, index = job
+    make, candidates = CASES[op]
+    with tuning.forced(op, candidates[index]):
+        try:
+            make(WARM_ROWS).run()
+            torch.cuda.synchronize()
+        except Exception as error:  # a candidate that does not fit this GPU is no winner
+            return f"{op} {candidates[index]}: {str(error).splitlines()[0]}"
+    return None
 
 
 def tune(op):
     """Measure the candidates of `op`; returns tuned.json's entry for the fastest."""
     make, candidates = CASES[op]
-    run, bytes_moved = make()
+    case = make(ROWS)
     best = None
     for config in candidates:
         with tuning.forced(op, config):
             try:
-                seconds = median_seconds(run)
-            except Exception as error:  # a candidate that does not fit this GPU is no winner
-                print(f"{op:24} {config} failed: {str(error).splitlines()[0]}")
+                seconds = median_seconds(case.run, rounds=12)
+            except Exception:  # said by `warm`
                 continue
-        share = bytes_moved / seconds / copy_ceiling()
-        print(f"{op:24} {config} {1e6 * seconds:9.1f} us {100 * share:4.0f} % of copy")
+        print(f"{config} {1e6 * seconds:.1f} us {100 * case.share(seconds):.0f} %", flush=True)
         if best is None or seconds < best[0]:
-            best = seconds, config
-    seconds, config = best
-    return {"config": asdict(config), "us": round(1e6 * seconds, 1), "shape": [ROWS, WIDTH]}
+            best = seconds, config, case.share(seconds)
+    if best is None:
+        raise SystemExit(f"no candidate of {op} runs")
+    seconds, config, share = best
+    print(f"{op}: {config} {1e6 * seconds:.1f} us {100 * share:.0f} %", flush=True)
+    return {"config": asdict(config), "us": round(1e6 * seconds, 1), "rows": ROWS}
 
 
 def main():
@@ -122,9 +360,14 @@ def main():
     unknown = sorted(set(args.ops) - set(CASES))
     if unknown or not torch.cuda.is_available():
         parser.error(f"unknown op {unknown[0]!r}" if unknown else "tuning needs a CUDA GPU")
+    ops = args.ops or list(CASES)
+    jobs = [(op, index) for op in ops for index in range(len(CASES[op][1]))]
+    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
+        for message in filter(None, pool.map(warm, jobs)):
+            print(message)
     table = json.loads(args.out.read_text()) if args.out.exists() else {}
     entries = table.setdefault(tuning.gpu_name(), {})
-    for op in args.ops or CASES:
+    for op in ops:
         entries[op] = tune(op)
     args.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 

@@ -64,7 +64,7 @@ def _mix(
     branch_ptr,  # (N, C) or None
     x0_ptr,  # (N, C) or None
     table_ptr,  # (num_rows, C) or None
-    offsets,  # (BM, BC) int64
+    offsets,  # (BM, BC) int32, from the block's first row
     table_rows,  # (BM,) int64
     cols,  # (BC,)
     ok,  # (BM, BC) bool
@@ -74,12 +74,15 @@ def _mix(
     bigram,
 ):
     """One (BM, BC) fp32 block of y."""
-    y = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    # evict_first: the cache is for y, which is read back, and for table rows
+    y = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if branch_ptr is not None:
-        y += tl.load(branch_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+        y += branch.to(tl.float32)
     y *= resid
     if x0_ptr is not None:
-        y += x0_scale * tl.load(x0_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+        y += x0_scale * x0.to(tl.float32)
     if table_ptr is not None:
         e = tl.load(table_ptr + table_rows[:, None] * C + cols[None, :], mask=ok, other=0.0)
         y += bigram * e.to(tl.float32)
@@ -112,9 +115,11 @@ def _bigram_residual_fwd_kernel(
     PREVIOUS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0) * BM
-    rows = row + tl.arange(0, BM)
+    m = tl.arange(0, BM)
+    rows = row + m
     row_ok = rows < N
     resid = load_scalar(resid_ptr)
     x0_scale = load_scalar(x0_lambda_ptr)
@@ -123,12 +128,20 @@ def _bigram_residual_fwd_kernel(
         table_rows = hash_rows(tokens_ptr, rows, row_ok, T, num_rows, CURRENT, PREVIOUS)
     else:
         table_rows = rows
-    base = rows.to(tl.int64)[:, None] * C  # (BM, 1)
+    base = row.to(tl.int64) * C  # within the block 32 bits are enough
+    x_ptr += base
+    y_ptr += base
+    if branch_ptr is not None:
+        branch_ptr += base
+    if x0_ptr is not None:
+        x0_ptr += base
+    if normed_ptr is not None:
+        normed_ptr += base
     squares = tl.zeros((BM, BC), tl.float32)
-    for col in range(0, C, BC):
+    for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = base + cols[None, :]
+        offsets = m[:, None] * C + cols[None, :]
         y = _mix(
             x_ptr, branch_ptr, x0_ptr, table_ptr, offsets, table_rows, cols, ok, C,
             resid, x0_scale, bigram,
@@ -142,11 +155,12 @@ def _bigram_residual_fwd_kernel(
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         amax = tl.zeros((BM, BC), tl.int32)
-    for col in range(0, C, BC):
+    for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = base + cols[None, :]
-        normed = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32) * rstd[:, None]
+        offsets = m[:, None] * C + cols[None, :]
+        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+        normed = y.to(tl.float32) * rstd[:, None]
         if normed_ptr is not None:
             tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
@@ -175,18 +189,27 @@ def _bigram_residual_bwd_kernel(
     C,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0) * BM
-    rows = row + tl.arange(0, BM)
+    m = tl.arange(0, BM)
+    rows = row + m
     row_ok = rows < N
     resid = load_scalar(resid_ptr)
     stream_scale = load_scalar(stream_scale_ptr)
-    base = rows.to(tl.int64)[:, None] * C  # (BM, 1)
+    base = row.to(tl.int64) * C  # within the block 32 bits are enough
+    grad_normed_ptr += base
+    y_ptr += base
+    grad_y_ptr += base
+    if grad_stream_ptr is not None:
+        grad_stream_ptr += base
+    if x_ptr is not None:
+        x_ptr += base
     products = tl.zeros((BM, BC), tl.float32)
-    for col in range(0, C, BC):
+    for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = base + cols[None, :]
+        offsets = m[:, None] * C + cols[None, :]
         h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
         products += h * y
@@ -196,20 +219,22 @@ def _bigram_residual_bwd_kernel(
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         amax = tl.zeros((BM, BC), tl.int32)
-    for col in range(0, C, BC):
+    for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = base + cols[None, :]
-        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-        g = h * rstd[:, None] - y * y_scale[:, None]
+        offsets = m[:, None] * C + cols[None, :]
+        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+        g = h.to(tl.float32) * rstd[:, None] - y.to(tl.float32) * y_scale[:, None]
         if grad_stream_ptr is not None:
-            stream = tl.load(grad_stream_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-            g += stream_scale * stream
+            stream = tl.load(
+                grad_stream_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first"
+            )
+            g += stream_scale * stream.to(tl.float32)
         tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
         if x_ptr is not None:
-            x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-            products += g * x
+            x = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
+            products += g * x.to(tl.float32)
         if data_ptr is not None:
             g *= resid
             amax = tl.maximum(amax, amax_bits(g))
@@ -293,6 +318,7 @@ def bigram_residual_fwd(
         HASH_PREVIOUS,
         BM=config.rows,
         BC=config.cols,
+        STAGES=config.stages,
         num_warps=config.warps,
     )
     return y, rstd, normed, operand
@@ -347,6 +373,7 @@ def bigram_residual_bwd(
         c,
         BM=config.rows,
         BC=config.cols,
+        STAGES=config.stages,
         num_warps=config.warps,
     )
     return grad_y, None if partial is None else partial.sum(), operand

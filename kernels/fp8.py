@@ -134,13 +134,17 @@ def store_scaled(
 
     Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
     compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22), and moves more data.
+    A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
+    compiler crashes or gives wrong bytes too.
     """
     words = _pack_columns(x, data_ptr.dtype.element_ty, BM, BN)  # (BM, BN / 4)
     m, n = tl.arange(0, BM), tl.arange(0, BN // 4)
     ok = (row + m < M)[:, None] & (col // 4 + n < N // 4)[None, :]
     data_ptr = data_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-    offsets = (row + m).to(tl.int64)[:, None] * (N // 4) + (col // 4 + n)[None, :]
-    tl.store(data_ptr + offsets, words, mask=ok)
+    base = data_ptr + row.to(tl.int64) * (N // 4) + col // 4
+    tl.store(
+        base + m[:, None] * (N // 4) + n[None, :], words, mask=ok, eviction_policy="evict_first"
+    )
     if transposed_ptr is not None:
         # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
         rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
@@ -156,11 +160,13 @@ def store_scaled(
         i = tl.arange(0, BM // 4)
         ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
         transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-        base = (col + 4 * n).to(tl.int64)[:, None] * (M // 4) + (row // 4 + i)[None, :]
-        tl.store(transposed_ptr + base, tl.trans(col0), mask=ok)
-        tl.store(transposed_ptr + base + M // 4, tl.trans(col1), mask=ok)
-        tl.store(transposed_ptr + base + 2 * (M // 4), tl.trans(col2), mask=ok)
-        tl.store(transposed_ptr + base + 3 * (M // 4), tl.trans(col3), mask=ok)
+        first = (row * 0 + col).to(tl.int64)  # col may be a Python integer
+        base = transposed_ptr + first * (M // 4) + row // 4
+        offsets = n[:, None] * M + i[None, :]
+        tl.store(base + offsets, tl.trans(col0), mask=ok)
+        tl.store(base + M // 4 + offsets, tl.trans(col1), mask=ok)
+        tl.store(base + 2 * (M // 4) + offsets, tl.trans(col2), mask=ok)
+        tl.store(base + 3 * (M // 4) + offsets, tl.trans(col3), mask=ok)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class HeadTile:
 
 
 TILE = HeadTile(rows=16, heads=8, warps=4, stages=3)
-TILE_BWD = HeadTile(rows=64, heads=4, warps=16, stages=3, registers=64)  # two programs an SM
+TILE_BWD = HeadTile(rows=32, heads=4, warps=4, stages=2)
 
 
 def rotary_table(seq_len, head_dim, base, device=None):
@@ -131,14 +131,17 @@ def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
     return kv_heads
 
 
-def _launch_sizes(config, head_dim):
+def _launch_sizes(config, head_dim, fp8=False):
+    warps = config.warps
+    if fp8:  # every thread needs 4 x 4 bytes of half a head: see store_scaled
+        warps = min(warps, max(config.rows * head_dim // (2 * 16 * 32), 1))
     return {
         "D": head_dim,
         "BM": config.rows,
         "HALF": triton.next_power_of_2(head_dim // 2),
         "HEADS": config.heads,
         "STAGES": config.stages,
-        "num_warps": config.warps,
+        "num_warps": warps,
         "maxnreg": config.registers,
     }
 
@@ -224,8 +227,8 @@ def rotary_qk_norm_bwd(
             raise ValueError(
                 f"rotary_qk_norm: {name} must be {shape} in {qkv.dtype} with contiguous rows"
             )
-    if scaling is not None and (head_dim < 8 or head_dim & (head_dim - 1)):
-        raise ValueError(f"rotary_qk_norm: FP8 wants heads of 8, 16, 32, ... and not {head_dim}")
+    if scaling is not None and (head_dim < 32 or head_dim & (head_dim - 1)):
+        raise ValueError(f"rotary_qk_norm: FP8 wants heads of 32, 64, 128, ... and not {head_dim}")
     g_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if want_plain else None
     operand = None if scaling is None else empty_operand(*qkv.shape, scaling, qkv.device)
     g_gate = None if table is None else torch.empty_like(gate)
@@ -255,7 +258,7 @@ def rotary_qk_norm_bwd(
         g_k.stride(0),
         g_v.stride(0),
         qkv.stride(0),
-        **_launch_sizes(config, head_dim),
+        **_launch_sizes(config, head_dim, scaling is not None),
     )
     return g_qkv, operand, g_gate, g_values
 
