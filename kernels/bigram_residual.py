@@ -24,7 +24,13 @@ import triton.language as tl
 
 from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
 from kernels.embedding_grad import bigram_table_grad
-from kernels.fp8 import amax_bits, empty_operand, operand_args, record_amax, store_scaled
+from kernels.fp8 import (
+    empty_operand,
+    larger_magnitude,
+    operand_args,
+    record_amax,
+    store_scaled,
+)
 from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
 from kernels.tuning import Tile, tuned
@@ -154,7 +160,7 @@ def _bigram_residual_fwd_kernel(
     tl.debug_barrier()  # y is read back below, from the cache
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.int32)
+        amax = tl.zeros((BM, BC), tl.float32)
     for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
@@ -164,10 +170,10 @@ def _bigram_residual_fwd_kernel(
         if normed_ptr is not None:
             tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
-            amax = tl.maximum(amax, amax_bits(normed))
+            amax = larger_magnitude(amax, normed)
             store_scaled(normed * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:
-        record_amax(amax_ptr, amax.to(tl.float32, bitcast=True))
+        record_amax(amax_ptr, amax)
 
 
 @triton.jit
@@ -218,7 +224,7 @@ def _bigram_residual_bwd_kernel(
     products = tl.zeros((BM, BC), tl.float32)
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.int32)
+        amax = tl.zeros((BM, BC), tl.float32)
     for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
@@ -237,10 +243,10 @@ def _bigram_residual_bwd_kernel(
             products += g * x.to(tl.float32)
         if data_ptr is not None:
             g *= resid
-            amax = tl.maximum(amax, amax_bits(g))
+            amax = larger_magnitude(amax, g)
             store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:
-        record_amax(amax_ptr, amax.to(tl.float32, bitcast=True))
+        record_amax(amax_ptr, amax)
     if x_ptr is not None:
         tl.store(resid_partial_ptr + tl.program_id(0), tl.sum(tl.sum(products, axis=1), axis=0))
 

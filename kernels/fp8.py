@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.ptx import permute_bytes
+
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients
 MULTIPLE = 16  # what FP8 matrix products ask of both sizes
@@ -82,6 +84,15 @@ def operand_args(operand, scaling):
 
 
 @triton.jit
+def larger_magnitude(
+    a,
+    b,
+):
+    """max(|a|, |b|) in fp32, NaN if either is."""
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def amax_bits(
     x,  # fp32 block
 ):
@@ -99,23 +110,6 @@ def record_amax(
     bits = tl.max(tl.ravel(amax_bits(x)), axis=0)
     if bits > tl.load(amax_ptr):  # a stale value costs an atomic too many, no more
         tl.atomic_max(amax_ptr, bits, sem="relaxed")
-
-
-@triton.jit
-def _pack_columns(
-    x,  # (BM, BN) fp32
-    dtype: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """x in FP8, four neighbouring columns to a word: (BM, BN / 4) uint32, the first lowest.
-
-    The cast saturates (cvt.rn.satfinite) and keeps NaN.
-    """
-    q = x.to(dtype).to(tl.uint8, bitcast=True).to(tl.uint32)
-    even, odd = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))
-    low, high = tl.split(even | (odd << 8))
-    return low | (high << 16)
 
 
 @triton.jit
@@ -137,7 +131,11 @@ def store_scaled(
     A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
     compiler crashes or gives wrong bytes too.
     """
-    words = _pack_columns(x, data_ptr.dtype.element_ty, BM, BN)  # (BM, BN / 4)
+    # the cast saturates (cvt.rn.satfinite) and keeps NaN
+    q = x.to(data_ptr.dtype.element_ty).to(tl.uint8, bitcast=True).to(tl.uint32)
+    even, odd = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))
+    low, high = tl.split(even | (odd << 8))  # four neighbouring columns to a word
+    words = low | (high << 16)  # (BM, BN / 4)
     m, n = tl.arange(0, BM), tl.arange(0, BN // 4)
     ok = (row + m < M)[:, None] & (col // 4 + n < N // 4)[None, :]
     data_ptr = data_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -151,12 +149,14 @@ def store_scaled(
         even, odd = tl.split(rows)
         row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
         row1, row3 = tl.split(odd)
-        low01 = (row0 & 0x00FF00FF) | ((row1 & 0x00FF00FF) << 8)  # columns 0 and 2
-        high01 = ((row0 >> 8) & 0x00FF00FF) | (row1 & 0xFF00FF00)  # columns 1 and 3
-        low23 = (row2 & 0x00FF00FF) | ((row3 & 0x00FF00FF) << 8)
-        high23 = ((row2 >> 8) & 0x00FF00FF) | (row3 & 0xFF00FF00)
-        col0, col2 = (low01 & 0xFFFF) | (low23 << 16), (low01 >> 16) | (low23 & 0xFFFF0000)
-        col1, col3 = (high01 & 0xFFFF) | (high23 << 16), (high01 >> 16) | (high23 & 0xFFFF0000)
+        low01 = permute_bytes(row0, row1, "5140")  # columns 0 and 1
+        high01 = permute_bytes(row0, row1, "7362")  # columns 2 and 3
+        low23 = permute_bytes(row2, row3, "5140")
+        high23 = permute_bytes(row2, row3, "7362")
+        col0 = permute_bytes(low01, low23, "5410")
+        col1 = permute_bytes(low01, low23, "7632")
+        col2 = permute_bytes(high01, high23, "5410")
+        col3 = permute_bytes(high01, high23, "7632")
         i = tl.arange(0, BM // 4)
         ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
         transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)

@@ -326,14 +326,15 @@ def orthogonalize(
             g = symmetric_matmul(p, symmetric_matmul(g, p))
             p = _polynomial(g, step)
             q = symmetric_matmul(p, q)
-        last = segment is segments[-1]
-        z = batched_matmul(
-            *((z, q) if tall else (q, z)),
-            scale=sigma if last else None,
-            sums=("row" if by_row else "col") if last else None,
-            out_dtype=torch.bfloat16 if last and z.dtype == torch.float16 else None,
-        )
-    x, partial = z
+        operands = (z, q) if tall else (q, z)
+        if segment is not segments[-1]:
+            z = torch.bmm(*operands)  # without an epilogue cuBLAS is faster
+    x, partial = batched_matmul(
+        *operands,
+        scale=sigma,
+        sums="row" if by_row else "col",
+        out_dtype=torch.bfloat16 if z.dtype == torch.float16 else None,
+    )
     sumsq = partial.sum(dim=1)
     if padded:
         x = x[:, :rows, :cols].contiguous()

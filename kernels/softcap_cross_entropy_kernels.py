@@ -7,8 +7,8 @@ logit), so four neighbours share one reciprocal: 1/a = (1/abcd) * cd * b.
 import triton
 import triton.language as tl
 
-from kernels.approx import fast_exp2, fast_reciprocal
 from kernels.fp8 import store_fp8
+from kernels.ptx import fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SATURATION = tl.constexpr(10.5)  # tanh is 1 in fp32 beyond; (1 + exp(2 * 10.5))^4 < 1e37
