@@ -197,22 +197,21 @@ def unfused(product, x, w, scaling):
     return h, relu_squared_fwd(h, scaling, want_plain=False)[1]
 
 
-def check(name, run, expected):
-    """Assert that h and the operand agree with the unfused ones; returns the median ms of run.
+def check(run, expected):
+    """Median ms of run, and whether h and the operand agree with the unfused ones.
 
     Sums in another order round some values of h to the next bf16 (2^-8), and of those some of the
     activation to the next FP8 (2^-3)."""
     h, operand = run()
     reference, activation = expected
-    error = (h.float() - reference.float()).norm() / reference.float().norm()
-    assert error < 5e-3, f"{name}: h differs by {error:.1e}"
-    exact, got = activation.dequantize(), operand.dequantize()
-    error = (got - exact).norm() / exact.norm()
-    assert error < 3e-2, f"{name}: relu(h)^2 differs by {error:.1e}"
-    same = operand.data.t().view(torch.uint8) == operand.transposed.view(torch.uint8)
-    assert same.all(), f"{name}: the layouts differ"
-    del h, operand, exact, got, same
-    return 1e3 * median_seconds(run)
+    h_error = (h.float() - reference.float()).norm() / reference.float().norm()
+    exact = activation.dequantize()
+    error = (operand.dequantize() - exact).norm() / exact.norm()
+    same = (operand.data.t().view(torch.uint8) == operand.transposed.view(torch.uint8)).all()
+    right = h_error < 5e-3 and error < 3e-2 and same
+    found = "yes" if right else f"no: h {h_error:.0e}, activation {error:.0e}, layouts {bool(same)}"
+    del h, operand, exact
+    return 1e3 * median_seconds(run), found
 
 
 def main():
@@ -227,18 +226,17 @@ def main():
     for name, product in (("_scaled_mm", scaled_mm), ("Transformer Engine", te_gemm())):
         if product is not None:
             alone = 1e3 * median_seconds(partial(product, x, w))
-            whole = check(name, partial(unfused, product, x, w, scaling), expected)
-            rows.append((f"{name} ({alone:.3f}) + relu_squared", whole))
+            found = check(partial(unfused, product, x, w, scaling), expected)
+            rows.append((f"{name} ({alone:.3f}) + relu_squared", *found))
     for config in CONFIGS:
         try:
-            rows.append(
-                (f"{config}", check(config, partial(fused, x, w, scaling, config), expected))
-            )
+            found = check(partial(fused, x, w, scaling, config), expected)
+            rows.append((f"{config}", *found))
         except triton.runtime.errors.OutOfResources as error:
             print(f"{config} does not fit: {error}")
-    print("| way | ms | TFLOP/s |\n| --- | ---: | ---: |")
-    for name, ms in rows:
-        print(f"| {name} | {ms:.3f} | {2e-9 * M * N * K / ms:.0f} |")
+    print("| way | ms | TFLOP/s | right |\n| --- | ---: | ---: | --- |")
+    for name, ms, found in rows:
+        print(f"| {name} | {ms:.3f} | {2e-9 * M * N * K / ms:.0f} | {found} |")
 
 
 if __name__ == "__main__":

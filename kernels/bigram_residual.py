@@ -20,17 +20,11 @@ FLOPs: about 10 per element.
 
 import torch
 import triton
-import triton.language as tl
 
-from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS
+from kernels.bigram_residual_kernels import bigram_residual_bwd_kernel, bigram_residual_fwd_kernel
 from kernels.embedding_grad import bigram_table_grad
-from kernels.fp8 import (
-    empty_operand,
-    larger_magnitude,
-    operand_args,
-    record_amax,
-    store_scaled,
-)
+from kernels.fp8 import empty_operand, operand_args
 from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
 from kernels.tuning import Tile, tuned
@@ -52,203 +46,6 @@ def bigram_residual_ref(
     if e is None:
         return y
     return y + bigram_lambda * e
-
-
-@triton.jit
-def load_scalar(
-    ptr,  # (1,), or None for 1
-):
-    if ptr is None:
-        return 1.0
-    else:
-        return tl.load(ptr).to(tl.float32)
-
-
-@triton.jit
-def _mix(
-    x_ptr,  # (N, C)
-    branch_ptr,  # (N, C) or None
-    x0_ptr,  # (N, C) or None
-    table_ptr,  # (num_rows, C) or None
-    offsets,  # (BM, BC) int32, from the block's first row
-    table_rows,  # (BM,) int64
-    cols,  # (BC,)
-    ok,  # (BM, BC) bool
-    C,
-    resid,
-    x0_scale,
-    bigram,
-):
-    """One (BM, BC) fp32 block of y."""
-    # evict_first: the cache is for y, which is read back, and for table rows
-    y = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    if branch_ptr is not None:
-        branch = tl.load(branch_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y += branch.to(tl.float32)
-    y *= resid
-    if x0_ptr is not None:
-        x0 = tl.load(x0_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y += x0_scale * x0.to(tl.float32)
-    if table_ptr is not None:
-        e = tl.load(table_ptr + table_rows[:, None] * C + cols[None, :], mask=ok, other=0.0)
-        y += bigram * e.to(tl.float32)
-    return y
-
-
-@triton.jit
-def _bigram_residual_fwd_kernel(
-    x_ptr,  # (N, C)
-    branch_ptr,  # (N, C) or None
-    x0_ptr,  # (N, C) or None
-    tokens_ptr,  # (N,) integer, or None
-    table_ptr,  # (num_rows, C) or None
-    resid_ptr,  # (1,) or None
-    x0_lambda_ptr,  # (1,) or None
-    bigram_lambda_ptr,  # (1,) or None
-    y_ptr,  # (N, C)
-    normed_ptr,  # (N, C) or None
-    rstd_ptr,  # (N,) fp32
-    data_ptr,  # (N, C) FP8 or None
-    transposed_ptr,  # (C, N) FP8 or None
-    scale_ptr,  # (1,) fp32 or None
-    amax_ptr,  # (1,) int32 or None
-    N,
-    C,
-    T,
-    num_rows,
-    eps,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    row = tl.program_id(0) * BM
-    m = tl.arange(0, BM)
-    rows = row + m
-    row_ok = rows < N
-    resid = load_scalar(resid_ptr)
-    x0_scale = load_scalar(x0_lambda_ptr)
-    bigram = load_scalar(bigram_lambda_ptr)
-    if table_ptr is not None:
-        table_rows = hash_rows(tokens_ptr, rows, row_ok, T, num_rows, CURRENT, PREVIOUS)
-    else:
-        table_rows = rows
-    base = row.to(tl.int64) * C  # within the block 32 bits are enough
-    x_ptr += base
-    y_ptr += base
-    if branch_ptr is not None:
-        branch_ptr += base
-    if x0_ptr is not None:
-        x0_ptr += base
-    if normed_ptr is not None:
-        normed_ptr += base
-    squares = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
-        cols = col + tl.arange(0, BC)
-        ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = m[:, None] * C + cols[None, :]
-        y = _mix(
-            x_ptr, branch_ptr, x0_ptr, table_ptr, offsets, table_rows, cols, ok, C,
-            resid, x0_scale, bigram,
-        ).to(y_ptr.dtype.element_ty)  # fmt: skip
-        tl.store(y_ptr + offsets, y, mask=ok)
-        y = y.to(tl.float32)
-        squares += y * y
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=row_ok)
-    tl.debug_barrier()  # y is read back below, from the cache
-    if data_ptr is not None:
-        scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
-        cols = col + tl.arange(0, BC)
-        ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = m[:, None] * C + cols[None, :]
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        normed = y.to(tl.float32) * rstd[:, None]
-        if normed_ptr is not None:
-            tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
-        if data_ptr is not None:
-            amax = larger_magnitude(amax, normed)
-            store_scaled(normed * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
-    if data_ptr is not None:
-        record_amax(amax_ptr, amax)
-
-
-@triton.jit
-def _bigram_residual_bwd_kernel(
-    grad_normed_ptr,  # (N, C)
-    grad_stream_ptr,  # (N, C) or None
-    stream_scale_ptr,  # (1,) or None
-    y_ptr,  # (N, C)
-    rstd_ptr,  # (N,) fp32
-    x_ptr,  # (N, C) or None
-    resid_ptr,  # (1,) or None
-    grad_y_ptr,  # (N, C)
-    resid_partial_ptr,  # (programs,) fp32 or None
-    data_ptr,  # (N, C) FP8 or None
-    transposed_ptr,  # (C, N) FP8 or None
-    scale_ptr,  # (1,) fp32 or None
-    amax_ptr,  # (1,) int32 or None
-    N,
-    C,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    row = tl.program_id(0) * BM
-    m = tl.arange(0, BM)
-    rows = row + m
-    row_ok = rows < N
-    resid = load_scalar(resid_ptr)
-    stream_scale = load_scalar(stream_scale_ptr)
-    base = row.to(tl.int64) * C  # within the block 32 bits are enough
-    grad_normed_ptr += base
-    y_ptr += base
-    grad_y_ptr += base
-    if grad_stream_ptr is not None:
-        grad_stream_ptr += base
-    if x_ptr is not None:
-        x_ptr += base
-    products = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
-        cols = col + tl.arange(0, BC)
-        ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = m[:, None] * C + cols[None, :]
-        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-        products += h * y
-    rstd = tl.load(rstd_ptr + rows, mask=row_ok, other=0.0)
-    y_scale = rstd * rstd * rstd * (tl.sum(products, axis=1) / C)
-    products = tl.zeros((BM, BC), tl.float32)
-    if data_ptr is not None:
-        scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
-        cols = col + tl.arange(0, BC)
-        ok = row_ok[:, None] & (cols < C)[None, :]
-        offsets = m[:, None] * C + cols[None, :]
-        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        g = h.to(tl.float32) * rstd[:, None] - y.to(tl.float32) * y_scale[:, None]
-        if grad_stream_ptr is not None:
-            stream = tl.load(
-                grad_stream_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first"
-            )
-            g += stream_scale * stream.to(tl.float32)
-        tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
-        if x_ptr is not None:
-            x = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-            products += g * x.to(tl.float32)
-        if data_ptr is not None:
-            g *= resid
-            amax = larger_magnitude(amax, g)
-            store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
-    if data_ptr is not None:
-        record_amax(amax_ptr, amax)
-    if x_ptr is not None:
-        tl.store(resid_partial_ptr + tl.program_id(0), tl.sum(tl.sum(products, axis=1), axis=0))
 
 
 def _check_matrices(op, **tensors):
@@ -302,7 +99,7 @@ def bigram_residual_fwd(
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
     config = tuned("bigram_residual_fwd", FORWARD_TILE)
-    _bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
+    bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
         x0,
@@ -364,7 +161,7 @@ def bigram_residual_bwd(
     if x is not None:
         partial = torch.empty(programs, dtype=torch.float32, device=y.device)
     operand = empty_operand(n, c, scaling, y.device) if scaling is not None else None
-    _bigram_residual_bwd_kernel[(programs,)](
+    bigram_residual_bwd_kernel[(programs,)](
         grad_normed,
         grad_stream,
         stream_scale,

@@ -1,0 +1,38 @@
+"""Seconds that the first call of each op takes with an empty compile cache.
+
+python -m bench.first_call
+"""
+
+import os
+import tempfile
+import time
+
+import torch
+
+from bench.harness import ON_GPU
+
+
+def main():
+    if not ON_GPU:
+        print("bench.first_call needs a CUDA GPU")
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # read by Triton when it compiles
+        from bench.tune import CASES, WARM_ROWS
+        from kernels import tuning
+
+        for op, (make, candidates) in CASES.items():
+            chosen = tuning.tuned(op, candidates[0])
+            with tuning.forced(op, chosen):
+                start = time.perf_counter()
+                run = make(WARM_ROWS).run
+                torch.cuda.synchronize()
+                made = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+                end = time.perf_counter()
+            print(f"{op:30} {end - made:5.2f} s (its inputs {made - start:.2f} s)")
+
+
+if __name__ == "__main__":
+    main()
