@@ -1,7 +1,8 @@
 """Kernels of softcap_cross_entropy, which has the maths and the launchers.
 
-The special-function unit limits them (16 results a cycle and multiprocessor, and three calls per
-logit), so four neighbours share one reciprocal: 1/a = (1/abcd) * cd * b.
+The special-function unit limits the losses (16 results a cycle and multiprocessor, and three calls
+per logit), so four neighbours share one reciprocal there: 1/a = (1/abcd) * cd * b. The gradient is
+limited by the instructions that it issues, and takes a reciprocal per logit.
 """
 
 import triton
@@ -132,9 +133,7 @@ def bwd_kernel(
     target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE).to(tl.int32)
     upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
     upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
-    if PADDED:
-        x = tl.where((col + n < vocab)[None, :], x, 0.0)
-    r = _gaps(x, CAP, BM, BN)
+    r = fast_reciprocal(1.0 + fast_exp2(x * (2 * LOG2_E / CAP)))
     p = fast_exp2(r * (-2 * CAP * LOG2_E) + ((CAP - lse) * LOG2_E)[:, None])
     here = (target >= col) & (target < col + BN)
     if tl.max(here.to(tl.int32), axis=0) > 0:  # few blocks hold a target
