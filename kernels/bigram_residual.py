@@ -18,6 +18,8 @@ written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read an
 FLOPs: about 10 per element.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -60,6 +62,12 @@ def _check_matrices(op, **tensors):
             )
 
 
+def _tile(op, default, x):
+    """Tile for x's dtype: the winners are bf16's, and shared memory is counted in bytes."""
+    config = tuned(op, default)
+    return config if x.element_size() == 2 else replace(config, cols=config.cols // 2)
+
+
 def bigram_residual_fwd(
     x,  # (N, C) stream
     branch=None,  # (N, C) output of the branch that joins the stream
@@ -98,7 +106,7 @@ def bigram_residual_fwd(
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
-    config = tuned("bigram_residual_fwd", FORWARD_TILE)
+    config = _tile("bigram_residual_fwd", FORWARD_TILE, x)
     bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
@@ -154,7 +162,7 @@ def bigram_residual_bwd(
         "bigram_residual", y=y, grad_normed=grad_normed, grad_stream=grad_stream, x=x, out=out
     )
     n, c = y.shape
-    config = tuned("bigram_residual_bwd", BACKWARD_TILE)
+    config = _tile("bigram_residual_bwd", BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
     grad_y = torch.empty_like(y) if out is None else out
     partial = None

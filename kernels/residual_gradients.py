@@ -121,9 +121,13 @@ def _residual_gradients_kernel(
                 grad_e += tl.load(grad_e_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
             tl.store(grad_e_ptr + base + cols, grad_e.to(grad_e_ptr.dtype.element_ty), mask=ok)
     partial_ptr += tl.program_id(0).to(tl.int64) * L * 2
-    tl.store(partial_ptr + 2 * layers, tl.sum(of_x0, axis=1), mask=layer_ok)
-    if table_ptr is not None:
-        tl.store(partial_ptr + 2 * layers + 1, tl.sum(of_e, axis=1), mask=layer_ok)
+    of_x0, of_e = tl.sum(of_x0, axis=1), tl.sum(of_e, axis=1)  # (BL,)
+    for layer in tl.static_range(BL):  # as scalars: a vector would change its layout first
+        if layer < L:
+            one = layers == layer
+            tl.store(partial_ptr + 2 * layer, tl.sum(tl.where(one, of_x0, 0.0), axis=0))
+            if table_ptr is not None:
+                tl.store(partial_ptr + 2 * layer + 1, tl.sum(tl.where(one, of_e, 0.0), axis=0))
 
 
 def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
