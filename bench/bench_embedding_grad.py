@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bench.bench_step import zipf_tokens
-from bench.harness import ON_GPU, compiled, measure, op_benchmark
+from bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
 from kernels.bigram_hash import bigram_rows_ref
 from kernels.embedding_grad import (
     bigram_table_grad,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.bench_adamw import BIGRAM_ROWS, VOCAB, WIDTH
+from bench.bench_newton_schulz import iteration_flops
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
 from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
 from kernels.fp8 import E4M3, Scaling
@@ -40,13 +41,6 @@ NUMBERS = 0.02, 0.95, 0.1  # learning rate, momentum, weight decay
 BETA2 = 0.9
 
 
-def newton_schulz_flops(shape):
-    """FLOPs of the plain iteration for a stack."""
-    n, *sides = shape
-    small, large = sorted(sides)
-    return n * 5 * (4 * small**2 * large + 2 * small**3)
-
-
 def pass_bytes(shape):
     """Both passes with fp32 gradients, cleared, bf16 products and FP8 copies."""
     n, rows, cols = shape
@@ -68,7 +62,8 @@ def fp8_copies(shape, device):
 
 
 def passes(param, grad, momentum, second, hyper, squares, weights):
-    """muon_update without the iteration: x = z, whose sums of squares are given."""
+    """muon_update without the iteration: x = z, whose sums of squares are given, as the iteration's
+    last product gives them; the reference has no such product and sums by itself."""
     z, norms = muon_momentum(grad, momentum, hyper, compute_dtype(grad.device), clear_grad=True)
     initial_scale(norms)
     factors = muon_factors(squares, second, param.shape, BETA2, True)
@@ -140,7 +135,7 @@ def bench_muon_update(benchmark, device, shape):
         benchmark,
         op,
         bytes_moved=pass_bytes(shape),
-        flops=newton_schulz_flops(shape),
+        flops=iteration_flops(shape),
         alternatives={
             "eager": lambda: reference(muon_update_ref),
             "compile": lambda: reference(compiled(muon_update_ref)),
@@ -228,7 +223,7 @@ def bench_optimizer_step(benchmark, device):
         benchmark,
         op,
         bytes_moved=table_bytes + sum(pass_bytes(shape) for shape in SHAPES),
-        flops=sum(newton_schulz_flops(shape) for shape in SHAPES),
+        flops=sum(iteration_flops(shape) for shape in SHAPES),
         alternatives={"compile": theirs},
         shape=f"d16, {LAYERS} layers",
     )

@@ -3,7 +3,8 @@
 import torch
 
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
-from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref
+from kernels.rms_norm import rms_norm_ref
+from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref, smear_ref
 from tests.kernels.checks import relative_error
 
 ROWS, T, WIDTH, VOCAB, GATE = (32, 2048, 1024, 32768, 24) if ON_GPU else (2, 8, 32, 50, 24)
@@ -39,23 +40,26 @@ def bench_embed_smear(benchmark, device):
 def bench_embed_smear_backward(benchmark, device):
     args = inputs(device)
     grad = torch.randn(ROWS * T, WIDTH, device=device).bfloat16()
-    rows = torch.nn.functional.embedding(args[0], args[1]).requires_grad_()  # (B, T, C)
+    tokens, table, gate_weight, smear_lambda = args
+    rows = torch.nn.functional.embedding(tokens, table)  # (B, T, C)
+    leaves = [x.requires_grad_() for x in (rows, gate_weight, smear_lambda)]
 
     def of_rows(rows, gate_weight, smear_lambda):
-        positions = torch.arange(rows.size(0) * rows.size(1), device=device)
-        table = rows.view(-1, WIDTH)
-        return embed_smear_ref(positions.view(rows.shape[:2]), table, gate_weight, smear_lambda)
+        x = rms_norm_ref(rows)
+        gate = torch.nn.functional.linear(x[..., :GATE], gate_weight.to(x.dtype))
+        return smear_ref(x, gate, smear_lambda)
 
     def backward(function):
         """Backward alone of a graph that stays alive."""
-        y = function(rows, args[2], args[3])
-        return lambda: torch.autograd.grad(y, rows, grad.view(y.shape), retain_graph=True)[0]
+        y = function(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, grad.view(y.shape), retain_graph=True)
 
     eager = backward(of_rows)
     op = eager
     if ON_GPU:
         gate = embed_smear_fwd(*args)[1]
-        assert relative_error(embed_smear_bwd(grad, *args, gate)[0], eager().view(-1, WIDTH)) < 0.02
+        for ours, theirs in zip(embed_smear_bwd(grad, *args, gate), eager(), strict=True):
+            assert relative_error(ours, theirs.view(ours.shape)) < 0.02
 
         def op():
             return embed_smear_bwd(grad, *args, gate)

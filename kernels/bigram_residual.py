@@ -63,9 +63,13 @@ def _check_matrices(op, **tensors):
 
 
 def _tile(op, default, x):
-    """Tile for x's dtype: the winners are bf16's, and shared memory is counted in bytes."""
+    """Tile for x's dtype: the winners are bf16's, shared memory is counted in bytes, and
+    store_scaled wants a thread for 4 x 4 elements at most."""
     config = tuned(op, default)
-    return config if x.element_size() == 2 else replace(config, cols=config.cols // 2)
+    if x.element_size() == 2:
+        return config
+    cols = config.cols // 2
+    return replace(config, cols=cols, warps=min(config.warps, config.rows * cols // (16 * 32)))
 
 
 def bigram_residual_fwd(
@@ -97,6 +101,8 @@ def bigram_residual_fwd(
     if table is not None:
         _check_matrices("bigram_residual", table=table)
         _check_matrices("bigram_residual", tokens=tokens)
+        if table.size(0) < 2:
+            raise ValueError("bigram_residual: a bigram table needs at least 2 rows")
         if tokens.numel() != n or table.size(1) != c:
             raise ValueError(
                 f"bigram_residual: x is {n} x {c}, but there are {tokens.numel()} tokens "
@@ -215,6 +221,7 @@ class BigramResidual(torch.autograd.Function):
         return y, normed
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx,
         grad_y,  # (N, C) or None
@@ -259,8 +266,17 @@ def bigram_residual(
     Raises:
         ValueError: a tensor that is not contiguous or does not fit x.
     """
-    if table is not None and (tokens is None or x0 is None):
-        raise ValueError("bigram_residual: a table wants tokens and x0 with it")
+    if (x0 is None) != (x0_lambda is None):
+        raise ValueError("bigram_residual: x0 and x0_lambda go together")
+    if len({t is None for t in (tokens, table, bigram_lambda)}) > 1 or (
+        table is not None and x0 is None
+    ):
+        raise ValueError("bigram_residual: tokens, table, bigram_lambda and x0 go together")
+    if tokens is not None and tokens.shape != x.shape[:2]:
+        raise ValueError(
+            f"bigram_residual: tokens must be {tuple(x.shape[:2])}, not {tuple(tokens.shape)}"
+        )
+    _check_matrices("bigram_residual", x=x, branch=branch, x0=x0)
     flat = [None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0)]
     y, normed = BigramResidual.apply(*flat, tokens, table, resid_lambda, x0_lambda, bigram_lambda)
     return y.view(x.shape), normed.view(x.shape)

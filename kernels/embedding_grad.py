@@ -160,7 +160,6 @@ def _spanning_segments_kernel(
     table_ptr,  # (R, C), rows table_stride apart
     partial_ptr,  # (blocks, 2, C) fp32
     scale_ptr,  # (1,) fp32, or None
-    N,
     R,
     C,
     table_stride,
@@ -208,7 +207,8 @@ def sort_rows(
         raise ValueError(f"table rows must be integers, not {indices.dtype}")
     if not 0 < num_rows < 2**31 or indices.numel() >= 2**31:
         raise ValueError("a table and its look-ups may have 1 to 2^31 - 1 rows")
-    rows, order = indices.flatten().to(torch.int32).sort(stable=True)
+    rows = indices.flatten().clamp(-1, num_rows)  # before int32 folds an index onto a real row
+    rows, order = rows.to(torch.int32).sort(stable=True)
     return SortedRows(rows, order.to(torch.int32), num_rows)
 
 
@@ -266,7 +266,6 @@ def embedding_grad(
             table_grad,
             partial,
             scale,
-            positions,
             rows,
             cols,
             table_grad.stride(0),

@@ -51,16 +51,15 @@ class Scaling:
 
 @dataclass(frozen=True)
 class FP8Operand:
-    """A quantised (M, K) matrix in both layouts; `data` or `transposed` may be None if unused."""
+    """A quantised (M, K) matrix in both layouts."""
 
-    data: torch.Tensor | None  # (M, K) FP8, contiguous
-    transposed: torch.Tensor | None  # (K, M) FP8, contiguous
+    data: torch.Tensor  # (M, K) FP8, contiguous
+    transposed: torch.Tensor  # (K, M) FP8, contiguous
     inverse_scale: torch.Tensor  # (1,) fp32
 
     def dequantize(self):
         """The (M, K) matrix in fp32."""
-        data = self.transposed.t() if self.data is None else self.data
-        return data.float() * self.inverse_scale
+        return self.data.float() * self.inverse_scale
 
 
 def empty_operand(rows, cols, scaling, device):

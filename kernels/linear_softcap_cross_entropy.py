@@ -6,8 +6,8 @@ Rows go in chunks: logits of one chunk, their gradient in place, its products wi
 The gradients are ready after the forward, for an upstream gradient of 1, and are multiplied by the
 real one in the backward (a fused linear cross-entropy, as in Liger-Kernel, arXiv 2410.10989).
 
-Bytes beyond the inputs and gradients: chunk_rows * V logits and one fp32 copy of weight's
-gradient. FLOPs: 6 N V C, and the loss.
+Bytes beyond the inputs and gradients: chunk_rows * V logits and two fp32 copies of weight's
+gradient, of the chunk and of the sum. FLOPs: 6 N V C, and the loss.
 """
 
 import torch
@@ -68,6 +68,7 @@ class _LinearSoftcapCrossEntropy(torch.autograd.Function):
         return total * scale[0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * upstream, grad_weight * upstream, *[None] * 6

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import FP8Operand, Scaling, operand_args, store_fp8
+from kernels.fp8 import MULTIPLE, FP8Operand, Scaling, operand_args, store_fp8
 from kernels.muon_momentum import muon_momentum
 from kernels.newton_schulz import (
     EQUILIBRATIONS,
@@ -278,8 +278,11 @@ def _check(param, grad, momentum_buffer, second_moment, hyper, weights):
         tensors += [weights.fp8.data, weights.fp8.transposed]
         if weights.fp8.data.shape != param.shape or weights.fp8.transposed.shape != param.mT.shape:
             raise ValueError("the FP8 copies must have shapes (N, R, C) and (N, C, R)")
-        if weights.scaling.scale.shape != param.shape[:1]:
-            raise ValueError("the FP8 copies need one scale per matrix")
+        if any(side % MULTIPLE for side in param.shape[1:]):
+            raise ValueError(f"FP8 copies want rows and columns in multiples of {MULTIPLE}")
+        scaling = weights.scaling
+        if scaling is None or not scaling.scale.shape == scaling.amax.shape == param.shape[:1]:
+            raise ValueError("the FP8 copies need one scale and one amax per matrix")
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError("muon_update takes contiguous tensors only")
 

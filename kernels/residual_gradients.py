@@ -130,18 +130,25 @@ def _residual_gradients_kernel(
                 tl.store(partial_ptr + 2 * layer + 1, tl.sum(tl.where(one, of_e, 0.0), axis=0))
 
 
-def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
+def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas, accumulators):
     layers, n, c = grads.shape
     for name, tensor, shape in (
         ("grads", grads, grads.shape),
         ("x0", x0, (n, c)),
         ("x0_lambdas", x0_lambdas, (layers,)),
         ("bigram_lambdas", bigram_lambdas, (layers,)),
-        ("tokens", tokens, tokens.shape if tokens is not None else ()),
+        ("accumulators[0]", accumulators[0], (n, c)),
+        ("accumulators[1]", accumulators[1], (n, c)),
         ("table", table, (table.size(0) if table is not None else 0, c)),
     ):
         if tensor is not None and (not tensor.is_contiguous() or tensor.shape != shape):
             raise ValueError(f"residual_gradients: {name} must be contiguous, {tuple(shape)}")
+    if len({x is None for x in (tokens, table, bigram_lambdas)}) > 1:
+        raise ValueError("residual_gradients: tokens, table and bigram_lambdas go together")
+    if table is not None and (
+        tokens.numel() != n or not tokens.is_contiguous() or table.size(0) < 2
+    ):
+        raise ValueError(f"residual_gradients: want {n} contiguous tokens and a table of 2 rows")
 
 
 def residual_gradients(
@@ -151,7 +158,8 @@ def residual_gradients(
     tokens=None,  # (B, T) integer, B*T = N
     table=None,  # (num_rows, C)
     bigram_lambdas=None,  # (L,)
-    accumulators=None,  # grad x0 and grad e, (N, C) each, to add to in place
+    accumulators=None,  # grad x0 and grad e, (N, C) each, to add to in place; the latter None
+    # without a table
 ):
     """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,).
 
@@ -161,11 +169,13 @@ def residual_gradients(
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.
     """
-    _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas)
+    grad_x0, grad_e = accumulators or (None, None)
+    _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas, (grad_x0, grad_e))
     layers, n, c = grads.shape
-    grad_x0, grad_e = accumulators or (torch.empty_like(x0), None)
-    if table is not None and grad_e is None:
-        grad_e = torch.empty_like(x0)
+    if accumulators is None:
+        grad_x0, grad_e = torch.empty_like(x0), None if table is None else torch.empty_like(x0)
+    elif grad_x0 is None or (table is None) != (grad_e is None):
+        raise ValueError("residual_gradients: accumulators are of x0 and, with a table, of e")
     config = tuned("residual_gradients", CONFIG)
     programs = triton.cdiv(n, config.positions)
     block = max(triton.next_power_of_2(c), VECTOR)

@@ -194,8 +194,14 @@ def embed_smear_bwd(
     smear_lambda,  # (1,)
     gate,  # (B*T,) fp32
 ):
-    """Gradients of the looked-up rows (B*T, C), gate_weight (1, G) and smear_lambda (1,), fp32."""
+    """Gradients of the looked-up rows (B*T, C), gate_weight (1, G) and smear_lambda (1,), fp32.
+
+    Raises:
+        ValueError: as embed_smear_fwd, or a grad that is not contiguous or of another shape.
+    """
     grid, sizes, tile = _launch(tokens, table, gate_weight)
+    if grad.shape != sizes[:2] or not grad.is_contiguous():
+        raise ValueError(f"embed_smear takes a contiguous grad of shape {sizes[:2]}")
     grad_rows = torch.empty_like(grad)
     partial = torch.empty(grid[0], tile["G"] + 1, dtype=torch.float32, device=grad.device)
     _embed_smear_bwd_kernel[grid](
@@ -230,6 +236,7 @@ class EmbedSmear(torch.autograd.Function):
         return y.view(*tokens.shape, -1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx,
         grad,  # (B, T, C)

@@ -135,10 +135,12 @@ def softcap_cross_entropy_fwd(
     losses, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     config = tuned("softcap_cross_entropy_fwd", FORWARD_TILE)
     if rows:
+        # columns that a block reads beyond vocab_size: padding, or the ragged end of the row
+        padded = vocab_size < cols or vocab_size % config.cols > 0
         fwd_kernel[(rows,)](
             logits, targets, losses, lse, vocab_size, cols, logits.stride(0),
             CAP=softcap, IGNORE=IGNORE_INDEX,
-            PADDED=vocab_size < cols, PIECE=config.cols, num_warps=config.warps,
+            PADDED=padded, PIECE=config.cols, num_warps=config.warps,
         )  # fmt: skip
     return losses, lse
 
@@ -170,11 +172,12 @@ def softcap_cross_entropy_bwd(
     config = tuned("softcap_cross_entropy_bwd", BACKWARD_TILE)
     tasks = config.stripe // config.rows * triton.cdiv(cols, config.cols)
     if rows:
+        padded = vocab_size < cols or vocab_size % config.cols > 0
         bwd_kernel[(triton.cdiv(rows, config.stripe) * tasks,)](
             logits, targets, lse, grad_scale, grad, *operand_args(operand, scaling),
             rows, vocab_size, cols, logits.stride(0), cols if grad is None else grad.stride(0),
             scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX,
-            PADDED=vocab_size < cols, BM=config.rows, BN=config.cols,
+            PADDED=padded, BM=config.rows, BN=config.cols,
             STRIPE=config.stripe, num_warps=config.warps,
         )  # fmt: skip
     return grad, operand
@@ -210,6 +213,7 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
         logits, targets, lse = ctx.saved_tensors
         grad, _ = softcap_cross_entropy_bwd(

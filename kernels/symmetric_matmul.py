@@ -90,6 +90,11 @@ def _describe(
     return TensorDescriptor.from_tensor(x, [1, rows, cols])
 
 
+def _check_scale(scale, n):
+    if scale is not None and (scale.shape != (n,) or scale.dtype != torch.float32):
+        raise ValueError(f"scale must be ({n},) in fp32")
+
+
 def _programs(tiles, config, device):
     if not config.persistent:
         return tiles
@@ -127,6 +132,7 @@ def symmetric_matmul(
         raise ValueError(f"shapes disagree: left {tuple(left.shape)}, right {tuple(right.shape)}")
     if diagonal and addend is None:
         raise ValueError("a diagonal needs an addend")
+    _check_scale(scale, n)
     op = "symmetric_matmul_transposed" if transpose else "symmetric_matmul"
     config = config or tuned(op, SYMMETRIC_TILE)
     bm, bn, bk = config.rows, config.cols, config.depth
@@ -179,6 +185,7 @@ def batched_matmul(
     cols = right.size(2)
     if right.shape != (n, terms, cols):
         raise ValueError(f"shapes disagree: left {tuple(left.shape)}, right {tuple(right.shape)}")
+    _check_scale(scale, n)
     config = config or tuned("batched_matmul", TILE)
     tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols)
     y = torch.empty(n, rows, cols, dtype=out_dtype or left.dtype, device=left.device)

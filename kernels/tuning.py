@@ -1,6 +1,6 @@
 """Launch configurations as data: each op names its default, tuned.json the winners by GPU.
 
-tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "shape": [...]}};
+tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the case}};
 `python -m bench.tune` writes it. Nothing is tuned at start-up.
 """
 

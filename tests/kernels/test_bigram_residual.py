@@ -177,8 +177,21 @@ def test_what_does_not_fit_is_refused(device):
     with pytest.raises(ValueError, match="tokens"):
         tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
         bigram_residual_fwd(x, None, x, tokens, torch.zeros(9, 8, device=device))
-    with pytest.raises(ValueError, match="wants tokens"):
-        bigram_residual(x[None], table=x)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        bigram_residual_fwd(x, None, x, tokens.new_zeros(1, 4), x[:1])
+    scalar, ids = torch.ones((), device=device), tokens.new_zeros(1, 4)
+    for match, arguments in {
+        "bigram_lambda and x0 go together": {"table": x, "tokens": ids, "bigram_lambda": scalar},
+        "tokens, table, bigram_lambda": {"x0": x[None], "x0_lambda": scalar, "table": x},
+        "x0 and x0_lambda": {"x0": x[None]},
+        "branch must be contiguous": {"branch": x.t()[None]},
+        "tokens must be": {
+            "x0": x[None], "x0_lambda": scalar, "table": x, "tokens": ids.view(2, 2),
+            "bigram_lambda": scalar,
+        },
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            bigram_residual(x[None], **arguments)
 
 
 @pytest.mark.cuda

@@ -237,11 +237,12 @@ def test_the_gradient_is_cleared_only_when_asked(shape, clear, dtype, device):
 
 def test_two_updates_give_the_same_bits(device):
     def run():
-        state, weights = State((2, 67, 40), device), copies((2, 67, 40), device)
+        state, weights = State((2, 64, 48), device), copies((2, 64, 48), device)
         for numbers in SCHEDULE[:2]:
             hyper = muon_hyper(*numbers, device)
             muon_update(*state.tensors, hyper, weights=weights)
-        return state.param, state.momentum, state.second, *weights.bf16, weights.scaling.amax
+        fp8 = weights.fp8.data, weights.fp8.transposed
+        return state.param, state.momentum, state.second, weights.bf16, *fp8, weights.scaling.amax
 
     same_bits(run)
 
@@ -256,7 +257,7 @@ def test_numbers_are_read_from_the_device(device):
 
 
 def test_what_does_not_fit_is_refused(device):
-    shape = (2, 8, 6)
+    shape = (2, 32, 16)
     hyper = muon_hyper(*SCHEDULE[0], device)
 
     def refused(match, index=None, tensor=None, hyper=hyper, **kwargs):
@@ -269,17 +270,22 @@ def test_what_does_not_fit_is_refused(device):
     x = torch.zeros(shape, device=device)
     for index in range(3):
         refused("one shape", index, x[:1])
-        refused("contiguous", index, torch.zeros(2, 6, 8, device=device).mT)
-    refused("second_moment_shape", 3, torch.zeros(2, 1, 6, device=device))
+        refused("contiguous", index, torch.zeros(2, 16, 32, device=device).mT)
+    refused("second_moment_shape", 3, torch.zeros(2, 1, 16, device=device))
     refused("must be fp32", 0, x.double())
     refused("fp32 or bf16", 1, x.double())
     refused("muon_hyper", hyper=hyper[:2])
     refused("unknown equilibration", equilibration="rows")
-    refused("bf16 copy", weights=WeightCopies.empty((2, 8, 7), device, bf16=True))
+    refused("bf16 copy", weights=WeightCopies.empty((2, 32, 15), device, bf16=True))
     scaling = Scaling.from_bound(1.0, E4M3, device)
-    refused("one scale per matrix", weights=WeightCopies.empty(shape, device, scaling=scaling))
-    other = copies((2, 6, 8), device)
+    refused("one scale and one amax", weights=WeightCopies.empty(shape, device, scaling=scaling))
+    weights = copies(shape, device)
+    few = Scaling(E4M3, weights.scaling.scale, weights.scaling.inverse_scale, torch.zeros(1))
+    refused("one amax per matrix", weights=WeightCopies(None, weights.fp8, few))
+    other = copies((2, 16, 32), device)
     refused(r"\(N, C, R\)", weights=WeightCopies(None, other.fp8, other.scaling))
+    shape = (2, 24, 16)
+    refused("multiples of 16", weights=copies(shape, device))
 
 
 @pytest.mark.cuda

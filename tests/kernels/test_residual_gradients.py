@@ -87,6 +87,17 @@ def test_what_does_not_fit_is_refused(device):
         residual_gradients(grads, x0, x0_lambdas[:2])
     with pytest.raises(ValueError, match="x0 must be contiguous"):
         residual_gradients(grads, x0[:5], x0_lambdas)
+    bigram = tokens, table, bigram_lambdas
+    for match, arguments in {
+        "go together": (tokens, table),
+        "30 contiguous tokens": (tokens[:, :5], table, bigram_lambdas),
+        "a table of 2 rows": (tokens, table[:1], bigram_lambdas),
+        r"accumulators\[1\] must be": (*bigram, (x0.clone(), x0.t().contiguous().t())),
+        r"accumulators\[0\] must be": (*bigram, (x0[:3], x0.clone())),
+        "with a table, of e": (*bigram, (x0.clone(), None)),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            residual_gradients(grads, x0, x0_lambdas, *arguments)
 
 
 @pytest.mark.cuda
@@ -94,7 +105,7 @@ def test_sixteen_layers_of_a_micro_step(device):
     case = make((16, 32, 2048, 1024), torch.bfloat16, device)
     tokens, grads, x0, table, x0_lambdas, bigram_lambdas = case
     got = residual_gradients(grads, x0, x0_lambdas, tokens, table, bigram_lambdas)
-    rows = slice(-64, None)  # offsets of the last layers are beyond 2^30, fp64 of all is too much
+    rows = slice(-64, None)  # fp64 of all would be too much
     e = bigram_embedding_ref(tokens, table).view(x0.shape)[rows].double()
     truth = residual_gradients_ref(
         grads[:, rows].double(), x0[rows].double(), x0_lambdas.double(), e, bigram_lambdas.double()
