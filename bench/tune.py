@@ -267,7 +267,11 @@ CASES = {
     "bigram_residual_bwd": (bigram_residual_bwd_case, RESIDUAL),
     "residual_gradients": (
         residual_gradients_case,
-        [Config(positions, 16) for positions in (4, 8, 16, 32, 64)],
+        [
+            Config(positions, 16, registers)
+            for positions in (4, 8, 16, 32)
+            for registers in (None, 168, 128)
+        ],
     ),
     "embed_smear": (embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
     "relu_squared": (relu_squared_case, ELEMENTWISE),

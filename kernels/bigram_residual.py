@@ -31,8 +31,8 @@ from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
 from kernels.tuning import Tile, tuned
 
-FORWARD_TILE = Tile(rows=32, cols=128, warps=8)
-BACKWARD_TILE = Tile(rows=32, cols=128, warps=8)
+FORWARD_TILE = Tile(rows=32, cols=256, warps=4, stages=3)
+BACKWARD_TILE = Tile(rows=32, cols=256, warps=8, stages=3)
 
 
 def bigram_residual_ref(

@@ -14,7 +14,7 @@ import triton.language as tl
 from kernels.fp8 import empty_operand, operand_args, store_fp8
 from kernels.tuning import Tile, tuned
 
-TILE = Tile(rows=64, cols=128, warps=8)
+TILE = Tile(rows=32, cols=256, warps=8)
 
 
 def relu_squared_ref(

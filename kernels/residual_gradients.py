@@ -28,10 +28,12 @@ MAX_WARPS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """Positions a program, and how many layers travel together (a power of two)."""
+    """Positions a program, how many layers travel together (a power of two), and the most
+    registers that a thread may take (None: as the compiler likes)."""
 
     positions: int = 8
     layers: int = 16
+    registers: int | None = None
 
 
 CONFIG = Config()
@@ -207,6 +209,7 @@ def residual_gradients(
             BC=block,
             VECTOR=VECTOR,
             num_warps=min(max(block // (32 * VECTOR), 1), MAX_WARPS),
+            maxnreg=config.registers,
         )
         of_lambdas.append(partial.sum(dim=0))
     of_lambdas = torch.cat(of_lambdas)  # (L, 2)

@@ -55,8 +55,8 @@ class HeadTile:
     registers: int | None = None
 
 
-TILE = HeadTile(rows=16, heads=8, warps=4, stages=3)
-TILE_BWD = HeadTile(rows=32, heads=4, warps=4, stages=2)
+TILE = HeadTile(rows=16, heads=4, warps=4)
+TILE_BWD = HeadTile(rows=32, heads=4, warps=4, stages=3)
 
 
 def rotary_table(seq_len, head_dim, base, device=None):

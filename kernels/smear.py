@@ -23,7 +23,7 @@ from kernels.embedding_grad import embedding_grad, sort_rows
 from kernels.rms_norm import RMS_NORM_EPS, rms_norm_ref
 from kernels.tuning import Tile, tuned
 
-TILE = Tile(rows=4, cols=0, warps=4)  # whole rows
+TILE = Tile(rows=1, cols=0, warps=2)  # whole rows
 
 
 def smear_ref(

@@ -37,13 +37,13 @@ class LossTile:
     """Blocks of the gradient: rows x cols, and stripe, the rows (a multiple of `rows`) whose blocks
     run next to each other."""
 
-    rows: int = 64
+    rows: int = 32
     cols: int = 128
     stripe: int = 256
     warps: int = 8
 
 
-FORWARD_TILE = Tile(rows=1, cols=8192, warps=8)
+FORWARD_TILE = Tile(rows=1, cols=8192, warps=4)
 BACKWARD_TILE = LossTile()
 
 

@@ -41,8 +41,8 @@ class MatmulTile:
     persistent: int = 0
 
 
-SYMMETRIC_TILE = MatmulTile(rows=128, cols=128, depth=64, warps=4, stages=3)
-TILE = MatmulTile(rows=128, cols=256, depth=64, warps=8, stages=4)
+SYMMETRIC_TILE = MatmulTile(rows=128, cols=128, depth=64, warps=8, stages=4)
+TILE = MatmulTile(rows=128, cols=256, depth=64, warps=8, stages=3)
 
 
 def symmetric_matmul_ref(

@@ -1,5 +1,7 @@
 """Launch configurations as data: each op names its default, tuned.json the winners by GPU.
 
+The defaults serve GPUs that nobody has tuned for; most are an H200's winners.
+
 tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the case}};
 `python -m bench.tune` writes it. Nothing is tuned at start-up.
 """

@@ -28,6 +28,14 @@ def test_rows_of_a_wider_buffer_are_accepted_and_columns_refused(device):
         quantize(x[:47], scaling)
 
 
+@pytest.mark.parametrize(("width", "start"), [(65, 0), (66, 3), (72, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_start_anywhere(width, start, dtype, device):
+    x = torch.randn(96, width, device=device).to(dtype)[:, start : start + 48]
+    scaling = Scaling.from_bound(5.0, E4M3, device)
+    assert_fp8("unaligned", quantize(x, scaling), x, scaling)
+
+
 def test_values_beyond_the_bound_saturate_and_amax_tells(device):
     x = torch.zeros(16, 16, device=device)
     x[0, :3] = torch.tensor([1.0, -1000.0, 1000.0])
