@@ -239,8 +239,13 @@ class AdamWTensors:
 
 
 def adamw_schedule(lr_mult, step, device):
-    """(2,) fp32 tensor that `adamw` reads: factor on every lr, and the step (1 at the first)."""
-    return torch.tensor([lr_mult, step], dtype=torch.float32, device=device)
+    """(2,) fp32 tensor that `adamw` reads: factor on every lr, and the step (1 at the first).
+
+    The copy to a GPU comes from pinned memory, so that the host does not wait for it.
+    """
+    pinned = torch.device(device).type == "cuda"
+    schedule = torch.tensor([lr_mult, step], dtype=torch.float32, pin_memory=pinned)
+    return schedule.to(device, non_blocking=True)
 
 
 def adamw(

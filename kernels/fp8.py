@@ -84,8 +84,8 @@ def operand_args(operand, scaling):
 
 @triton.jit
 def larger_magnitude(
-    a,
-    b,
+    a,  # fp32 block
+    b,  # fp32 block
 ):
     """max(|a|, |b|) in fp32, NaN if either is."""
     return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
@@ -115,7 +115,7 @@ def record_amax(
 def store_scaled(
     x,  # (BM, BN) fp32, already times the scale
     data_ptr,  # (M, N) FP8
-    transposed_ptr,  # (N, M) FP8, or None
+    transposed_ptr,  # (N, M) FP8
     row,  # first row of the block
     col,  # first column of the block
     M,
@@ -126,7 +126,7 @@ def store_scaled(
     """Cast one block of a matrix to FP8 and store it in both layouts, four bytes at a time.
 
     Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
-    compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22), and moves more data.
+    compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22).
     A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
     compiler crashes or gives wrong bytes too.
     """
@@ -142,37 +142,36 @@ def store_scaled(
     tl.store(
         base + m[:, None] * (N // 4) + n[None, :], words, mask=ok, eviction_policy="evict_first"
     )
-    if transposed_ptr is not None:
-        # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
-        rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
-        even, odd = tl.split(rows)
-        row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
-        row1, row3 = tl.split(odd)
-        low01 = permute_bytes(row0, row1, "5140")  # columns 0 and 1
-        high01 = permute_bytes(row0, row1, "7362")  # columns 2 and 3
-        low23 = permute_bytes(row2, row3, "5140")
-        high23 = permute_bytes(row2, row3, "7362")
-        col0 = permute_bytes(low01, low23, "5410")
-        col1 = permute_bytes(low01, low23, "7632")
-        col2 = permute_bytes(high01, high23, "5410")
-        col3 = permute_bytes(high01, high23, "7632")
-        i = tl.arange(0, BM // 4)
-        ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
-        transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-        first = (row * 0 + col).to(tl.int64)  # col may be a Python integer
-        base = transposed_ptr + first * (M // 4) + row // 4
-        offsets = n[:, None] * M + i[None, :]
-        tl.store(base + offsets, tl.trans(col0), mask=ok)
-        tl.store(base + M // 4 + offsets, tl.trans(col1), mask=ok)
-        tl.store(base + 2 * (M // 4) + offsets, tl.trans(col2), mask=ok)
-        tl.store(base + 3 * (M // 4) + offsets, tl.trans(col3), mask=ok)
+    # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
+    rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
+    even, odd = tl.split(rows)
+    row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
+    row1, row3 = tl.split(odd)
+    low01 = permute_bytes(row0, row1, "5140")  # columns 0 and 1
+    high01 = permute_bytes(row0, row1, "7362")  # columns 2 and 3
+    low23 = permute_bytes(row2, row3, "5140")
+    high23 = permute_bytes(row2, row3, "7362")
+    col0 = permute_bytes(low01, low23, "5410")
+    col1 = permute_bytes(low01, low23, "7632")
+    col2 = permute_bytes(high01, high23, "5410")
+    col3 = permute_bytes(high01, high23, "7632")
+    i = tl.arange(0, BM // 4)
+    ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
+    transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    first = (row * 0 + col).to(tl.int64)  # col may be a Python integer
+    base = transposed_ptr + first * (M // 4) + row // 4
+    offsets = n[:, None] * M + i[None, :]
+    tl.store(base + offsets, tl.trans(col0), mask=ok)
+    tl.store(base + M // 4 + offsets, tl.trans(col1), mask=ok)
+    tl.store(base + 2 * (M // 4) + offsets, tl.trans(col2), mask=ok)
+    tl.store(base + 3 * (M // 4) + offsets, tl.trans(col3), mask=ok)
 
 
 @triton.jit
 def store_fp8(
     x,  # (BM, BN) fp32, zero outside of the matrix
     data_ptr,  # (M, N) FP8
-    transposed_ptr,  # (N, M) FP8, or None
+    transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32
     amax_ptr,  # (1,) int32
     row,  # first row of the block

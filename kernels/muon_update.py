@@ -196,8 +196,13 @@ def _apply_kernel(
 
 
 def muon_hyper(lr, momentum, weight_decay, device):
-    """(3,) fp32 tensor from which `muon_update` reads its numbers, so that a CUDA graph can."""
-    return torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, device=device)
+    """(3,) fp32 tensor from which `muon_update` reads its numbers, so that a CUDA graph can.
+
+    The copy to a GPU comes from pinned memory, so that the host does not wait for it.
+    """
+    pinned = torch.device(device).type == "cuda"
+    hyper = torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, pin_memory=pinned)
+    return hyper.to(device, non_blocking=True)
 
 
 def muon_factors(

@@ -328,7 +328,7 @@ def orthogonalize(
             q = symmetric_matmul(p, q)
         operands = (z, q) if tall else (q, z)
         if segment is not segments[-1]:
-            z = torch.bmm(*operands)  # without an epilogue cuBLAS is faster
+            z = torch.bmm(*operands)  # no epilogue, so the library serves
     x, partial = batched_matmul(
         *operands,
         scale=sigma,

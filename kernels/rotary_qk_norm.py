@@ -45,14 +45,12 @@ from kernels.tuning import tuned
 
 @dataclass(frozen=True)
 class HeadTile:
-    """Rows and heads per program, its warps, stages of its loop over heads, and the most registers
-    that a thread may take (None: as the compiler likes)."""
+    """Rows and heads per program, its warps, and stages of its loop over heads."""
 
     rows: int
     heads: int
     warps: int
     stages: int = 2
-    registers: int | None = None
 
 
 TILE = HeadTile(rows=16, heads=4, warps=4)
@@ -142,7 +140,6 @@ def _launch_sizes(config, head_dim, fp8=False):
         "HEADS": config.heads,
         "STAGES": config.stages,
         "num_warps": warps,
-        "maxnreg": config.registers,
     }
 
 
