@@ -170,14 +170,13 @@ def scaled_mm(x, w):
 
 
 def te_gemm():
-    """The same product by Transformer Engine; None where it is not installed."""
+    """The same product by Transformer Engine; None where that does not import, and prints why."""
     try:
-        import transformer_engine_torch as tex
+        from transformer_engine.pytorch import Float8TensorStorage
+        from transformer_engine.pytorch.constants import TE_DType
         from transformer_engine.pytorch.cpp_extensions import general_gemm
-        from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (
-            Float8TensorStorage,
-        )
-    except ImportError:
+    except ImportError as error:
+        print(f"without Transformer Engine: {error}")
         return None
 
     def wrap(operand):
@@ -185,7 +184,7 @@ def te_gemm():
             data=operand.data.view(torch.uint8),
             data_transpose=operand.transposed.view(torch.uint8),
             fp8_scale_inv=operand.inverse_scale,
-            fp8_dtype=tex.DType.kFloat8E4M3,
+            fp8_dtype=TE_DType[E4M3],
         )
 
     return lambda x, w: general_gemm(wrap(w), wrap(x), torch.bfloat16, layout="TN")[0]

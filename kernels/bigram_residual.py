@@ -26,7 +26,7 @@ import triton
 from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS
 from kernels.bigram_residual_kernels import bigram_residual_bwd_kernel, bigram_residual_fwd_kernel
 from kernels.embedding_grad import bigram_table_grad
-from kernels.fp8 import empty_operand, operand_args
+from kernels.fp8 import check_alignment, empty_operand, operand_args
 from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
 from kernels.tuning import Tile, tuned
@@ -94,7 +94,8 @@ def bigram_residual_fwd(
         y (N, C) in x's dtype, rstd (N,) fp32, normed (N, C) or None, FP8Operand or None.
 
     Raises:
-        ValueError: a tensor that is not contiguous or not of x's shape.
+        ValueError: a tensor that is not contiguous, not of x's shape, or with a scaling not aligned
+            (kernels.fp8.check_alignment).
     """
     _check_matrices("bigram_residual", x=x, branch=branch, x0=x0)
     n, c = x.shape
@@ -108,6 +109,8 @@ def bigram_residual_fwd(
                 f"bigram_residual: x is {n} x {c}, but there are {tokens.numel()} tokens "
                 f"and a table of width {table.size(1)}"
             )
+    if scaling is not None:
+        check_alignment("bigram_residual", x=x, branch=branch, x0=x0, table=table)
     y = torch.empty_like(x)
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x) if want_normed else None
@@ -162,11 +165,13 @@ def bigram_residual_bwd(
         FP8Operand or None.
 
     Raises:
-        ValueError: a tensor that is not contiguous or not of y's shape.
+        ValueError: a tensor that is not contiguous, not of y's shape, or with a scaling not
+            aligned (kernels.fp8.check_alignment).
     """
-    _check_matrices(
-        "bigram_residual", y=y, grad_normed=grad_normed, grad_stream=grad_stream, x=x, out=out
-    )
+    tensors = {"y": y, "grad_normed": grad_normed, "grad_stream": grad_stream, "x": x, "out": out}
+    _check_matrices("bigram_residual", **tensors)
+    if scaling is not None:
+        check_alignment("bigram_residual", **tensors)
     n, c = y.shape
     config = _tile("bigram_residual_bwd", BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)

@@ -20,6 +20,7 @@ from kernels.ptx import permute_bytes
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients
 MULTIPLE = 16  # what FP8 matrix products ask of both sizes
+ALIGNMENT = 16  # of addresses in bytes and of integers: what Triton specialises kernels on
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,25 @@ def empty_operand(rows, cols, scaling, device):
     return FP8Operand(data, transposed, scaling.inverse_scale)
 
 
+def check_alignment(op, **tensors):
+    """Refuse what a kernel that writes FP8 may not read; None is skipped.
+
+    Where Triton does not know addresses and row strides as multiples of 16, loads are scalar, and
+    Triton 3.6 compiles store_scaled wrongly in the layout that follows: other bytes, no error.
+
+    Raises:
+        ValueError: a tensor that starts elsewhere, or rows at another stride.
+    """
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.data_ptr() % ALIGNMENT or (x.size(0) > 1 and x.stride(0) % ALIGNMENT):
+            raise ValueError(
+                f"{op}: {name} must start at a multiple of {ALIGNMENT} bytes, and its row stride "
+                f"must be a multiple of {ALIGNMENT} elements; call .clone() on it"
+            )
+
+
 def operand_args(operand, scaling):
     """Kernel arguments (data, transposed, scale, amax as int32) of an operand; None four times."""
     if operand is None:
@@ -128,7 +148,7 @@ def store_scaled(
     Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
     compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22).
     A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
-    compiler crashes or gives wrong bytes too.
+    compiler crashes or gives wrong bytes too. What x is computed from must pass check_alignment.
     """
     # the cast saturates (cvt.rn.satfinite) and keeps NaN
     q = x.to(data_ptr.dtype.element_ty).to(tl.uint8, bitcast=True).to(tl.uint32)

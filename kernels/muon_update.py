@@ -21,7 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import MULTIPLE, FP8Operand, Scaling, operand_args, store_fp8
+from kernels.fp8 import (
+    MULTIPLE,
+    FP8Operand,
+    Scaling,
+    check_alignment,
+    operand_args,
+    store_fp8,
+)
 from kernels.muon_momentum import muon_momentum
 from kernels.newton_schulz import (
     EQUILIBRATIONS,
@@ -288,6 +295,7 @@ def _check(param, grad, momentum_buffer, second_moment, hyper, weights):
         scaling = weights.scaling
         if scaling is None or not scaling.scale.shape == scaling.amax.shape == param.shape[:1]:
             raise ValueError("the FP8 copies need one scale and one amax per matrix")
+        check_alignment("muon_update", param=param)
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError("muon_update takes contiguous tensors only")
 
@@ -312,8 +320,9 @@ def muon_update(
         clear_grad: write zeros over the gradient after it is read.
 
     Raises:
-        ValueError: shapes or dtypes other than above, a tensor that is not contiguous, or an
-            unknown equilibration.
+        ValueError: shapes or dtypes other than above, a tensor that is not contiguous, a param that
+            is not aligned with FP8 copies (kernels.fp8.check_alignment), or an unknown
+            equilibration.
     """
     if equilibration not in EQUILIBRATIONS:
         raise ValueError(f"unknown equilibration {equilibration!r}")

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import empty_operand, operand_args, store_fp8
+from kernels.fp8 import check_alignment, empty_operand, operand_args, store_fp8
 from kernels.tuning import Tile, tuned
 
 AMAX_FLOOR = 1e-12  # an all-zero tensor keeps a finite scale
@@ -63,10 +63,12 @@ def quantize(
     """FP8Operand of `x` under a kernels.fp8.Scaling, whose amax is raised to max|x|.
 
     Raises:
-        ValueError: x is not a matrix with contiguous rows.
+        ValueError: x is not a matrix with contiguous rows, or they are not aligned
+            (kernels.fp8.check_alignment).
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError("quantize takes a matrix with contiguous rows; call .contiguous() on it")
+    check_alignment("quantize", x=x)
     rows, cols = x.shape
     operand = empty_operand(rows, cols, scaling, x.device)
     config = tuned("quantize", TILE)

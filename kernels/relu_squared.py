@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.fp8 import empty_operand, operand_args, store_fp8
+from kernels.fp8 import check_alignment, empty_operand, operand_args, store_fp8
 from kernels.tuning import Tile, tuned
 
 TILE = Tile(rows=32, cols=256, warps=8)
@@ -63,6 +63,8 @@ def _launch(op, x, dy, scaling, want_plain):
             raise ValueError(f"{op}: {name} must be a matrix with contiguous rows")
     if dy is not None and dy.shape != x.shape:
         raise ValueError(f"{op}: dy is {tuple(dy.shape)}, x {tuple(x.shape)}")
+    if scaling is not None:
+        check_alignment(op, x=x, dy=dy)
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=x.dtype, device=x.device) if want_plain else None
     operand = None if scaling is None else empty_operand(rows, cols, scaling, x.device)
@@ -93,7 +95,8 @@ def relu_squared_fwd(
     (None without one); the operand is rounded from fp32, not from the plain y.
 
     Raises:
-        ValueError: x is not a matrix with contiguous rows.
+        ValueError: x is not a matrix with contiguous rows, or they are not aligned and there is a
+            scaling (kernels.fp8.check_alignment).
     """
     return _launch("relu_squared", x, None, scaling, want_plain)
 
@@ -107,7 +110,8 @@ def relu_squared_bwd(
     """dx = 2*max(x, 0)*dy: plain in x's dtype and as an FP8Operand, as for relu_squared_fwd.
 
     Raises:
-        ValueError: dy or x is not a matrix with contiguous rows, or their shapes differ.
+        ValueError: dy or x is not a matrix with contiguous rows, or not aligned with a scaling; or
+            their shapes differ.
     """
     return _launch("relu_squared_bwd", x, dy, scaling, want_plain)
 

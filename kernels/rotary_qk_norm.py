@@ -32,7 +32,7 @@ import torch
 import triton
 
 from kernels.embedding_grad import embedding_grad, sort_rows
-from kernels.fp8 import empty_operand, operand_args
+from kernels.fp8 import check_alignment, empty_operand, operand_args
 from kernels.rms_norm import rms_norm_ref
 from kernels.rotary_qk_norm_kernels import (
     QK_GAIN,
@@ -213,7 +213,8 @@ def rotary_qk_norm_bwd(
         both None without a table.
 
     Raises:
-        ValueError: tensors that are not contiguous or do not fit together.
+        ValueError: tensors that are not contiguous or do not fit together; with a scaling, rows
+            that are not aligned (kernels.fp8.check_alignment) and heads that FP8 does not take.
     """
     rows, head_dim = qkv.size(0), cos.size(1)
     num_heads = g_q.size(1) // head_dim
@@ -224,8 +225,12 @@ def rotary_qk_norm_bwd(
             raise ValueError(
                 f"rotary_qk_norm: {name} must be {shape} in {qkv.dtype} with contiguous rows"
             )
-    if scaling is not None and (head_dim < 32 or head_dim & (head_dim - 1)):
-        raise ValueError(f"rotary_qk_norm: FP8 wants heads of 32, 64, 128, ... and not {head_dim}")
+    if scaling is not None:
+        if head_dim < 32 or head_dim & (head_dim - 1):
+            raise ValueError(f"rotary_qk_norm: FP8 wants heads of 32, 64, ... and not {head_dim}")
+        check_alignment(
+            "rotary_qk_norm", g_q=g_q, g_k=g_k, g_v=g_v, qkv=qkv, table=table, cos=cos, sin=sin
+        )
     g_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if want_plain else None
     operand = None if scaling is None else empty_operand(*qkv.shape, scaling, qkv.device)
     g_gate = None if table is None else torch.empty_like(gate)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kernels.fp8 import empty_operand, operand_args
+from kernels.fp8 import check_alignment, empty_operand, operand_args
 from kernels.softcap_cross_entropy_kernels import bwd_kernel, fwd_kernel
 from kernels.tuning import Tile, tuned
 
@@ -105,6 +105,8 @@ def _outputs(logits, grad_scale, scaling, want_bf16, inplace):
         raise ValueError("no gradient is asked for: pass a scaling or want_bf16")
     if inplace and not want_bf16:
         raise ValueError("inplace needs want_bf16")
+    if scaling is not None:
+        check_alignment("softcap_cross_entropy", logits=logits)
     grad = None
     if want_bf16:
         grad = logits if inplace else torch.empty_like(logits)
@@ -164,7 +166,8 @@ def softcap_cross_entropy_bwd(
         inplace: write it over the logits.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernels do not take; nothing to write.
+        ValueError: shapes, strides or dtypes that the kernels do not take; logits that are not
+            aligned with a scaling (kernels.fp8.check_alignment); nothing to write.
     """
     _check(logits, targets, vocab_size)
     grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)

@@ -192,6 +192,12 @@ def test_what_does_not_fit_is_refused(device):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
             bigram_residual(x[None], **arguments)
+    scaling = Scaling.from_bound(12.0, E4M3, device)
+    y, h = torch.randn(2, 16 * 32 + 1, device=device)[:, 1:].view(2, 16, 32)
+    with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
+        bigram_residual_fwd(y, scaling=scaling)
+    with pytest.raises(ValueError, match="grad_normed must start at a multiple of 16 bytes"):
+        bigram_residual_bwd(h, y.clone(), torch.ones(16, device=device), scaling=scaling)
 
 
 @pytest.mark.cuda

@@ -280,6 +280,8 @@ def test_what_does_not_fit_is_refused(device):
     scaling = Scaling.from_bound(1.0, E4M3, device)
     refused("one scale and one amax", weights=WeightCopies.empty(shape, device, scaling=scaling))
     weights = copies(shape, device)
+    unaligned = torch.zeros(x.numel() + 1, device=device)[1:].view(shape)
+    refused("param must start at a multiple of 16 bytes", 0, unaligned, weights=weights)
     few = Scaling(E4M3, weights.scaling.scale, weights.scaling.inverse_scale, torch.zeros(1))
     refused("one amax per matrix", weights=WeightCopies(None, weights.fp8, few))
     other = copies((2, 16, 32), device)

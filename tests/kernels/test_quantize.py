@@ -28,12 +28,15 @@ def test_rows_of_a_wider_buffer_are_accepted_and_columns_refused(device):
         quantize(x[:47], scaling)
 
 
-@pytest.mark.parametrize(("width", "start"), [(65, 0), (66, 3), (72, 8)])
+@pytest.mark.parametrize(("width", "start"), [(48, 1), (65, 0), (66, 3), (72, 8), (80, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_start_anywhere(width, start, dtype, device):
-    x = torch.randn(96, width, device=device).to(dtype)[:, start : start + 48]
+def test_unaligned_rows_are_refused_and_their_copy_is_taken(width, start, dtype, device):
+    buffer = torch.randn(97 * width, device=device).to(dtype)
+    x = buffer.as_strided((96, 48), (width, 1), start)
     scaling = Scaling.from_bound(5.0, E4M3, device)
-    assert_fp8("unaligned", quantize(x, scaling), x, scaling)
+    with pytest.raises(ValueError, match=r"quantize: x must start at .* call \.clone\(\)"):
+        quantize(x, scaling)
+    assert_fp8("copy", quantize(x.clone(), scaling), x, scaling)
 
 
 def test_values_beyond_the_bound_saturate_and_amax_tells(device):

@@ -74,6 +74,22 @@ def test_refused_inputs(device):
         relu_squared_bwd(x[:, :5], x)
 
 
+def test_unaligned_rows_are_refused_with_fp8_alone(device):
+    x, dy = torch.randn(2, 48, 65, device=device)[:, :, :48]
+    scaling = Scaling.from_bound(9.0, E4M3, device)
+    copies = x.clone(), dy.clone()
+    for name, run in (
+        ("x", lambda scaling: relu_squared_fwd(x, scaling)),
+        ("x", lambda scaling: relu_squared_bwd(copies[1], x, scaling)),
+        ("dy", lambda scaling: relu_squared_bwd(dy, copies[0], scaling)),
+    ):
+        run(None)
+        with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes"):
+            run(scaling)
+    wide = torch.randn(48, 80, device=device)[:, 16:64]
+    assert_fp8("strided", relu_squared_fwd(wide, scaling)[1], relu_squared_ref(wide), scaling)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_show(bad, device):
     x = torch.randn(80, 144, device=device)

@@ -302,6 +302,19 @@ def test_refused_inputs(device):
         case.backward(qkv, rstd)
 
 
+@pytest.mark.parametrize(("width", "start"), [(129, 0), (144, 3)])
+def test_unaligned_rows_are_refused_with_fp8_alone(width, start, device):
+    case = Case((2, 8, 2, 1, 32), torch.float32, device)
+    qkv, rstd = case.forward()
+    expected, _, _, _ = case.backward(qkv, rstd)
+    wide = torch.zeros(16, width, device=device)[:, start : start + 128]
+    wide.copy_(qkv)
+    assert torch.equal(case.backward(wide, rstd)[0], expected)
+    scaling = Scaling.from_bound(5.0, E5M2, device)
+    with pytest.raises(ValueError, match="qkv must start at a multiple of 16 bytes"):
+        case.backward(wide, rstd, scaling)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("heads", [(2, 2), (6, 6), (8, 8), (8, 2)], ids=str)
 @pytest.mark.parametrize("value", [False, True])

@@ -335,6 +335,19 @@ def test_what_does_not_fit_is_refused(device):
             softcap_cross_entropy_fwd_bwd(logits, targets, *arguments)
 
 
+@pytest.mark.parametrize(("width", "start"), [(145, 0), (160, 3)])
+def test_unaligned_rows_are_refused_with_fp8_alone(width, start, device):
+    logits = torch.randn(32, width, device=device)[:, start : start + 128]
+    targets, scale = torch.zeros(32, dtype=torch.long, device=device), torch.ones(1, device=device)
+    scaling = Scaling.from_bound(3.0, E5M2, device)
+    softcap_cross_entropy_fwd_bwd(logits, targets, scale, 127)
+    with pytest.raises(ValueError, match="logits must start at a multiple of 16 bytes"):
+        softcap_cross_entropy_fwd_bwd(logits, targets, scale, 127, scaling)
+    logits = torch.randn(32, 160, device=device)[:, 16:144]
+    *_, grad, operand = softcap_cross_entropy_fwd_bwd(logits, targets, scale, 127, scaling)
+    assert_fp8("strided", operand, grad, scaling)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(8192, 32768, 32768), (4099, 32749, 32768)], ids=str)
 def test_real_vocabulary(shape, device):
