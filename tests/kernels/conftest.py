@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 
 GUARD = 256  # bytes on each side; keeps the alignment of a fresh allocation
 SENTINEL = 0xA5
@@ -55,30 +53,3 @@ def hostile_memory(monkeypatch):
 def device():
     """A GPU where there is one, else the CPU under Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def exact_casts():
-    """Casts from fp32 as the GPU does them: to nearest, FP8 saturating, NaN kept.
-
-    The interpreter's own truncate and lose NaN.
-    """
-    casts = {
-        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
-        tl.float8e5: (torch.float8_e5m2, torch.uint8),
-        tl.bfloat16: (torch.bfloat16, torch.int16),
-    }
-    convert = interpreter._convert_float
-
-    def exact(data, source, target, rounding_mode):
-        if source != tl.float32 or target not in casts:
-            return convert(data, source, target, rounding_mode)
-        dtype, bits = casts[target]
-        values = torch.tensor(data)
-        if dtype.itemsize == 1:
-            values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-        return values.to(dtype).view(bits).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", exact)
-        yield

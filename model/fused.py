@@ -1,0 +1,308 @@
+"""The GPT's training pass on Triton kernels: forward and backward by hand.
+
+FusedGPT computes what GPT.forward (model/gpt.py) defines, and its gradients, without autograd:
+autograd passes tensors only, and here gradients travel from a norm to the matrix product before it
+as FP8 operands in two layouts, the gradients of x0, bigram rows and lambdas of all layers are
+summed in one pass, and weight gradients accumulate inside the products. tests/model/test_fused.py
+holds the two together: the loss and the gradient of every parameter.
+
+One micro-step of N = B*T positions:
+
+    embed_smear -> [ bigram_residual -> QKV product -> rotary_qk_norm -> attention -> product
+                     -> residual add and norm -> product -> relu_squared -> product ] per layer
+    -> backout and norm -> lm_head product -> softcap_cross_entropy
+
+The gradient g of the stream comes with the factor that it still lacks (the resid_lambda of the mix
+that it went through), so that no pass over memory is spent on it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.residual_gradients import residual_gradients
+from kernels.smear import embed_smear_bwd, embed_smear_fwd
+from kernels.softcap_cross_entropy import (
+    IGNORE_INDEX,
+    mean_grad_scale,
+    softcap_cross_entropy_bwd,
+    softcap_cross_entropy_fwd,
+)
+from model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
+from model.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
+from model.weights import Weights
+
+
+@dataclass
+class StepState:
+    """What the backward pass of a micro-step needs."""
+
+    tokens: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (N,)
+    x0: torch.Tensor = None  # (N, C)
+    smear_gate: torch.Tensor = None  # (N,)
+    layers: list = field(default_factory=list)  # LayerStates
+    x_mid: torch.Tensor = None  # (N, C)
+    y: torch.Tensor = None  # (N, C) stream after backout
+    rstd: torch.Tensor = None  # (N,)
+    normed: Any = None  # operand (N, C)
+    logits: torch.Tensor = None  # (N, V)
+    lse: torch.Tensor = None  # (N,)
+
+
+class _Loss(torch.autograd.Function):
+    """Hangs FusedGPT.backward into autograd, so that loss.backward() works as for any model. The
+    gradients go straight into the parameters' .grad; `anchor` only makes the loss require one."""
+
+    @staticmethod
+    def forward(ctx, anchor, fused, tokens, targets):
+        loss, ctx.state = fused.loss(tokens, targets)
+        ctx.fused = fused
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        state, ctx.state = ctx.state, None
+        if state is None:
+            raise RuntimeError("the fused loss can be differentiated once; compute it again")
+        ctx.fused.backward(state, grad_loss)
+        return None, None, None, None
+
+
+class FusedGPT(nn.Module):
+    """A GPT whose training pass runs on the kernels.
+
+    Called like the GPT: fused(tokens, targets, reduction). In training mode with gradients on, the
+    mean loss comes back, and its backward() adds every parameter's gradient to .grad, tensors that
+    are made here: clear them in place. Else the losses come from plain products. `refresh` must
+    follow every change of the weights.
+
+    Args:
+        model: GPT; its matrices become views of the stacks of model.weights.
+        gemm: products of model.gemm.
+    """
+
+    def __init__(self, model, gemm):
+        super().__init__()
+        self.model, self.weights = model, Weights(model)
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        config, device = model.config, model.lm_head.weight.device
+        scaling, norm_scaling = Unscaled(), None
+        if gemm.fp8:
+            names = self.weights.fp8_names() | {"grad_logits": E5M2}
+            for layer in range(config.n_layer):
+                names |= {f"{name}.{layer}": E4M3 for name in ACTIVATIONS}
+                names |= {f"{name}.{layer}": E5M2 for name in GRADIENTS}
+            scaling = DelayedScaling(names, device)
+            # none of C normalised values is beyond sqrt(C)
+            norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
+        self.precision = Precision(gemm, scaling, norm_scaling)
+        self.layers = [FusedLayer(model, i, w) for i, w in enumerate(self.weights.layers)]
+        self.updates = 0
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over changed weights: update the FP8 scales, then make the products' operands."""
+        if self.updates:
+            self.precision.scaling.update()
+        self._make_operands()
+        self.updates += 1
+
+    def _make_operands(self):
+        scaling = self.precision.scaling
+        # for the weights here, and for the micro-step that follows
+        scaling.calibrating = self.updates < CALIBRATED_STEPS
+        self.weights.refresh(scaling)
+
+    def scaling_state(self):
+        """The FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
+        tensors = self.precision.scaling.state_dict()
+        return tensors and {**tensors, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_scaling_state(
+        self,
+        tensors,
+    ):
+        """Continue with the scales that `scaling_state` gave, and with the loaded weights; without
+        any, start anew."""
+        if not tensors:
+            self.updates = 0
+            return self.refresh()
+        self.precision.scaling.load_state_dict(tensors)
+        self.updates = int(tensors["updates"]) - 1
+        self._make_operands()
+        self.updates += 1
+
+    def forward(
+        self,
+        tokens,  # (B, T) integer
+        targets,  # (B, T) int64, -1 is ignored
+        reduction="mean",
+    ):
+        """Loss in nats, (), or with reduction "none" the losses (B*T,).
+
+        Raises:
+            ValueError: another reduction; losses with gradients are means.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
+        if self.training and torch.is_grad_enabled():
+            if reduction == "none":
+                raise ValueError("the fused training pass gives the mean loss only")
+            return _Loss.apply(self.model.backout_lambda, self, tokens, targets)
+        losses = self._losses(EVALUATION, tokens.contiguous(), targets.reshape(-1))[0]
+        if reduction == "none":
+            return losses
+        return losses.sum() / (targets != IGNORE_INDEX).sum()
+
+    @torch.no_grad()
+    def loss(
+        self,
+        tokens,  # (B, T)
+        targets,  # (B, T)
+    ):
+        """Mean loss () and the StepState for `backward`."""
+        losses, state = self._losses(self.precision, tokens.contiguous(), targets.reshape(-1))
+        return losses.sum() / (state.targets != IGNORE_INDEX).sum(), state
+
+    @torch.no_grad()
+    def _losses(
+        self,
+        p,
+        tokens,  # (B, T)
+        targets,  # (N,)
+    ):
+        """Losses (N,) and the StepState; in evaluation nothing that only backward needs is kept."""
+        model, keep = self.model, p is not EVALUATION
+        state = StepState(tokens, targets)
+        x, state.smear_gate = embed_smear_fwd(
+            tokens, model.transformer.wte.weight, model.smear_gate.weight, model.smear_lambda
+        )
+        state.x0, branch = x, None
+        for layer in self.layers:
+            x, branch, layer_state = layer.forward(p, x, branch, state.x0, tokens)
+            if keep:
+                state.layers.append(layer_state)
+            if layer.index == model.config.n_layer // 2:
+                x, branch = x + branch, None
+                state.x_mid = x
+        state.y, state.rstd, normed = p.norm(
+            x, branch, state.x_mid, x0_lambda=-model.backout_lambda
+        )
+        logits = p.gemm.forward(normed, p.weight(self.weights.lm_head))
+        losses, state.lse = softcap_cross_entropy_fwd(logits, targets, model.config.vocab_size)
+        if keep:
+            state.normed, state.logits = p.gemm.keep(normed), logits
+        return losses, state
+
+    @torch.no_grad()
+    def backward(
+        self,
+        state,
+        grad_loss,  # ()
+    ):
+        """Add the gradients of grad_loss * loss to every parameter's .grad; empties `state`."""
+        model, middle = self.model, self.model.config.n_layer // 2
+        order = sort_rows(state.tokens, model.config.padded_vocab_size)
+        grad_end, operand = self._head_backward(state, grad_loss)
+        grads = torch.empty(len(self.layers), *grad_end.shape, dtype=grad_end.dtype,
+                            device=grad_end.device)  # fmt: skip
+        sums = torch.empty(len(self.layers), device=grad_end.device)
+        g, factor = grad_end, None
+        for layer in reversed(self.layers):
+            i = layer.index
+            if i == middle:
+                g = self._middle_backward(state, g, factor, grad_end)
+                factor, operand = None, self.precision.quantized(f"grad_mlp.{i}", g)
+            below = None if i in (0, middle + 1) else f"grad_mlp.{i - 1}"
+            sums[i], operand = layer.backward(
+                self.precision, state.layers.pop(), g, factor, operand, state.tokens, order,
+                grads[i], below,
+            )  # fmt: skip
+            g, factor = grads[i], layer.resid_lambda
+        self._mix_backward(state, grads, sums, order)
+        self.precision.scaling.calibrating = False
+
+    def _head_backward(
+        self,
+        state,
+        grad_loss,  # ()
+    ):
+        """Gradient of the stream after backout (N, C), and the last MLP's operand of it."""
+        p, head = self.precision, self.weights.lm_head
+        scale = mean_grad_scale(state.targets) * grad_loss
+        grad_logits = p.operand(
+            "grad_logits",
+            lambda scaling, want_plain: softcap_cross_entropy_bwd(
+                state.logits, state.targets, state.lse, scale, self.model.config.vocab_size,
+                scaling, want_plain, inplace=want_plain,
+            ),
+        )  # fmt: skip
+        state.logits = None
+        p.gemm.weight_grad(grad_logits, state.normed, head.grad)
+        grad = p.gemm.input_grad(grad_logits, head.operand)  # (N, C)
+        last = len(self.layers) - 1
+        name = f"grad_mlp.{last}" if last != self.model.config.n_layer // 2 else None
+        g, _, operand = p.mix_backward(name, grad, state.y, state.rstd)
+        state.y = state.normed = None
+        return g, operand
+
+    def _middle_backward(
+        self,
+        state,
+        g,  # (N, C) gradient of the mix after the middle layer
+        factor,  # (1,), or None for 1
+        grad_end,  # (N, C) gradient of the stream after backout
+    ):
+        """Gradient of the stream after the middle layer, which backout reads too, (N, C)."""
+        g = g.clone() if factor is None else factor.to(g.dtype) * g
+        backout = self.model.backout_lambda
+        _, of_lambda, _, _ = residual_gradients(
+            grad_end[None], state.x_mid, -backout, accumulators=(g, None)
+        )
+        backout.grad -= of_lambda
+        state.x_mid = None
+        return g
+
+    def _mix_backward(
+        self,
+        state,
+        grads,  # (L, N, C) gradient of each layer's mix y
+        sums,  # (L,) sum(grads * y)
+        order,
+    ):
+        """Gradients of the lambdas, the bigram table and what makes x0.
+
+        y = resid*x + x0_lambda*x0 + bigram_lambda*e, so sum(g*x) follows from sum(g*y) and the
+        sums with x0 and e. x of the first layer is x0.
+        """
+        model, bigram = self.model, hasattr(self.model, "bigram_embed")
+        resid, coefficients = model.resid_lambdas, model.x0_lambdas.clone()
+        coefficients[0] += resid[0]
+        lookup = ()
+        if bigram:
+            lookup = state.tokens, model.bigram_embed.weight, model.bigram_lambdas
+        grad_x0, of_x0, grad_e, of_e = residual_gradients(grads, state.x0, coefficients, *lookup)
+        rest = sums - model.x0_lambdas * of_x0
+        if bigram:
+            rest -= model.bigram_lambdas * of_e
+            model.bigram_lambdas.grad += of_e
+            bigram_table_grad(state.tokens, grad_e, model.bigram_embed.weight.grad)
+        resid.grad += rest / resid
+        model.x0_lambdas.grad += of_x0
+        wte = model.transformer.wte.weight
+        grad_rows, of_gate, of_lambda = embed_smear_bwd(
+            grad_x0, state.tokens, wte, model.smear_gate.weight, model.smear_lambda,
+            state.smear_gate,
+        )  # fmt: skip
+        embedding_grad(grad_rows, order, wte.grad)
+        model.smear_gate.weight.grad += of_gate
+        model.smear_lambda.grad += of_lambda

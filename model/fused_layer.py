@@ -1,0 +1,253 @@
+"""One layer of the fused training pass, forward and backward by hand (model/fused.py).
+
+Shapes: N = B*T positions, C width, H query and K key/value heads of D columns, G gate channels.
+"Operand" is what the products of the precision take: a tensor (N, C), or an FP8Operand.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
+from kernels.embedding_grad import embedding_grad
+from kernels.fp8 import Scaling
+from kernels.quantize import quantize
+from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
+from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
+from model.config import VALUE_GATE_CHANNELS
+from model.gemm import PlainGemm
+from model.scaling import DelayedScaling, Unscaled
+
+# FP8 tensors of a layer beside its weights: activations, and the gradients of products' results
+ACTIVATIONS = ("attended", "activated")
+GRADIENTS = ("grad_qkv", "grad_attn", "grad_fc", "grad_mlp")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How products are computed: gemm (model.gemm), and the scales of their FP8 operands."""
+
+    gemm: Any
+    scaling: DelayedScaling | Unscaled
+    norm_scaling: Scaling | None = None
+
+    def weight(self, weight):
+        """Operand of a LinearWeight; evaluation makes a plain one, training keeps its own."""
+        return weight.operand if self is not EVALUATION else weight.plain()
+
+    def norm(self, *mix, **lambdas):
+        """bigram_residual_fwd: the stream y (N, C), rstd (N,) and the norm's operand."""
+        fp8 = self.norm_scaling
+        y, rstd, normed, operand = bigram_residual_fwd(
+            *mix, **lambdas, scaling=fp8, want_normed=fp8 is None
+        )
+        return y, rstd, normed if fp8 is None else operand
+
+    def operand(self, name, run):
+        """Operand of a kernel with a plain and an FP8 result: run(scaling, want_plain)."""
+
+        def one(scaling):
+            plain, operand = run(scaling, scaling is None)
+            return plain if scaling is None else operand
+
+        return self.scaling.produce(name, one)
+
+    def quantized(
+        self,
+        name,
+        x,  # (N, C)
+    ):
+        """Operand of a tensor that no kernel of ours wrote."""
+        return self.scaling.produce(
+            name, lambda scaling: x if scaling is None else quantize(x, scaling)
+        )
+
+    def mix_backward(self, name, *gradients, resid_lambda=None, **inputs):
+        """bigram_residual_bwd: the gradient of y (N, C), the fp32 sum of its products with `x`
+        (None without x), and the operand of the branch's gradient, resid_lambda times the first;
+        None for the last if name is None."""
+
+        def run(scaling):
+            return bigram_residual_bwd(
+                *gradients, resid_lambda=resid_lambda, scaling=scaling, **inputs
+            )
+
+        if name is None:
+            return run(None)
+        grad, sums, operand = self.scaling.produce(name, run)
+        if operand is None:
+            operand = grad if resid_lambda is None else resid_lambda.to(grad.dtype) * grad
+        return grad, sums, operand
+
+
+EVALUATION = Precision(PlainGemm(), Unscaled())
+
+
+@dataclass
+class LayerState:
+    """What a layer's backward pass needs."""
+
+    y: torch.Tensor  # (N, C) stream that opens the block
+    rstd: torch.Tensor  # (N,)
+    normed: Any  # operand (N, C)
+    qkv: torch.Tensor = None  # (N, (H + 2K)*D) after rotary
+    qk_rstd: torch.Tensor = None  # (H + K, N)
+    gate: torch.Tensor = None  # (N, K) logits, or None
+    attention: Any = None  # what the attention backend saved
+    attended: Any = None  # operand (N, C)
+    y_mid: torch.Tensor = None  # (N, C) stream before the MLP
+    rstd_mid: torch.Tensor = None  # (N,)
+    normed_mid: Any = None  # operand (N, C)
+    hidden: torch.Tensor = None  # (N, 4C) before relu_squared
+    activated: Any = None  # operand (N, 4C)
+
+
+class FusedLayer:
+    """Layer `index` of a GPT with its LinearWeights by kind."""
+
+    def __init__(self, model, index, weights):
+        self.model, self.config, self.index, self.weights = model, model.config, index, weights
+        self.window = model.config.windows[index]
+        self.attention = model.attention
+        self.resid_lambda = model.resid_lambdas.detach()[index : index + 1]  # (1,)
+        self.x0_lambda = model.x0_lambdas.detach()[index : index + 1]
+        self.bigram_table = self.bigram_lambda = None
+        if model.config.bigram_embed_factor:
+            self.bigram_table = model.bigram_embed.weight
+            self.bigram_lambda = model.bigram_lambdas.detach()[index : index + 1]
+        self.value_table = self.gate_weight = None
+        if str(index) in model.value_embeds:
+            self.value_table = model.value_embeds[str(index)].weight  # (V, K*D)
+            self.gate_weight = model.transformer.h[index].attn.ve_gate.weight  # (K, G)
+
+    def _name(self, tensor):
+        return f"{tensor}.{self.index}"
+
+    def forward(
+        self,
+        p,
+        x,  # (N, C) stream
+        branch,  # (N, C) what joins it, or None
+        x0,  # (N, C)
+        tokens,  # (B, T)
+    ):
+        """The stream before the MLP's output joins (N, C), that output (N, C), and the state."""
+        table = (tokens, self.bigram_table) if self.bigram_table is not None else (None, None)
+        lambdas = self.resid_lambda, self.x0_lambda, self.bigram_lambda
+        state = LayerState(*p.norm(x, branch, x0, *table, *lambdas))
+        branch = self._attention_forward(p, state, tokens)
+        state.y_mid, state.rstd_mid, normed = p.norm(state.y, branch)
+        state.hidden = p.gemm.forward(normed, p.weight(self.weights["fc"]))
+        state.normed_mid = p.gemm.keep(normed)
+        activated = p.operand(
+            self._name("activated"), lambda *how: relu_squared_fwd(state.hidden, *how)
+        )
+        state.activated = p.gemm.keep(activated)
+        branch = p.gemm.forward(activated, p.weight(self.weights["mlp_proj"]))
+        return state.y_mid, branch, state
+
+    def _attention_forward(
+        self,
+        p,
+        state,
+        tokens,  # (B, T)
+    ):
+        """QKV product, rotary, attention and output product, (N, C)."""
+        qkv = p.gemm.forward(state.normed, p.weight(self.weights["qkv"]))
+        state.normed = p.gemm.keep(state.normed)
+        values = None, None, None
+        if self.value_table is not None:
+            state.gate = self._gate_channels(state) @ self.gate_weight.t()
+            values = tokens.view(-1), self.value_table, state.gate
+        state.qk_rstd = rotary_qk_norm_fwd(
+            qkv, *values, self.model.cos, self.model.sin, tokens.size(1), self.config.n_head
+        )
+        state.qkv = qkv
+        sizes = [self.config.n_head, self.config.n_kv_head, self.config.n_kv_head]
+        heads = qkv.view(*tokens.shape, sum(sizes), self.config.head_dim)
+        y, state.attention = self.attention.forward(*heads.split(sizes, dim=2), self.window)
+        attended = p.quantized(self._name("attended"), y.reshape(len(qkv), self.config.n_embd))
+        state.attended = p.gemm.keep(attended)
+        return p.gemm.forward(attended, p.weight(self.weights["attn_proj"]))
+
+    def _gate_channels(self, state):
+        """The normalised channels that the value embedding's gate reads, (N, G) fp32."""
+        return state.y[:, :VALUE_GATE_CHANNELS].float() * state.rstd[:, None]
+
+    def backward(
+        self,
+        p,
+        state,
+        g,  # (N, C) gradient of what `forward` returned first, without `factor`
+        factor,  # (1,), or None for 1
+        operand,  # of the gradient of what it returned second
+        tokens,  # (B, T)
+        order,  # SortedRows of tokens
+        out,  # (N, C) where the gradient of y goes
+        below,  # name of the FP8 gradient of the branch that joined x, or None without one
+    ):
+        """Adds the layer's gradients to its parameters but the lambdas and the bigram table.
+
+        Returns:
+            sum(gradient of y * y), () fp32, and the operand of resid_lambda * out, or None.
+        """
+        gemm, weights = p.gemm, self.weights
+        gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
+        grad = gemm.input_grad(operand, weights["mlp_proj"].operand)  # (N, 4C)
+        state.activated = operand = None
+        grad_fc = p.operand(
+            self._name("grad_fc"), lambda *how: relu_squared_bwd(grad, state.hidden, *how)
+        )
+        del grad
+        gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
+        grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
+        state.hidden = state.normed_mid = grad_fc = None
+        g, _, operand = p.mix_backward(
+            self._name("grad_attn"), grad, state.y_mid, state.rstd_mid, g, factor
+        )
+        gemm.weight_grad(operand, state.attended, weights["attn_proj"].grad)
+        grad = gemm.input_grad(operand, weights["attn_proj"].operand)  # (N, C)
+        state.y_mid = state.attended = operand = None
+        grad = self._attention_backward(p, state, grad, tokens, order)
+        _, sums, operand = p.mix_backward(
+            below, grad, state.y, state.rstd, g, x=state.y, out=out, resid_lambda=self.resid_lambda
+        )
+        return sums, operand
+
+    def _attention_backward(
+        self,
+        p,
+        state,
+        grad,  # (N, C) gradient of the attention's output
+        tokens,  # (B, T)
+        order,
+    ):
+        """Gradient of the block's normalised input, (N, C)."""
+        model, rows = self.model, len(grad)
+        heads = grad.view(*tokens.shape, self.config.n_head, self.config.head_dim)
+        grads = self.attention.backward(state.attention, heads)
+        state.attention = None
+        values = None, None, None
+        if self.value_table is not None:
+            values = tokens.view(-1), self.value_table, state.gate
+        of_values = []
+
+        def rotary(scaling, want_plain):
+            plain, operand, *of_values[:] = rotary_qk_norm_bwd(
+                *(x.reshape(rows, -1) for x in grads), state.qkv, state.qk_rstd, *values,
+                model.cos, model.sin, tokens.size(1), scaling, want_plain,
+            )  # fmt: skip
+            return plain, operand
+
+        operand = p.operand(self._name("grad_qkv"), rotary)
+        weight = self.weights["qkv"]
+        p.gemm.weight_grad(operand, state.normed, weight.grad)
+        grad = p.gemm.input_grad(operand, weight.operand)  # (N, C)
+        state.qkv = state.normed = None
+        if self.value_table is not None:
+            grad_gate, grad_values = of_values  # (N, K) fp32, (N, K*D)
+            embedding_grad(grad_values, order, self.value_table.grad)
+            self.gate_weight.grad.addmm_(grad_gate.t(), self._gate_channels(state))
+            grad[:, :VALUE_GATE_CHANNELS] += (grad_gate @ self.gate_weight).to(grad.dtype)
+        return grad

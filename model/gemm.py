@@ -1,0 +1,182 @@
+"""Matrix products of the fused path behind one interface, with three providers.
+
+A linear layer y = x @ w.T has three products, each a method:
+
+    forward       y = x @ w.T        (M, K), (N, K) -> (M, N)
+    input_grad    dx = g @ w         (M, N), (N, K) -> (M, K)
+    weight_grad   dw += g.T @ x      (M, N), (M, K) -> added to (N, K) in fp32, in place
+
+`off` takes tensors; `te` (Transformer Engine's general GEMM) and `torch` (torch._scaled_mm) take
+FP8Operands that our kernels wrote, both layouts at hand, because Hopper's FP8 products reduce over
+the contiguous dimension of either factor. As in the baseline (model/linear.py), products that
+reduce over features accumulate fast, and weight gradients, which reduce over all tokens of a
+micro-step, with the split accumulator.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from kernels.fp8 import E4M3, E5M2
+from model.errors import UserError
+
+
+class PlainGemm:
+    """Products of bf16 (or fp32) tensors by torch; weight gradients accumulate in fp32."""
+
+    name, fp8 = "off", False
+
+    def forward(
+        self,
+        x,  # (M, K)
+        w,  # (N, K)
+    ):
+        return x @ w.t()
+
+    def input_grad(
+        self,
+        g,  # (M, N)
+        w,  # (N, K)
+    ):
+        return g @ w
+
+    def weight_grad(
+        self,
+        g,  # (M, N)
+        x,  # (M, K), or what `keep` left of it
+        out,  # (N, K) fp32, added to
+    ):
+        if out.dtype == g.dtype:
+            out.addmm_(g.t(), x)
+        else:
+            torch.addmm(out, g.t(), x, out_dtype=out.dtype, out=out)
+
+    def keep(
+        self,
+        x,  # (M, K)
+    ):
+        """What weight_grad needs of x."""
+        return x
+
+
+class TorchGemm:
+    """FP8 products by torch._scaled_mm; weight gradients are added in a pass of their own."""
+
+    name, fp8 = "torch", True
+
+    def forward(
+        self,
+        x,  # FP8Operand (M, K)
+        w,  # FP8Operand (N, K)
+    ):
+        return self._product(x.data, w.data, x, w, torch.bfloat16, fast=True)
+
+    def input_grad(
+        self,
+        g,  # FP8Operand (M, N)
+        w,  # FP8Operand (N, K)
+    ):
+        return self._product(g.data, w.transposed, g, w, torch.bfloat16, fast=True)
+
+    def weight_grad(
+        self,
+        g,  # FP8Operand (M, N)
+        x,  # FP8Operand (M, K), or what `keep` left of it
+        out,  # (N, K) fp32, added to
+    ):
+        out += self._product(g.transposed, x.transposed, g, x, torch.float32, fast=False)
+
+    def _product(self, a, b, of_a, of_b, dtype, fast):
+        """a @ b.T of row-major FP8 matrices, with the scales of the operands they belong to."""
+        return torch._scaled_mm(
+            a, b.t(), of_a.inverse_scale, of_b.inverse_scale, out_dtype=dtype, use_fast_accum=fast
+        )
+
+    def keep(
+        self,
+        x,  # FP8Operand (M, K)
+    ):
+        """What weight_grad needs of x: the transposed copy."""
+        return replace(x, data=None)
+
+
+class TransformerEngineGemm:
+    """FP8 products by Transformer Engine (https://github.com/NVIDIA/TransformerEngine); weight
+    gradients accumulate inside the product.
+
+    Raises:
+        ImportError: it is not installed or does not load.
+    """
+
+    name, fp8 = "te", True
+
+    def __init__(self):
+        # transformer_engine.pytorch loads the libraries that transformer_engine_torch links to
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+        from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (
+            Float8TensorStorage,
+        )
+        from transformer_engine_torch import DType
+
+        self._gemm, self._storage = general_gemm, Float8TensorStorage
+        self._dtypes = {E4M3: DType.kFloat8E4M3, E5M2: DType.kFloat8E5M2}
+
+    def _wrap(self, operand):
+        data, transposed = operand.data, operand.transposed
+        return self._storage(
+            data=None if data is None else data.view(torch.uint8),
+            data_transpose=transposed.view(torch.uint8),
+            fp8_scale_inv=operand.inverse_scale,
+            fp8_dtype=self._dtypes[transposed.dtype],
+        )
+
+    def forward(
+        self,
+        x,  # FP8Operand (M, K)
+        w,  # FP8Operand (N, K)
+    ):
+        return self._gemm(self._wrap(w), self._wrap(x), torch.bfloat16, layout="TN")[0]
+
+    def input_grad(
+        self,
+        g,  # FP8Operand (M, N)
+        w,  # FP8Operand (N, K)
+    ):
+        return self._gemm(self._wrap(w), self._wrap(g), torch.bfloat16, layout="NN", grad=True)[0]
+
+    def weight_grad(
+        self,
+        g,  # FP8Operand (M, N)
+        x,  # FP8Operand (M, K), or what `keep` left of it
+        out,  # (N, K) fp32, added to
+    ):
+        self._gemm(
+            self._wrap(x),
+            self._wrap(g),
+            out.dtype,
+            layout="NT",
+            out=out,
+            accumulate=True,
+            grad=True,
+            use_split_accumulator=True,
+        )
+
+    keep = TorchGemm.keep
+
+
+PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
+MENDS = {"te": "pip install 'nanofuse[te]', or use --fp8 torch"}
+
+
+def make_gemm(provider):
+    """The products of one of PROVIDERS.
+
+    Raises:
+        UserError: its library is not installed.
+    """
+    try:
+        return PROVIDERS[provider]()
+    except ImportError as error:
+        raise UserError(
+            f"--fp8 {provider} needs a library that does not load ({error}); {MENDS[provider]}"
+        ) from None
