@@ -1,15 +1,22 @@
-"""Causal sliding-window attention behind one call: attention(q, k, v, window) -> y.
+"""Attention behind one call, attention(q, k, v, window) -> y: torch's backends and the choice.
 
-A query at position i sees the keys at positions j with 0 <= i - j <= window. Every backend takes
-q (B, T, H, D) and k, v (B, T, K, D) with K dividing H, and returns (B, T, H, D). A new backend is
-a class with `name`, `prepare` and `__call__`, entered in BACKENDS.
+model.flash_attention says what a backend is and holds those of libraries. BACKENDS has them all.
 """
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from model.errors import UserError
+from model.flash_attention import (
+    AttentionBackend,
+    FlashAttention3,
+    FlashAttention4,
+    TransformerEngineAttention,
+)
 
 
 def window_mask(
@@ -22,13 +29,15 @@ def window_mask(
     return (distance >= 0) & (distance <= window)
 
 
-class SDPAttention:
-    """torch.nn.functional.scaled_dot_product_attention with an exact window mask."""
+class SDPAttention(AttentionBackend):
+    """torch.nn.functional.scaled_dot_product_attention with an exact window mask.
+
+    On a GPU `deterministic` takes plain matrix products, (B, H, T, T) of memory: the backward
+    passes of the fused choices add with atomics.
+    """
 
     name = "sdpa"
-
-    def prepare(self, seq_len, windows, device):
-        """Nothing to prepare: masks are made on the fly."""
+    cuda_only = False
 
     def __call__(
         self,
@@ -45,7 +54,9 @@ class SDPAttention:
             positions = torch.arange(t_k, device=q.device)
             mask = {"attn_mask": window_mask(positions[t_k - t_q :], positions, window)}
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **mask)
+        exact = self.deterministic and q.is_cuda
+        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **mask)
         return y.transpose(1, 2)
 
 
@@ -60,12 +71,16 @@ def _visible_within(window):
     return visible
 
 
-class FlexAttention:
-    """torch flex_attention, compiled; block masks are built once by `prepare`."""
+class FlexAttention(AttentionBackend):
+    """torch flex_attention, compiled; block masks are built once by `prepare`.
+
+    Its kernels have no atomics: `deterministic` changes nothing.
+    """
 
     name = "flex"
 
-    def __init__(self):
+    def __init__(self, deterministic=False):
+        super().__init__(deterministic)
         self.block_masks = {}
         self.kernel = torch.compile(flex_attention, dynamic=False)
 
@@ -90,21 +105,147 @@ class FlexAttention:
         return y.transpose(1, 2)
 
 
-BACKENDS = {backend.name: backend for backend in (SDPAttention, FlexAttention)}
-CUDA_ONLY = {"flex"}
+BACKENDS = {  # in the order in which "auto" tries them on a GPU
+    backend.name: backend
+    for backend in (
+        FlashAttention3,
+        FlashAttention4,
+        TransformerEngineAttention,
+        FlexAttention,
+        SDPAttention,
+    )
+}
 
 
-def select_attention(name, device_type):
-    """Attention backend and the reason for it, as (object, str); name "auto" picks by device.
+def forward_and_backward(
+    backend,
+    tensors,  # q (B, T, H, D), k, v (B, T, K, D), grad_y (B, T, H, D)
+    window,
+    dtype,
+):
+    """y, grad_q, grad_k, grad_v of the shapes of `tensors`, computed in `dtype`."""
+    q, k, v, grad_y = (x.to(dtype) for x in tensors)
+    y, saved = backend.forward(q, k, v, window)
+    return y, *backend.backward(saved, grad_y)
+
+
+def _distance(
+    got,  # any shape
+    exact,  # the same shape, fp64
+):
+    """||got - exact|| / ||exact||."""
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def self_check(backend, device):
+    """Largest relative error of a small bf16 forward and backward pass; SDPA in fp64 is the truth.
+
+    Two cases: a window with as many key heads as query heads, and plain causal attention with half
+    of them; q, k, v are views of one buffer.
 
     Raises:
-        UserError: an unknown name, or one that needs a GPU on a machine without.
+        RuntimeError: an error above twice that of SDPA in bf16, or NaN.
+    """
+    batch, seq_len, heads, head_dim = 2, 384, 4, 128
+    worst = 0.0
+    for window, kv_heads in ((128, heads), (seq_len, heads // 2)):
+        counts = (heads, kv_heads, kv_heads, heads)  # of q, k, v and grad_y
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, seq_len, sum(counts), head_dim)
+        fused = torch.randn(shape, device=device, generator=generator).bfloat16()
+        tensors = fused.split(counts, dim=2)
+        backend.prepare(seq_len, [window], device)
+        exact = forward_and_backward(SDPAttention(), tensors, window, torch.float64)
+        base = forward_and_backward(SDPAttention(), tensors, window, torch.bfloat16)
+        got = forward_and_backward(backend, tensors, window, torch.bfloat16)
+        names = ("y", "grad_q", "grad_k", "grad_v")
+        for label, x, reference, truth in zip(names, got, base, exact, strict=True):
+            error = _distance(x, truth)
+            allowed = 2 * _distance(reference, truth) + 1e-3  # an eighth of bf16's spacing
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"{label} of window {window} is off by {error:.3g}, {allowed:.3g} is allowed"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _check_gpu(backend):
+    """Refuse a GPU that the backend's library has no kernels for.
+
+    Raises:
+        RuntimeError: naming the compute capability.
+    """
+    lowest, highest = backend.capabilities
+    if lowest == (0, 0):
+        return
+    capability = torch.cuda.get_device_capability()
+    if not lowest <= capability <= highest:
+        wanted = f"{lowest[0]}.{lowest[1]}" + ("" if lowest == highest else " or later")
+        found = f"{capability[0]}.{capability[1]}"
+        raise RuntimeError(f"needs compute capability {wanted}, this GPU has {found}")
+
+
+def _line(error):
+    """The first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _first_that_works(device_type, deterministic, compiled):
+    """The first of BACKENDS that runs and agrees with SDPA, and what became of those before it."""
+    reasons = []
+    for name, backend_class in BACKENDS.items():
+        backend = backend_class(deterministic)
+        if compiled and not backend.compilable:
+            reasons.append(f"{name} does not run under torch.compile")
+            continue
+        try:
+            backend.load()
+            _check_gpu(backend)
+            distance = self_check(backend, device_type)
+        except Exception as error:  # a foreign library may raise anything; the user is told
+            missing = isinstance(error, ModuleNotFoundError) and backend.is_part(error.name)
+            reasons.append(f"{name} is not installed" if missing else f"{name}: {_line(error)}")
+        else:
+            reasons.append(f"{name} agrees with SDPA to {distance:.1g}")
+            return backend_class(deterministic), "; ".join(reasons)
+    raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
+
+
+def select_attention(name, device_type, deterministic=False, compiled=False):
+    """Attention backend and the reason for it, as (object, str); name "auto" picks by device.
+
+    Args:
+        deterministic: ask it for a backward pass that gives the same bits every time.
+        compiled: the model around it goes through torch.compile.
+
+    Raises:
+        UserError: an unknown name, or one that cannot run here.
     """
     if name == "auto":
-        name = "flex" if device_type == "cuda" else "sdpa"
-        return BACKENDS[name](), f"auto on {device_type}"
+        if device_type != "cuda":
+            return SDPAttention(deterministic), f"auto on {device_type}"
+        backend, why = _first_that_works(device_type, deterministic, compiled)
+        return backend, f"auto on {device_type}: {why}"
     if name not in BACKENDS:
         raise UserError(f"--attention {name!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
-    if name in CUDA_ONLY and device_type != "cuda":
+    backend = BACKENDS[name](deterministic)
+    if backend.cuda_only and device_type != "cuda":
         raise UserError(f"--attention {name} needs a CUDA GPU; use --attention sdpa")
-    return BACKENDS[name](), "asked for"
+    if compiled and not backend.compilable:
+        raise UserError(
+            f"--attention {name} does not run under torch.compile; use --backend eager or "
+            "--attention auto"
+        )
+    try:
+        backend.load()
+    except ImportError as error:
+        raise UserError(
+            f"--attention {name} needs {backend.title}: {backend.install}; or use --attention auto "
+            f"({_line(error)})"
+        ) from error
+    try:
+        _check_gpu(backend)
+    except RuntimeError as error:
+        raise UserError(f"--attention {name} {error}; use --attention auto") from error
+    return backend, "asked for"

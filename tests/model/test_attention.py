@@ -1,9 +1,14 @@
 import math
+import re
+import sys
+import types
+import weakref
 
 import pytest
 import torch
 
-from model.attention import BACKENDS, SDPAttention, select_attention
+from model import attention
+from model.attention import BACKENDS, FlexAttention, SDPAttention, select_attention
 from model.errors import UserError
 
 
@@ -36,11 +41,146 @@ def test_sdpa_equals_longhand(window, t_q, t_k):
     torch.testing.assert_close(got.double(), longhand(q, k, v, window), rtol=1e-5, atol=1e-5)
 
 
-def test_selection_says_why():
+@pytest.mark.parametrize("window", [0, 3, 16, 1000])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_pair_of_functions_equals_autograd(window, kv_heads):
+    q, k, v = inputs(17, 17, kv_heads=kv_heads)
+    grad_y = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    truth = SDPAttention()(*leaves, window)
+    truth.backward(grad_y)
+
+    backend = SDPAttention()
+    y, saved = backend.forward(*leaves, window)
+    grads = backend.backward(saved, grad_y)
+    assert torch.equal(y, truth) and not any(x.requires_grad for x in (y, *grads))
+    for got, leaf in zip(grads, leaves, strict=True):
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_pair_keeps_nothing_and_runs_once():
+    q, k, v = inputs(17, 17)
+    backend = SDPAttention()
+    with torch.no_grad():
+        y, saved = backend.forward(q, k, v, 5)
+        held = [weakref.ref(x) for x in saved]
+        backend.backward(saved, y)
+    assert saved == [] and all(x() is None for x in held)
+    with pytest.raises(RuntimeError, match="has had its backward pass"):
+        backend.backward(saved, y)
+
+
+def longhand_flash(q, k, v, causal, window_size, deterministic):
+    """A stand-in for flash_attn_interface.flash_attn_func; -1 on the left: no window."""
+    assert causal and window_size[1] == 0
+    return SDPAttention()(q, k, v, window_size[0] % 2**31), None
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that takes itself for a Hopper GPU, without libraries; hopper(f) installs fa3."""
+    check = attention.self_check
+    monkeypatch.setattr(attention, "self_check", lambda backend, device: check(backend, "cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in ("flash_attn_interface", "flash_attn", "transformer_engine"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def no_compiler(self):
+        raise OSError("gone\nand more")
+
+    monkeypatch.setattr(FlexAttention, "load", no_compiler)
+
+    def install_flash_3(function):
+        module = types.ModuleType("flash_attn_interface")
+        module.flash_attn_func = function
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+
+    return install_flash_3
+
+
+def test_auto_on_a_cpu_is_sdpa():
     backend, why = select_attention("auto", "cpu")
     assert backend.name == "sdpa" and why == "auto on cpu"
-    assert select_attention("auto", "cuda")[0].name == "flex"
-    assert select_attention("sdpa", "cuda")[0].name == "sdpa"
+    backend, why = select_attention("sdpa", "cuda")
+    assert backend.name == "sdpa" and why == "asked for"
+    assert select_attention("auto", "cpu", deterministic=True)[0].deterministic
+
+
+def test_auto_takes_what_agrees_and_tells_what_does_not_run(hopper):
+    hopper(longhand_flash)
+    backend, why = select_attention("auto", "cuda")
+    assert backend.name == "fa3" and re.fullmatch(
+        r"auto on cuda: fa3 agrees with SDPA to 0\.00\d", why
+    )
+    backend, why = select_attention("auto", "cuda", compiled=True)
+    assert backend.name == "sdpa" and why.startswith(
+        "auto on cuda: fa3 does not run under torch.compile; fa4 is not installed; te does not run "
+        "under torch.compile; flex: gone; sdpa agrees with SDPA to 0.00"
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda y, q: y * 1.02, "y of window 128 is off by 0.02"),
+        (lambda y, q: y + 0.05 * (q - q.detach()), "grad_q of window 128 is off by "),
+        (lambda y, q: y * math.nan, "y of window 128 is off by nan"),
+    ],
+)
+def test_auto_refuses_wrong_values_and_says_where(hopper, break_it, reason):
+    hopper(lambda q, *rest, **options: break_it(longhand_flash(q, *rest, **options)[0], q))
+    backend, why = select_attention("auto", "cuda")
+    assert backend.name == "sdpa" and f"fa3: {reason}" in why and "te is not installed" in why
+
+
+def test_auto_refuses_a_wrong_window_and_another_gpu(hopper, monkeypatch):
+    def one_key_less(*tensors, window_size, **options):
+        return longhand_flash(*tensors, window_size=(window_size[0] - 1, 0), **options)
+
+    hopper(one_key_less)
+    assert "fa3: y of window 128 is off by 0.0" in select_attention("auto", "cuda")[1]
+    hopper(longhand_flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    why = select_attention("auto", "cuda")[1]
+    assert "fa3: needs compute capability 9.0, this GPU has 10.0; fa4 is not" in why
+    with pytest.raises(UserError, match="--attention fa3 needs compute capability 9.0"):
+        select_attention("fa3", "cuda")
+
+
+def test_deterministic_reaches_the_library(hopper):
+    asked = []
+
+    def record(*tensors, deterministic, **options):
+        asked.append(deterministic)
+        return longhand_flash(*tensors, deterministic=deterministic, **options)
+
+    hopper(record)
+    for deterministic in (False, True):
+        backend, _ = select_attention("fa3", "cuda", deterministic)
+        y, saved = backend.forward(*inputs(17, 17), 4)
+        backend.backward(saved, y)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("fa3", "FlashAttention 3: build hopper/"),
+        ("fa4", "FlashAttention 4: pip install flash-attn-4; or use --attention auto"),
+        ("te", "Transformer Engine: pip install"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_mend(hopper, name, mend):
+    with pytest.raises(UserError, match=f"--attention {name} needs {mend}"):
+        select_attention(name, "cuda")
+    with pytest.raises(UserError, match=f"--attention {name} needs a CUDA GPU"):
+        select_attention(name, "cpu")
+
+
+@pytest.mark.parametrize("name", ["fa3", "te"])
+def test_what_the_compiler_cannot_take_in_is_refused(name):
+    with pytest.raises(UserError, match=f"--attention {name} does not run under torch.compile"):
+        select_attention(name, "cuda", compiled=True)
 
 
 @pytest.mark.parametrize("name", ["flex", "nonsense"])

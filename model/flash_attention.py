@@ -1,0 +1,342 @@
+"""What an attention backend is, and the three that come from libraries: fa3, fa4 and te.
+
+A backend attends with a causal sliding window: the query at position i sees the keys at positions
+j with 0 <= i - j <= window. It takes q (B, T, H, D) and k, v (B, T, K, D) with K dividing H, which
+may be strided views of one fused projection (last dimension contiguous), and returns (B, T, H, D).
+Libraries are imported when a backend is loaded or first called, never with this module.
+"""
+
+import importlib
+import os
+
+import torch
+
+
+class AttentionBackend:
+    """Base of all backends: a subclass sets `name` and defines `__call__(q, k, v, window) -> y`.
+
+    Args:
+        deterministic: ask for a backward pass that gives the same bits every time.
+    """
+
+    name = None
+    title, install = None, None  # of its library, for the user
+    module = None  # to import; None: torch alone
+    cuda_only = True
+    compilable = True  # torch.compile(fullgraph=True) takes it in
+    capabilities = ((0, 0), (99, 0))  # of the GPUs it runs on, lowest and highest
+
+    def __init__(self, deterministic=False):
+        self.deterministic = deterministic
+
+    def load(self):
+        """Import the library.
+
+        Raises:
+            ImportError: it is not installed, or damaged.
+        """
+        if self.module:
+            importlib.import_module(self.module)
+
+    def is_part(self, module):
+        """Whether `module` is the library's own or above it: without it, it is not installed."""
+        return self.module is not None and f"{self.module}.".startswith(f"{module}.")
+
+    def prepare(self, seq_len, windows, device):
+        """Get ready for rows of seq_len tokens and these windows; most need nothing."""
+
+    def forward(
+        self,
+        q,  # (B, T, H, D)
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        """y (B, T, H, D) outside any autograd graph, and a list that `backward` empties."""
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            y = self(*leaves, window)
+        return y.detach(), [y, *leaves]
+
+    def backward(
+        self,
+        saved,
+        grad_y,  # (B, T, H, D)
+    ):
+        """grad_q (B, T, H, D), grad_k, grad_v (B, T, K, D), maybe strided; once per forward.
+
+        Raises:
+            RuntimeError: a second backward pass of one forward pass.
+        """
+        y, *leaves = _empty(saved)
+        return torch.autograd.grad(y, leaves, grad_y)
+
+
+def _empty(saved):
+    """The list's content, which it then no longer holds."""
+    if not saved:
+        raise RuntimeError("this forward pass of attention has had its backward pass")
+    content = tuple(saved)
+    saved.clear()
+    return content
+
+
+def _left(window, seq_len):
+    """The window as libraries want it: keys to the left, -1 where all of them are in sight."""
+    return window if window < seq_len - 1 else -1
+
+
+class FlashAttention3(AttentionBackend):
+    """FlashAttention 3 through its public function, whose private halves differ by version."""
+
+    name = "fa3"
+    title = "FlashAttention 3"
+    install = "build hopper/ of github.com/Dao-AILab/flash-attention"
+    module = "flash_attn_interface"
+    compilable = False
+    capabilities = ((9, 0), (9, 0))
+
+    def __call__(
+        self,
+        q,  # (B, T, H, D) bf16
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        from flash_attn_interface import flash_attn_func
+
+        windows = (_left(window, q.size(1)), 0)
+        y = flash_attn_func(
+            q, k, v, causal=True, window_size=windows, deterministic=self.deterministic
+        )
+        return y[0] if isinstance(y, tuple) else y  # some versions return the logsumexp too
+
+
+def _fa4_window(left):
+    """Keyword arguments of both of FlashAttention 4's functions."""
+    return {
+        "causal": True,
+        "window_size_left": None if left < 0 else left,
+        "window_size_right": 0,
+    }
+
+
+def _fa4_forward(
+    q,  # (B, T, H, D) bf16
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+    left,
+):
+    """y (B, T, H, D) and the logsumexp (B, H, T) fp32, both contiguous."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return _flash_attn_fwd(q, k, v, return_lse=True, **_fa4_window(left))[:2]
+
+
+def _fa4_backward(
+    grad_y,  # (B, T, H, D) bf16
+    q,  # (B, T, H, D)
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+    y,  # (B, T, H, D)
+    lse,  # (B, H, T) fp32
+    left,
+    deterministic,
+):
+    """grad_q (B, T, H, D) and grad_k, grad_v (B, T, K, D), contiguous."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    names = zip(("dq", "dk", "dv"), grads, strict=True)
+    _flash_attn_bwd(
+        q, k, v, y, grad_y, lse, deterministic=deterministic, **dict(names), **_fa4_window(left)
+    )
+    return tuple(grads)
+
+
+@torch.library.custom_op("nanofuse::fa4_forward", mutates_args=())
+def _fa4_forward_op(
+    q: torch.Tensor,  # (B, T, H, D) bf16
+    k: torch.Tensor,  # (B, T, K, D)
+    v: torch.Tensor,  # (B, T, K, D)
+    left: int,
+    deterministic: bool,  # read by the backward pass alone
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fa4_forward(q, k, v, left)
+
+
+@_fa4_forward_op.register_fake
+def _(
+    q,  # (B, T, H, D)
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+    left,
+    deterministic,
+):
+    batch, seq_len, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seq_len), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanofuse::fa4_backward", mutates_args=())
+def _fa4_backward_op(
+    grad_y: torch.Tensor,  # (B, T, H, D) bf16
+    q: torch.Tensor,  # (B, T, H, D)
+    k: torch.Tensor,  # (B, T, K, D)
+    v: torch.Tensor,  # (B, T, K, D)
+    y: torch.Tensor,  # (B, T, H, D)
+    lse: torch.Tensor,  # (B, H, T) fp32
+    left: int,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _fa4_backward(grad_y, q, k, v, y, lse, left, deterministic)
+
+
+@_fa4_backward_op.register_fake
+def _(
+    grad_y,  # (B, T, H, D)
+    q,  # (B, T, H, D)
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+    y,  # (B, T, H, D)
+    lse,  # (B, H, T)
+    left,
+    deterministic,
+):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, ctx.left, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # no zeros for the logsumexp, which nobody differentiates
+
+
+def _differentiate(
+    ctx,
+    grad_y,  # (B, T, H, D)
+    grad_lse,  # None
+):
+    grads = _fa4_backward_op(grad_y, *ctx.saved_tensors, ctx.left, ctx.deterministic)
+    return *grads, None, None
+
+
+_fa4_forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+class FlashAttention4(AttentionBackend):
+    """FlashAttention 4 (CuTe): custom ops for autograd and the compiler, direct calls without."""
+
+    name = "fa4"
+    title, install = "FlashAttention 4", "pip install flash-attn-4"
+    module = "flash_attn.cute.interface"
+    capabilities = ((9, 0), (99, 0))
+
+    def __call__(
+        self,
+        q,  # (B, T, H, D) bf16
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        return _fa4_forward_op(q, k, v, _left(window, q.size(1)), self.deterministic)[0]
+
+    def forward(
+        self,
+        q,  # (B, T, H, D) bf16
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        """See AttentionBackend.forward."""
+        left = _left(window, q.size(1))
+        with torch.no_grad():
+            y, lse = _fa4_forward(q, k, v, left)
+        return y, [q, k, v, y, lse, left]
+
+    def backward(
+        self,
+        saved,
+        grad_y,  # (B, T, H, D)
+    ):
+        """See AttentionBackend.backward; all three are contiguous."""
+        with torch.no_grad():
+            return _fa4_backward(grad_y, *_empty(saved), self.deterministic)
+
+
+def _te_layout(
+    q,  # (B, T, H, D)
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+):
+    """q, k, v in a memory layout that Transformer Engine recognises, copied where they are not.
+
+    It reads three neighbours of one (B, T, 3, H, D) buffer in place. Anything else must be
+    contiguous from the start of its storage: other strides it may take for contiguous ones.
+    """
+    _, seq_len, heads, size = q.shape
+    width = heads * size
+    packed = all(
+        x.shape == q.shape
+        and x.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+        and x.stride() == (seq_len * 3 * width, 3 * width, size, 1)
+        and x.storage_offset() == i * width
+        for i, x in enumerate((q, k, v))
+    )
+    if packed:
+        return q, k, v
+    return tuple(
+        x
+        if x.is_contiguous() and x.storage_offset() == 0
+        else x.clone(memory_format=torch.contiguous_format)
+        for x in (q, k, v)
+    )
+
+
+class TransformerEngineAttention(AttentionBackend):
+    """cuDNN's attention through Transformer Engine, whose modules dynamo does not trace."""
+
+    name = "te"
+    title, install = "Transformer Engine", "pip install 'nanofuse[fp8]'"
+    module = "transformer_engine.pytorch"
+    compilable = False
+
+    def __init__(self, deterministic=False):
+        super().__init__(deterministic)
+        self.modules = {}
+
+    def load(self):
+        """Import it, with cuDNN as its only choice: an input that cuDNN refuses is an error.
+
+        Raises:
+            ImportError: it is not installed, or damaged.
+        """
+        os.environ |= {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
+        if self.deterministic:
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        super().load()
+
+    def _build(self, heads, kv_heads, head_dim, left):
+        self.load()
+        from transformer_engine.pytorch import DotProductAttention
+
+        return DotProductAttention(
+            num_attention_heads=heads,
+            kv_channels=head_dim,
+            num_gqa_groups=kv_heads,
+            attention_dropout=0.0,
+            qkv_format="bshd",
+            attn_mask_type="causal",
+            window_size=(left, 0),
+        )
+
+    def __call__(
+        self,
+        q,  # (B, T, H, D) bf16
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        key = (q.size(2), k.size(2), q.size(3), _left(window, q.size(1)))
+        if key not in self.modules:
+            self.modules[key] = self._build(*key)
+        return self.modules[key](*_te_layout(q, k, v)).view(q.shape)
