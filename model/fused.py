@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
-from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.fp8 import E4M3, E5M2, MULTIPLE, Scaling
+from kernels.ptx import INTERPRETED
 from kernels.residual_gradients import residual_gradients
 from kernels.smear import embed_smear_bwd, embed_smear_fwd
 from kernels.softcap_cross_entropy import (
@@ -35,6 +36,18 @@ from kernels.softcap_cross_entropy import (
 from model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
 from model.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
 from model.weights import Weights
+
+
+def kernels_are_interpreted():
+    """Whether the kernels run without a GPU, in Triton's interpreter (for tests: it is slow)."""
+    return INTERPRETED.value
+
+
+def fp8_fits(config, tokens):
+    """Whether the FP8 kernels take a GPTConfig's sizes with `tokens` positions a micro-step."""
+    sizes = (tokens, config.n_embd, config.kv_dim)
+    head = config.head_dim
+    return not any(size % MULTIPLE for size in sizes) and head >= 32 and head & (head - 1) == 0
 
 
 @dataclass
@@ -80,7 +93,7 @@ class FusedGPT(nn.Module):
     Called like the GPT: fused(tokens, targets, reduction). In training mode with gradients on, the
     mean loss comes back, and its backward() adds every parameter's gradient to .grad, tensors that
     are made here: clear them in place. Else the losses come from plain products. `refresh` must
-    follow every change of the weights.
+    follow every later change of the weights.
 
     Args:
         model: GPT; its matrices become views of the stacks of model.weights.
@@ -106,6 +119,18 @@ class FusedGPT(nn.Module):
         self.precision = Precision(gemm, scaling, norm_scaling)
         self.layers = [FusedLayer(model, i, w) for i, w in enumerate(self.weights.layers)]
         self.updates = 0
+        self.refresh()
+
+    def describe(self):
+        """One line: which kernels run, and which do not and why."""
+        fp8 = self.precision.gemm.fp8
+        ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "relu_squared"]
+        ops += ["softcap_cross_entropy", "residual_gradients", "embedding_grad"]
+        off = []
+        (ops if fp8 else off).append("quantize" if fp8 else "quantize (no FP8)")
+        if not self.model.config.bigram_embed_factor:
+            off.append("bigram lookup (dense model)")
+        return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"
 
     @torch.no_grad()
     def refresh(self):

@@ -165,7 +165,7 @@ class TransformerEngineGemm:
 
 
 PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
-MENDS = {"te": "pip install 'nanofuse[te]', or use --fp8 torch"}
+MENDS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch"}
 
 
 def make_gemm(provider):

@@ -12,7 +12,6 @@ from torch import nn
 
 from kernels.quantize import quantize_ref
 
-FP8_PROVIDERS = ("off", "torch")
 FP8_MIN_DIM = 128
 FP8_MULTIPLE = 16  # torch._scaled_mm's requirement on both dimensions
 FP8_CAPABILITY = (8, 9)

@@ -54,7 +54,10 @@ def save_checkpoint(directory, step, meta, model, optim_state=None, loader_tenso
     with atomic_folder(folder) as temporary:
         for name, tensors in files.items():
             if tensors is not None:
-                plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+                # copies, as safetensors refuses views of one storage
+                plain = {
+                    k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()
+                }
                 save_file(plain, temporary / name)
         text = json.dumps({"format": FORMAT, "step": step, **meta}, indent=2)
         (temporary / META).write_text(text + "\n", encoding="utf-8")

@@ -1,11 +1,15 @@
 """Which device, backend and precision a run uses, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from model.errors import UserError
+from model.fused import fp8_fits, kernels_are_interpreted
+from model.gemm import make_gemm
 from model.linear import FP8_CAPABILITY
+
+HOPPER = (9, 0)  # compute capability
 
 # Dense bf16 peaks in FLOP/s by name prefix, without sparsity, from NVIDIA's datasheets.
 BF16_PEAKS = {
@@ -52,20 +56,62 @@ class Machine:
     why: str
     dtype: torch.dtype
 
+    @property
+    def capability(self):
+        """Compute capability, (0, 0) without a GPU."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_capability(self.device) if cuda else (0, 0)
 
-def select_machine(settings):
-    """Machine of a run.
+
+def select_machine(device_type, backend):
+    """Machine for --device-type and --backend; auto takes the kernels on Hopper.
 
     Raises:
         UserError: a choice that this machine cannot serve; the message names the flag.
     """
-    device = select_device(settings.device_type)
-    backend, why = settings.backend, "asked for"
+    device = select_device(device_type)
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    machine = Machine(device, device_name(device), backend, "asked for", dtype)
     if backend == "auto":
-        backend = "compile" if device.type == "cuda" else "eager"
-        why = f"auto on {device.type}"
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if settings.fp8 != "off" and capability < FP8_CAPABILITY:
-        raise UserError(f"--fp8 {settings.fp8} needs a GPU of compute capability 8.9 or newer")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Machine(device, device_name(device), backend, why, dtype)
+        backend, why = "eager", f"auto on {device.type}"
+        if machine.capability == HOPPER:
+            backend, why = "fused", "auto on Hopper"
+        elif cuda:
+            backend, why = "compile", "auto: the kernels are made for Hopper"
+        return replace(machine, backend=backend, why=why)
+    if backend == "fused" and not cuda and not kernels_are_interpreted():
+        raise UserError("--backend fused needs an NVIDIA GPU; use --backend eager")
+    return machine
+
+
+def select_fp8(name, machine, config, rows):
+    """FP8 provider for --fp8 and why, as (str, str); `rows` are those of a micro-step.
+
+    Raises:
+        UserError: a provider that cannot serve this machine, backend or model.
+    """
+    fused = machine.backend == "fused"
+    refusal = None
+    if machine.capability < FP8_CAPABILITY:
+        refusal = "a GPU of compute capability 8.9 or newer"
+    elif fused and not fp8_fits(config, rows * config.sequence_len):
+        refusal = "widths and tokens in multiples of 16 and heads of 32, 64 or 128"
+    if name == "off" or (name == "auto" and machine.backend == "eager"):
+        return "off", "asked for" if name == "off" else "auto: eager is the reference"
+    if name != "auto":
+        if refusal:
+            raise UserError(f"--fp8 {name} needs {refusal}; use --fp8 off")
+        if name == "te" and not fused:
+            raise UserError("--fp8 te needs --backend fused; use --fp8 torch")
+        make_gemm(name)  # refuses where its library is missing
+        return name, "asked for"
+    if refusal:
+        return "off", f"auto: needs {refusal}"
+    if not fused:
+        return "torch", "auto"
+    try:
+        make_gemm("te")
+    except UserError as error:
+        return "torch", f"auto: {error}"
+    return "te", "auto"

@@ -17,6 +17,7 @@ from train.checkpoint import save_checkpoint
 from train.corpus import ParquetCorpus, StdlibCorpus
 from train.data import DeviceLoader, PackedLoader
 from train.evaluate import evaluate_bpb
+from train.fused_optim import FusedMuonAdamW
 from train.logging import RunLog
 from train.optim import MuonAdamW
 from train.plan import Plan
@@ -59,7 +60,7 @@ class Trainer:
 
     model: Callable
     raw_model: GPT
-    optimizer: MuonAdamW
+    optimizer: MuonAdamW | FusedMuonAdamW
     schedule: Schedule
     settings: Settings
     plan: Plan

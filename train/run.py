@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-from model.attention import select_attention
 from model.config import GPTConfig
 from model.errors import UserError
-from model.gpt import GPT
-from model.linear import set_fp8
+from train.assemble import assemble
 from train.checkpoint import (
     LOADER,
     MODEL,
@@ -34,10 +32,10 @@ from train.checkpoint import (
 from train.command import run_command
 from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from train.data import DeviceLoader, LoaderState, PackedLoader
-from train.device import Machine, bf16_peak, select_device, select_machine
+from train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from train.logging import RunLog
 from train.loop import Progress, Trainer
-from train.optim import MuonAdamW, OptimConfig
+from train.optim import OptimConfig
 from train.plan import make_plan
 from train.schedules import Schedule
 from train.settings import Settings, build_parser, resolve, resolve_resumed
@@ -91,20 +89,19 @@ def find_tokenizer(corpus, settings, size_given):
     return tokenizer
 
 
-def describe(start, plan, attention, fp8):
-    """Lines that say what is about to run."""
+def describe(start, plan, facts):
+    """Lines that say what is about to run; `facts` are train.assemble's."""
     settings, config, machine = start.settings, start.config, start.machine
     activation_bytes = machine.dtype.itemsize
     memory = config.memory_estimate(
-        settings.device_batch_size, activation_bytes, fp8=settings.fp8 != "off"
+        settings.device_batch_size, activation_bytes, fp8=start.fp8[0] != "off"
     )
     counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
     mode = f", mode {settings.compile_mode}" if machine.backend == "compile" else ""
     return [
         f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
-        f"attention: {attention}",
-        f"fp8: {fp8}",
+        *facts,
         f"data: {start.corpus.name}; tokenizer of {start.tokenizer.vocab_size:,} tokens",
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
@@ -128,6 +125,7 @@ class Start:
     corpus: ParquetCorpus | StdlibCorpus
     tokenizer: Tokenizer
     config: GPTConfig
+    fp8: tuple  # provider and why
     directory: Path
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
@@ -141,7 +139,7 @@ def start_new(given):
     """
     device_type = select_device(given.get("device_type", "auto")).type
     settings = resolve(given, device_type)
-    machine = select_machine(settings)
+    machine = select_machine(settings.device_type, settings.backend)
     directory = new_run_dir(settings)
     config = GPTConfig.from_depth(
         settings.depth,
@@ -155,11 +153,12 @@ def start_new(given):
         bigram_lambda_init=settings.bigram_lambda_init,
     )
     make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
+    fp8 = select_fp8(settings.fp8, machine, config, settings.device_batch_size)
     corpus = open_corpus(settings.data)
     tokenizer = find_tokenizer(corpus, settings, "vocab_size" in given)
     settings = dataclasses.replace(settings, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return Start(settings, machine, corpus, tokenizer, config, directory)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, directory)
 
 
 def start_resumed(given):
@@ -183,8 +182,9 @@ def start_resumed(given):
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
     config = config_of(meta, checkpoint)
     tokenizer = load_tokenizer(directory, config)
-    machine = select_machine(settings)
-    return Start(settings, machine, corpus, tokenizer, config, directory, checkpoint, meta)
+    machine = select_machine(settings.device_type, settings.backend)
+    fp8 = select_fp8(settings.fp8, machine, config, settings.device_batch_size)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, directory, checkpoint, meta)
 
 
 def build_trainer(start, started):
@@ -198,41 +198,37 @@ def build_trainer(start, started):
     """
     settings, config, machine = start.settings, start.config, start.machine
     plan = make_plan(settings, config)
-    compiled = machine.backend == "compile"
-    attention, why = select_attention(settings.attention, machine.device.type)
-    attention.prepare(config.sequence_len, config.windows, machine.device)
-    torch.set_float32_matmul_precision("high")
-    raw_model = GPT(config, machine.dtype, attention, machine.device)
-    fp8_count = set_fp8(raw_model, settings.fp8)
     options = {f.name for f in dataclasses.fields(OptimConfig)} & vars(settings).keys()
-    optimizer = MuonAdamW(
-        raw_model.param_roles(),
+
+    def set_weights(model):
+        if start.checkpoint:
+            load_weights(model, load_tensors(start.checkpoint / MODEL), start.checkpoint / MODEL)
+        else:
+            model.init_weights(settings.seed)
+
+    built = assemble(
+        config,
+        machine,
         OptimConfig(**{name: getattr(settings, name) for name in options}),
-        config.n_embd,
+        start.fp8,
+        settings.attention,
+        settings.deterministic,
+        settings.compile_mode,
         plan.lr_scale,
-        compiled,
-        machine.dtype,
+        set_weights,
     )
     state, progress = None, Progress()
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
-        load_weights(raw_model, load_tensors(folder / MODEL), folder / MODEL)
-        optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
+        built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
         position = {name: meta["loader"][name] for name in LoaderState().position()}
         state = LoaderState.restore(position, load_tensors(folder / LOADER))
         progress = Progress(**meta["progress"])
-    else:
-        raw_model.init_weights(settings.seed)
-    model = raw_model
-    if compiled:
-        mode = None if settings.compile_mode == "default" else settings.compile_mode
-        model = torch.compile(raw_model, dynamic=False, mode=mode)
 
     log = RunLog(start.directory, progress.step, plan.num_iterations, settings.wandb)
     if not start.checkpoint:
         start.tokenizer.save(start.directory / FILE_NAME)
-    fp8 = "off" if settings.fp8 == "off" else f"{settings.fp8}, {fp8_count} linears in training"
-    for line in describe(start, plan, f"{attention.name} ({why})", fp8):
+    for line in describe(start, plan, built.facts):
         log.print(line)
     packed = PackedLoader(
         start.corpus,
@@ -249,9 +245,9 @@ def build_trainer(start, started):
         settings.final_lr_frac,
     )
     return Trainer(
-        model=model,
-        raw_model=raw_model,
-        optimizer=optimizer,
+        model=built.model,
+        raw_model=built.raw_model,
+        optimizer=built.optimizer,
         schedule=schedule,
         settings=settings,
         plan=plan,

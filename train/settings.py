@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kernels.newton_schulz import EQUILIBRATIONS
 from model.attention import BACKENDS as ATTENTION_BACKENDS
 from model.errors import UserError
-from model.linear import FP8_PROVIDERS
+from model.gemm import PROVIDERS
 from train.command import CommandParser
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
@@ -83,12 +83,13 @@ class Settings:
     seed: int = flag(42, RUN, "seed of the initialisation and of samples")
 
     device_type: str = flag("auto", MACHINE, "where to run", ("auto", "cuda", "cpu"))
-    backend: str = flag("auto", MACHINE, "how ops run", ("auto", "eager", "compile"))
+    backend: str = flag("auto", MACHINE, "how ops run", ("auto", "eager", "compile", "fused"))
     compile_mode: str = flag("default", MACHINE, "torch.compile's mode", COMPILE_MODES, "MODE")
     attention: str = flag(
         "auto", MACHINE, "attention backend", ("auto", *sorted(ATTENTION_BACKENDS))
     )
-    fp8: str = flag("off", MACHINE, "provider of FP8 matrix products", FP8_PROVIDERS)
+    fp8: str = flag("auto", MACHINE, "provider of FP8 matrix products", ("auto", *PROVIDERS))
+    deterministic: bool = flag(False, MACHINE, "same bits every time, attention included (slower)")
 
 
 CPU_PRESET = {

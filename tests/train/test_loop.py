@@ -133,7 +133,8 @@ def test_samples_follow_the_seed(make_trainer):
 
 @pytest.mark.cuda
 def test_fp8_and_compile_flags_arrive(make_trainer):
-    trainer = make_trainer(device_type="cuda", depth=4, aspect_ratio=64, head_dim=128, fp8="torch")
+    sizes = {"device_type": "cuda", "depth": 4, "aspect_ratio": 64, "head_dim": 128}
+    trainer = make_trainer(**sizes, fp8="torch", backend="compile", attention="flex")
     assert trainer.raw_model.lm_head.fp8 and trainer.raw_model.transformer.h[0].mlp.c_fc.fp8
     assert trainer.model is not trainer.raw_model and trainer.raw_model.attention.name == "flex"
     assert trainer.optimizer.newton_schulz_dtype == torch.bfloat16

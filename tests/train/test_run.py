@@ -294,7 +294,7 @@ def test_compiled_fp8_run_on_a_gpu(data_dir, work_dir, capsys):
     """The baseline's whole path: compile, flex, FP8 in training, bf16 in evaluation."""
     flags = ["--depth", "4", "--max-seq-len", "256", "--num-iterations", "20", "--fp8", "torch",
              "--device-batch-size", "4", "--total-batch-size", "2048", "--eval-tokens", "4096",
-             "--eval-every", "10"]  # fmt: skip
+             "--eval-every", "10", "--backend", "compile", "--attention", "flex"]  # fmt: skip
     main([*flags, "--data", str(data_dir), "--run", "gpu"])
     out = capsys.readouterr().out
     assert "backend: compile" in out and "attention: flex" in out and "25 linears" in out

@@ -1,0 +1,94 @@
+"""FusedMuonAdamW against MuonAdamW: the same update, the same state, interchangeable."""
+
+import pytest
+import torch
+
+from model.fused import FusedGPT
+from model.gemm import PlainGemm, TorchGemm
+from model.gpt import GPT
+from tests.helpers import random_model, small_config
+from train.fused_optim import FusedMuonAdamW
+from train.optim import MuonAdamW, OptimConfig
+
+NUMBERS = [(1.0, 0.9, 0.2), (0.5, 0.95, 0.1)]  # lr_mult, momentum, weight decay of each step
+
+
+def twins(gemm=PlainGemm, **fields):
+    """The same random weights twice: (GPT, MuonAdamW) and (FusedGPT, FusedMuonAdamW)."""
+    config = small_config(**fields)
+    truth = random_model(config, torch.float32)
+    model = GPT(config, torch.float32)
+    model.load_state_dict(truth.state_dict())
+    fused = FusedGPT(model, gemm())
+    plain = MuonAdamW(truth.param_roles(), OptimConfig(), config.n_embd, lr_scale=0.5)
+    return (truth, plain), (fused, FusedMuonAdamW(fused, OptimConfig(), lr_scale=0.5))
+
+
+def give_gradients(truth, model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p, q in zip(truth.parameters(), model.parameters(), strict=True):
+        p.grad = torch.randn(p.shape, generator=generator)
+        q.grad.copy_(p.grad)
+
+
+def steps(truth, plain, fused, ours, count=2, first=0):
+    for i, numbers in list(enumerate(NUMBERS))[first : first + count]:
+        give_gradients(truth, fused.model, i)
+        plain.step(*numbers)
+        plain.zero_grad()
+        ours.step(*numbers)
+        ours.zero_grad()
+
+
+def relative(x, truth):
+    return (x - truth).norm() / truth.norm().clamp_min(1e-30)
+
+
+def assert_same_weights(truth, model):
+    for (name, p), q in zip(truth.named_parameters(), model.parameters(), strict=True):
+        assert relative(q, p) < 1e-4, name
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}, {"bigram_embed_factor": 0}], ids=str)
+def test_two_steps_equal_the_reference(fields):
+    (truth, plain), (fused, ours) = twins(**fields)
+    before = [p.detach().clone() for p in truth.parameters()]
+    steps(truth, plain, fused, ours)
+    assert all((p != b).any() for p, b in zip(truth.parameters(), before, strict=True))
+    assert_same_weights(truth, fused.model)
+    assert all(p.grad.abs().max() == 0 for p in fused.model.parameters())
+    for weight in fused.weights.all():
+        assert torch.equal(weight.operand, weight.master)
+    state, expected = ours.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    for name, x in expected.items():
+        assert relative(state[name], x) < 1e-4, name
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}], ids=str)
+def test_state_moves_between_both(fields):
+    (truth, plain), (fused, ours) = twins(**fields)
+    steps(truth, plain, fused, ours, 1)
+    (other, reference), (again, mine) = twins(**fields)
+    other.load_state_dict(truth.state_dict())
+    again.model.load_state_dict(truth.state_dict())
+    reference.load_state_dict(ours.state_dict(), 1)  # from the kernels' to the reference
+    mine.load_state_dict(plain.state_dict(), 1)  # and back
+    steps(other, reference, again, mine, 1, first=1)
+    steps(truth, plain, fused, ours, 1, first=1)
+    assert_same_weights(truth, other)
+    assert_same_weights(truth, again.model)
+
+
+def test_fp8_scales_travel_with_the_state():
+    fields = {"sequence_len": 32, "vocab_size": 128}
+    (truth, plain), (fused, ours) = twins(TorchGemm, **fields)
+    steps(truth, plain, fused, ours, 1)
+    _, (again, mine) = twins(TorchGemm, **fields)
+    again.model.load_state_dict(fused.model.state_dict())
+    mine.load_state_dict(ours.state_dict(), 1)
+    assert again.updates == fused.updates
+    for name, x in ours.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], x), name
+    for a, b in zip(fused.weights.all(), again.weights.all(), strict=True):
+        assert torch.equal(a.operand.data.view(torch.uint8), b.operand.data.view(torch.uint8))

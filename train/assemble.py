@@ -1,0 +1,84 @@
+"""A model and its optimiser for one machine and backend, ready to train: used by run and bench."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.attention import select_attention
+from model.fused import FusedGPT
+from model.gemm import make_gemm
+from model.gpt import GPT
+from model.linear import set_fp8
+from train.fused_optim import FusedMuonAdamW
+from train.optim import MuonAdamW
+
+
+@dataclass
+class Assembled:
+    """What trains: `model` is called for losses, `raw_model` is the GPT that holds the weights.
+
+    `facts` are lines that say what runs and why.
+    """
+
+    model: Callable
+    raw_model: GPT
+    optimizer: MuonAdamW | FusedMuonAdamW
+    facts: list
+
+
+def assemble(
+    config,
+    machine,
+    optim,
+    fp8,
+    attention="auto",
+    deterministic=False,
+    compile_mode="default",
+    lr_scale=1.0,
+    set_weights=GPT.init_weights,
+):
+    """Build model and optimiser.
+
+    Args:
+        config: GPTConfig.
+        machine: train.device.Machine.
+        optim: OptimConfig.
+        fp8: provider and why, of train.device.select_fp8.
+        attention: name of a backend of model.attention, or "auto".
+        deterministic: ask torch and the attention backend for the same bits every time.
+        compile_mode: torch.compile's, for the backend "compile".
+        lr_scale: factor on every learning rate.
+        set_weights: called with the GPT before anything depends on its weights.
+
+    Raises:
+        UserError: an attention backend or FP8 provider that cannot run here.
+    """
+    compiled, fused = machine.backend == "compile", machine.backend == "fused"
+    provider, why_fp8 = fp8
+    backend, why = select_attention(attention, machine.device.type, deterministic, compiled)
+    backend.prepare(config.sequence_len, config.windows, machine.device)
+    torch.set_float32_matmul_precision("high")
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
+    raw_model = GPT(config, machine.dtype, backend, machine.device)
+    set_weights(raw_model)
+    facts = [f"attention: {backend.name} ({why})"]
+    if fused:
+        model = FusedGPT(raw_model, make_gemm(provider))
+        optimizer = FusedMuonAdamW(model, optim, lr_scale)
+        products = len(model.weights.all())
+        facts.append(f"kernels: {model.describe()}")
+    else:
+        products = set_fp8(raw_model, provider)
+        optimizer = MuonAdamW(
+            raw_model.param_roles(), optim, config.n_embd, lr_scale, compiled, machine.dtype
+        )
+        model = raw_model
+        if compiled:
+            mode = None if compile_mode == "default" else compile_mode
+            model = torch.compile(raw_model, dynamic=False, mode=mode)
+    count = "" if provider == "off" else f", {products} linears in training"
+    facts.append(f"fp8: {provider} ({why_fp8}{count})")
+    return Assembled(model, raw_model, optimizer, facts)
