@@ -1,125 +1,191 @@
-"""Whole training steps of the compiled baseline: forward, backward, optimiser.
+"""Whole training steps: the fused path against compiled baselines, in one process.
 
-On a GPU: d16 (or --depth), 524,288 tokens a step in micro-steps of 32 x 2048, torch.compile,
-flex attention and FP8 through torch._scaled_mm; dense and with the bigram residual. On a CPU the
-same code runs a tiny eager model, so that the benchmark never breaks. Tokens are drawn from a
-Zipf law, as frequent words collide in the embedding gradients of real text too.
+On a GPU, for every --depth and --fp8: 524,288 tokens a step in micro-steps of 32 x 2048. The
+baselines (--baselines, attention backends) are torch.compile with FP8 through torch._scaled_mm.
+Every contender is built and takes its first steps alone, which gives its time to the first step
+(imports not included, compile caches as they are) and its own peak memory. Then they take turns,
+one step each on the same batches, until every one has --rounds timed steps; medians are reported.
+Tokens come from a Zipf law. On a CPU the same code runs a tiny model, eager and in Triton's
+interpreter. `python -m bench.report` reads what --benchmark-json saves.
 """
 
 import gc
 import math
+import statistics
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from bench.harness import zipf_tokens
+from bench.harness import CLOCK, ON_GPU
+from bench.roofline import floor_ms
+from bench.training import PhaseClock, gpu_workload, synchronize, tiny_workload, train_step
 from model.attention import select_attention
-from model.config import GPTConfig
-from model.gpt import GPT
-from model.linear import set_fp8
-from train.device import bf16_peak, device_name
+from model.fused import kernels_are_interpreted
+from model.scaling import CALIBRATED_STEPS
+from train.assemble import assemble
+from train.device import bf16_peak, device_name, select_fp8, select_machine
 from train.loop import settle_garbage
-from train.optim import MuonAdamW, OptimConfig
+from train.optim import OptimConfig
 
-WARMUP_ROUNDS = 2
+GIB = 2**30
+FIRST_STEPS = 2  # of each contender alone
+WARMUP_ROUNDS = max(2, CALIBRATED_STEPS - FIRST_STEPS) if ON_GPU else 0
+CPU_ROUNDS = 2
+FIRST_LOSS_TOLERANCE = 0.02  # between contenders: same weights, same batch
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One step: config, rows per micro-step, micro-steps, and how it runs."""
+class Entry:
+    """A contender's flags, as train.run takes them."""
 
-    config: GPTConfig
-    rows: int
-    micro_steps: int
-    compiled: bool
-    fp8: str
-    dtype: torch.dtype
+    backend: str
+    attention: str = "auto"
+    fp8: str = "auto"
+
+
+class Contender:
+    """A model in training: built, its first steps taken and checked, its timed steps kept."""
+
+    def __init__(self, entry, workload, batches, device):
+        gc.collect()
+        before = torch.cuda.memory_allocated() if ON_GPU else 0
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        machine = select_machine(device.type, entry.backend)
+        fp8 = select_fp8(entry.fp8, machine, workload.config, workload.rows)
+        self.backend, self.fp8, self.batches = entry.backend, fp8[0], batches
+        self.built = assemble(
+            workload.config, machine, OptimConfig(), fp8, attention=entry.attention
+        )
+        self.attention = self.built.raw_model.attention.name
+        self.times, self.losses = [], []
+        self.step()
+        self.first_step_seconds = time.perf_counter() - started
+        for _ in range(FIRST_STEPS - 1):
+            self.step()
+        self.peak_gib = (torch.cuda.max_memory_allocated() - before) / GIB if ON_GPU else None
+        expected = math.log(workload.config.vocab_size)  # logits are ~0 at the start
+        assert abs(self.losses[0] - expected) < 0.05, f"{self.name}: {self.losses[0]}"
 
     @property
-    def tokens(self):
-        return self.rows * self.micro_steps * self.config.sequence_len
+    def name(self):
+        return f"{self.backend} {self.attention} fp8={self.fp8}"
+
+    def step(self):
+        """Take one step; keeps its seconds by phase and its loss, and returns all its seconds."""
+        clock = PhaseClock()
+        loss = train_step(self.built, self.batches, clock)
+        self.times.append(clock.seconds())
+        self.losses.append(loss.item())
+        return sum(self.times[-1].values())
+
+    def figures(self, rounds, tokens):
+        """Medians over the last `rounds` steps and everything else that is reported."""
+        times = self.times[-rounds:]
+        totals = [sum(phases.values()) for phases in times]
+        seconds = statistics.median(totals)
+        figures = {
+            "backend": self.backend,
+            "attention": self.attention,
+            "fp8": self.fp8,
+            "ms_per_step": 1e3 * seconds,
+            "ms_range": [1e3 * min(totals), 1e3 * max(totals)],
+            "tok_per_s": tokens / seconds,
+            "peak_gib": self.peak_gib,
+            "time_to_first_step_s": self.first_step_seconds,
+            "losses": [self.losses[0], self.losses[1], self.losses[-1]],
+            "facts": self.built.facts,
+        }
+        for phase in times[0]:
+            figures[f"{phase}_ms"] = 1e3 * statistics.median(one[phase] for one in times)
+        return figures
 
 
-def workload(depth, bigram_factor, device):
-    """The GPU's d16-style workload, or a tiny one for a CPU."""
-    if device.type == "cuda":
-        config = GPTConfig.from_depth(depth or 16, bigram_embed_factor=bigram_factor)
-        return Workload(config, 32, 8, True, "torch", torch.bfloat16)
-    config = GPTConfig.from_depth(
-        depth or 2, 32, 32, sequence_len=128, vocab_size=512, bigram_embed_factor=bigram_factor
-    )
-    return Workload(config, 2, 2, False, "off", torch.float32)
-
-
-def make_step(w, device):
-    """A function that takes one training step and returns its first micro-step's loss."""
-    torch.set_float32_matmul_precision("high")
-    torch._dynamo.reset()
-    attention, _ = select_attention("auto", device.type)
-    attention.prepare(w.config.sequence_len, w.config.windows, device)
-    model = GPT(w.config, w.dtype, attention, device)
-    model.init_weights()
-    set_fp8(model, w.fp8)
-    optimizer = MuonAdamW(
-        model.param_roles(),
-        OptimConfig(),
-        w.config.n_embd,
-        compile=w.compiled,
-        newton_schulz_dtype=w.dtype,
-    )
-    call = torch.compile(model, dynamic=False) if w.compiled else model
-    shape = (w.micro_steps, w.rows, w.config.sequence_len + 1)
-    batches = zipf_tokens(shape, w.config.vocab_size, device)
-
-    def step():
-        losses = []
-        for rows in batches:  # (B, T+1)
-            loss = call(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-            (loss / w.micro_steps).backward()
-            losses.append(loss.detach())
-        optimizer.step(1.0, 0.95, 0.1)
-        optimizer.zero_grad()
-        return losses[0].item()
-
-    return step
+def entries(device, attentions, fp8):
+    """The contenders' Entries, the product first, and lines about baselines that are left out."""
+    if device.type != "cuda":
+        fused = [Entry("fused")] if kernels_are_interpreted() else []
+        return [*fused, Entry("eager")], []
+    found = [Entry("fused", fp8=fp8)]
+    reasons, left_out = {}, []
+    for attention in attentions:
+        backend, why = select_attention(attention, device.type, compiled=True)
+        name = backend.name
+        if name in reasons:
+            left_out.append(f"baseline {attention} is {name} again ({reasons[name]}; {why})")
+            continue
+        reasons[name] = why
+        found.append(Entry("compile", name, "off" if fp8 == "off" else "auto"))
+    return found, left_out
 
 
 def pytest_generate_tests(metafunc):
-    depths = [int(d) for d in metafunc.config.getoption("--depth").split(",") if d] or [0]
+    option = metafunc.config.getoption
     if "depth" in metafunc.fixturenames:
-        metafunc.parametrize("depth", depths, ids=lambda d: f"d{d}" if d else "default")
+        depths = [int(depth) for depth in _listed(option("--depth"))] or [16 if ON_GPU else 2]
+        metafunc.parametrize("depth", depths, ids=lambda depth: f"d{depth}")
+        metafunc.parametrize("fp8", _listed(option("--fp8")), ids=lambda fp8: f"fp8-{fp8}")
 
 
-@pytest.mark.parametrize("bigram_factor", [0, 5], ids=["dense", "bigram"])
-def bench_step(benchmark, device, rounds, depth, bigram_factor):
-    w = workload(depth, bigram_factor, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    step = make_step(w, device)
-    first_loss = step()
-    first_step_seconds = time.perf_counter() - started
-    assert abs(first_loss - math.log(w.config.vocab_size)) < 0.05  # logits are ~0 at the start
+def _listed(text):
+    return [part for part in text.split(",") if part]
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def bench_step(benchmark, device, request, rounds, depth, fp8):
+    option = request.config.getoption
+    bigram_factor = option("--bigram-factor")
+    workload = (gpu_workload if ON_GPU else tiny_workload)(depth, bigram_factor)
+    rounds = rounds if ON_GPU else min(rounds, CPU_ROUNDS)
+    torch._dynamo.reset()
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    batches = workload.batches(device)
+    found, left_out = entries(device, _listed(option("--baselines")), fp8)
+    contenders = [Contender(entry, workload, batches, device) for entry in found]
+    product = contenders[0]
+    for other in contenders[1:]:
+        gap = abs(other.losses[0] - product.losses[0])
+        assert gap < FIRST_LOSS_TOLERANCE, f"{product.name}, {other.name}: losses {gap} apart"
+
+    def one_round():
+        seconds = [contender.step() for contender in contenders]
+        CLOCK.now += seconds[0]
+
     settle_garbage()
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
-    gc.unfreeze()
-    assert step() < first_loss - 0.1  # it trains
-    seconds = benchmark.stats.stats.median
+    retries = _allocation_retries()
+    try:
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+    finally:
+        gc.unfreeze()
+    retries = _allocation_retries() - retries
+    for contender in contenders:
+        assert contender.losses[-1] < contender.losses[0] - 0.1, f"{contender.name} does not learn"
+    figures = [contender.figures(rounds, workload.tokens) for contender in contenders]
     info = {
-        "depth": w.config.n_layer,
-        "backend": "compile" if w.compiled else "eager",
-        "fp8": w.fp8,
-        "ms_per_step": 1e3 * seconds,
-        "tok_per_s": w.tokens / seconds,
-        "time_to_first_step_s": first_step_seconds,
+        "depth": workload.config.n_layer,
+        "bigram_factor": bigram_factor,
+        "tokens": workload.tokens,
+        "micro_steps": workload.micro_steps,
+        "contenders": figures,
+        "left_out": left_out,
+        "allocation_retries": retries,  # above 0 the contenders crowd each other's memory
     }
+    if ON_GPU:
+        per_micro_step = floor_ms(workload.config, workload.rows, product.fp8 != "off")
+        info["floor_ms"] = workload.micro_steps * per_micro_step
     peak = bf16_peak(device_name(device))
     if peak:
-        info["mfu_bf16"] = info["tok_per_s"] * w.config.flops_per_token / peak
-    if device.type == "cuda":
-        info["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        flops = figures[0]["tok_per_s"] * workload.config.flops_per_token
+        info["mfu_bf16"] = flops / peak
     benchmark.extra_info.update(info)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in info.items() if isinstance(v, float))
-    print(f"\n{w.config.n_layer} layers, bigram factor {bigram_factor}: {shown}")
+
+
+def _allocation_retries():
+    """How often torch had to give memory back before it could allocate."""
+    synchronize()
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if ON_GPU else 0

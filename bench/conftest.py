@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from bench.harness import copy_ceiling, matmul_ceiling
+from bench.report import step_table
 from train.device import device_name, select_device
 
 
 def pytest_addoption(parser):
-    parser.addoption("--depth", default="", help="depths to benchmark, comma-separated")
-    parser.addoption("--rounds", type=int, default=20, help="timed steps of bench_step")
+    group = parser.getgroup("bench_step")
+    group.addoption("--depth", default="", help="depths, comma-separated; default 16 on a GPU")
+    group.addoption("--rounds", type=int, default=20, help="timed steps of every contender")
+    group.addoption("--fp8", default="auto", help="as train.run's, comma-separated; off is bf16")
+    group.addoption("--baselines", default="auto,flex", help="attention backends under compile")
+    group.addoption("--bigram-factor", type=int, default=5, help="0 makes a dense model")
 
 
 def _clocks():
@@ -74,18 +79,25 @@ def _row(bench):
     ]
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """Markdown table of the ops: time, rates, shares of this machine's ceilings, speed-ups."""
-    session = getattr(config, "_benchmarksession", None)
-    ops = [b for b in getattr(session, "benchmarks", []) if "us" in b.extra_info]
-    if not ops:
-        return
+def _ops_table(ops):
     head = ["op", "shape", "us", "GB/s", "of copy", "TFLOP/s", "of cuBLAS", "times faster than"]
-    terminalreporter.section("ops")
     for cells in [head, ["---"] * len(head), *map(_row, ops)]:
-        terminalreporter.write_line(f"| {' | '.join(cells)} |")
+        yield f"| {' | '.join(cells)} |"
     if copy_ceiling():
-        terminalreporter.write_line(
+        yield (
             f"ceilings: copy {copy_ceiling() / 1e9:.0f} GB/s, "
             f"bf16 {matmul_ceiling() / 1e12:.0f} TFLOP/s"
         )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Markdown tables: ops with their rates and shares of this machine's ceilings, and steps."""
+    session = getattr(config, "_benchmarksession", None)
+    benchmarks = getattr(session, "benchmarks", [])
+    ops = [b for b in benchmarks if "us" in b.extra_info]
+    steps = [b.extra_info for b in benchmarks if "contenders" in b.extra_info]
+    for title, rows, table in (("ops", ops, _ops_table), ("steps", steps, step_table)):
+        if rows:
+            terminalreporter.section(title)
+            for line in table(rows):
+                terminalreporter.write_line(line)

@@ -53,14 +53,8 @@ def _mix(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=(
-        "resid_ptr",
-        "x0_lambda_ptr",
-        "bigram_lambda_ptr",
-        "scale_ptr",
-        "amax_ptr",
-    )
-)
+    do_not_specialize_on_alignment=("resid_ptr", "x0_lambda_ptr", "bigram_lambda_ptr")
+)  # lambdas of all layers lie side by side
 def bigram_residual_fwd_kernel(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
@@ -141,9 +135,7 @@ def bigram_residual_fwd_kernel(
         record_amax(amax_ptr, amax)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=("stream_scale_ptr", "resid_ptr", "scale_ptr", "amax_ptr")
-)
+@triton.jit(do_not_specialize_on_alignment=("stream_scale_ptr", "resid_ptr"))
 def bigram_residual_bwd_kernel(
     grad_normed_ptr,  # (N, C)
     grad_stream_ptr,  # (N, C) or None

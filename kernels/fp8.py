@@ -28,8 +28,8 @@ class Scaling:
     """How one tensor is quantised: dtype, scale, and the running maximum that kernels record.
 
     Fields: dtype (E4M3 or E5M2); scale, inverse_scale and amax, each a (1,) fp32 tensor on the
-    tensor's device. Kernels read scale, raise amax to max|x| and never touch the other two. They
-    are not specialised on where scalars lie, so that views of one long tensor share a binary.
+    tensor's device. Kernels read scale, raise amax to max|x| and never touch the other two. cuBLAS
+    wants inverse_scale at a multiple of 16 bytes.
     """
 
     dtype: torch.dtype

@@ -24,7 +24,7 @@ def relu_squared_ref(
     return F.relu(x).square()
 
 
-@triton.jit(do_not_specialize_on_alignment=("scale_ptr", "amax_ptr"))
+@triton.jit
 def _relu_squared_kernel(
     x_ptr,  # (M, N), rows x_stride apart
     dy_ptr,  # (M, N), rows dy_stride apart; None in the forward pass

@@ -270,7 +270,7 @@ def _value_gradients(
     return peak
 
 
-@triton.jit(do_not_specialize_on_alignment=("scale_ptr", "amax_ptr"))
+@triton.jit
 def rotary_qk_norm_bwd_kernel(
     gq_ptr,  # (N, H*D), rows gq_stride apart
     gk_ptr,  # (N, K*D), rows gk_stride apart

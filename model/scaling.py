@@ -16,6 +16,7 @@ from kernels.fp8 import Scaling
 HISTORY = 16  # optimiser steps
 MARGIN = 2.0  # room for growth between two updates; a power of two costs no precision
 CALIBRATED_STEPS = 4  # output projections start at zero: some gradients appear steps later
+SLOT = 4  # floats a scale: cuBLAS refuses scales that do not lie at a multiple of 16 bytes
 
 
 class DelayedScaling:
@@ -27,7 +28,7 @@ class DelayedScaling:
 
     Attributes:
         history: (HISTORY, S) fp32 maxima of the latest steps, the running one not included.
-        scale, inverse_scale, amax: (S,) fp32.
+        scale, inverse_scale, amax: (S, SLOT) fp32, of which the first column counts.
         calibrating: whether `produce` runs twice; the owner sets it for first micro-steps.
     """
 
@@ -35,14 +36,12 @@ class DelayedScaling:
         count = len(dtypes)
         self.fp8_max = torch.tensor([torch.finfo(d).max for d in dtypes.values()], device=device)
         self.history = torch.zeros(HISTORY, count, device=device)
-        self.scale, self.inverse_scale = (torch.ones(count, device=device) for _ in range(2))
-        self.amax = torch.zeros(count, device=device)
+        self.scale, self.inverse_scale = (torch.ones(count, SLOT, device=device) for _ in range(2))
+        self.amax = torch.zeros(count, SLOT, device=device)
         self.calibrating = False
         self._index = {name: i for i, name in enumerate(dtypes)}
         self._scalings = {
-            name: Scaling(
-                dtype, *(x[i : i + 1] for x in (self.scale, self.inverse_scale, self.amax))
-            )
+            name: Scaling(dtype, *(x[i, :1] for x in (self.scale, self.inverse_scale, self.amax)))
             for i, (name, dtype) in enumerate(dtypes.items())
         }
 
@@ -52,12 +51,12 @@ class DelayedScaling:
         if self.calibrating:
             run(scaling)
             at = slice(self._index[name], self._index[name] + 1)
-            self._rescale(at, torch.maximum(self.amax[at], self.history[:, at].amax(dim=0)))
+            self._rescale(at, torch.maximum(self.amax[at, 0], self.history[:, at].amax(dim=0)))
         return run(scaling)
 
     def update(self):
         """Take the maxima since the last update into the history and set all scales from it."""
-        self.history.copy_(torch.cat([self.amax[None], self.history[:-1]]))
+        self.history.copy_(torch.cat([self.amax[None, :, 0], self.history[:-1]]))
         self.amax.zero_()
         self._rescale(slice(None), self.history.amax(dim=0))
 
@@ -66,10 +65,10 @@ class DelayedScaling:
         at,
         peak,  # (n,) fp32; where it is 0 the scale stays, where it is NaN the scale becomes NaN
     ):
-        fp8_max = self.fp8_max[at]
-        known = peak != 0
-        self.scale[at] = torch.where(known, fp8_max / (MARGIN * peak), self.scale[at])
-        self.inverse_scale[at] = torch.where(known, MARGIN * peak / fp8_max, self.inverse_scale[at])
+        known = (peak != 0)[:, None]
+        scale = (self.fp8_max[at] / (MARGIN * peak))[:, None]
+        self.scale[at] = torch.where(known, scale, self.scale[at])
+        self.inverse_scale[at] = torch.where(known, 1 / scale, self.inverse_scale[at])
 
     def state_dict(self):
         """What a checkpoint needs, {name: tensor}."""

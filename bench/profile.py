@@ -1,0 +1,138 @@
+"""Where a training step's GPU time goes, by class of kernels.
+
+python -m bench.profile --depth 16
+
+Profiles one optimiser step of the recipe's model on micro-batches of 32 x 2048 with torch.profiler
+and prints milliseconds per micro-step by class, with the dearest kernels. The optimiser's time is
+divided by the 8 micro-steps of a full step. The profiler slows the CPU: where launches are the
+limit, at small depths, the gaps are wider than in training. Into --out go profile.json (for
+bench.report) and trace.json.gz (for chrome://tracing or Perfetto).
+"""
+
+import datetime
+import gzip
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch.profiler import profile, record_function, schedule
+
+from bench.report import table_lines
+from bench.roofline import floor_parts
+from bench.trace import GAPS, breakdown, dearest, read_kernels
+from bench.training import gpu_workload, synchronize, train_step
+from model.attention import BACKENDS
+from model.errors import UserError
+from model.gemm import PROVIDERS
+from model.scaling import CALIBRATED_STEPS
+from train.assemble import assemble
+from train.command import CommandParser, run_command
+from train.device import select_fp8, select_machine
+from train.optim import OptimConfig
+
+STEP_MICRO_STEPS = 8  # of 32 x 2048 tokens in a full step
+WARMUP_STEPS = CALIBRATED_STEPS + 1
+NAME_WIDTH = 90
+
+
+def record(built, batches, path):
+    """Train past the first steps, profile one and write its Chrome trace to `path`, a *.json.gz."""
+    for _ in range(WARMUP_STEPS):
+        train_step(built, batches, record_function)
+    synchronize()
+    with profile(
+        schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for _ in range(2):  # the profiler's own start falls into the first
+            train_step(built, batches, record_function)
+            synchronize()
+            profiler.step()
+
+
+def load_trace(path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def class_table(classes, floor):
+    """Lines of the Markdown table by class, with the floors of those that have one."""
+    total = sum(entry["ms"] for entry in classes.values())
+    floors = {"GEMM": floor["products"], "attention": floor["attention"]}
+    rows = []
+    for name, entry in [*classes.items(), ("sum", {"ms": total, "kernels": None})]:
+        kernels = "" if entry["kernels"] is None or name == GAPS else f"{entry['kernels']:.0f}"
+        limit = sum(floor.values()) if name == "sum" else floors.get(name)
+        rows.append(
+            [name, f"{entry['ms']:.2f}", f"{entry['ms'] / total:.1%}", kernels]
+            + ["" if limit is None else f"{limit:.1f}"]
+        )
+    return table_lines(["class", "ms per micro-step", "share", "kernels", "H200 floor, ms"], rows)
+
+
+def kernel_table(rows):
+    """Lines of the Markdown table of the dearest kernels."""
+    cells = [
+        [f"{r['ms']:.3f}", f"{r['kernels']:.2f}", r["class"], f"`{r['name'][:NAME_WIDTH]}`"]
+        for r in rows
+    ]
+    return table_lines(["ms per micro-step", "kernels", "class", "name"], cells)
+
+
+def parse(argv):
+    parser = CommandParser(prog="python -m bench.profile", description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--backend", choices=["fused", "compile", "eager"], default="fused")
+    parser.add_argument("--fp8", choices=["auto", *PROVIDERS], default="auto")
+    parser.add_argument("--attention", choices=["auto", *BACKENDS], default="auto")
+    parser.add_argument("--bigram-factor", type=int, default=5)
+    parser.add_argument("--micro-steps", type=int, default=2, help="profiled; a full step has 8")
+    parser.add_argument("--out", type=Path, help="default runs/profile-dDEPTH-BACKEND")
+    args = parser.parse_args(argv)
+    if args.micro_steps < 1:
+        raise UserError(f"--micro-steps must be at least 1, got {args.micro_steps}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if not torch.cuda.is_available():
+        raise UserError("bench.profile needs a CUDA GPU")
+    out = args.out or Path("runs") / f"profile-d{args.depth}-{args.backend}"
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+    workload = gpu_workload(args.depth, args.bigram_factor, args.micro_steps)
+    machine = select_machine("cuda", args.backend)
+    fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
+    built = assemble(workload.config, machine, OptimConfig(), fp8, attention=args.attention)
+    print("\n".join(built.facts))
+    trace = out / "trace.json.gz"
+    record(built, workload.batches(machine.device), trace)
+    kernels = read_kernels(load_trace(trace))
+    if not kernels:
+        raise UserError("the profiler recorded no kernel; CUPTI may be missing or in use")
+    classes = breakdown(kernels, args.micro_steps, STEP_MICRO_STEPS)
+    floor = floor_parts(workload.config, workload.rows, fp8[0] != "off")
+    top = dearest(kernels, args.micro_steps, STEP_MICRO_STEPS)
+    print("", *class_table(classes, floor), "", *kernel_table(top), "", sep="\n")
+    result = {
+        "depth": args.depth,
+        "backend": args.backend,
+        "attention": built.raw_model.attention.name,
+        "fp8": fp8[0],
+        "micro_steps": args.micro_steps,
+        "gpu": machine.name,
+        "date": datetime.date.today().isoformat(),
+        "classes": classes,
+        "floor": floor,
+        "kernels": top,
+    }
+    (out / "profile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

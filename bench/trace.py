@@ -1,0 +1,122 @@
+"""What ran on the GPU, from a Chrome trace of torch.profiler: kernels by class, and the gaps.
+
+A kernel belongs to the phase (a record_function range) in which the CPU launched it; profiler and
+kernel share a correlation number. Everything in the phase "optimizer" counts as optimiser, its
+matrix products included; elsewhere a kernel's name decides, the first rule that matches.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+OPTIMIZER, OTHER, GAPS = "optimiser", "other", "gaps"
+PHASES = ("forward", "backward", "optimizer")
+
+# Ours and libraries' kernels have names of their own; the compiler's (triton_*_fused_*) list the
+# ATen operations that went into them. relu squared counts as quantise: it writes the FP8 copies.
+RULES = [
+    (name, re.compile(pattern))
+    for name, pattern in (
+        (
+            OPTIMIZER,
+            r"^_?(momentum|apply|factors|unit_rows|initial_scale|rescale|adamw|adamw_scalars"
+            r"|symmetric_matmul|batched_matmul)_kernel",
+        ),
+        ("norm/rotary", r"^_?(bigram_residual|residual_gradients|rotary_qk_norm)(_fwd|_bwd)?_k"),
+        ("quantise", r"^_?(quantize|relu_squared)_kernel"),
+        ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),
+        ("cross-entropy", r"^(fwd|bwd)_kernel$|triton_.*tanh|[sS]oft[mM]ax|nll_loss"),
+        ("attention", r"(?i)flash|fmha|sdpa|attention|attn"),
+        ("embedding", r"triton_.*(embedding_dense_backward|index_put)"),
+        ("GEMM", r"(?i)nvjet|cutlass|xmma|gemm|gemv|splitkreduce|cublas|triton_tem_fused.*mm"),
+        ("embedding", r"(?i)^(?!triton_).*(embedding|index|gather|sort)"),
+        ("quantise", r"triton_.*(amax|scaled_mm|relu)|float8|amax|cast_transpose"),
+        ("norm/rotary", r"triton_.*(rsqrt|pow|roll|sigmoid|embedding|xor)"),
+        ("quantise", r"triton_poi_fused_.*(clone|_t_|_to_copy)"),
+    )
+]
+CLASSES = ["GEMM", "quantise", "attention", "norm/rotary", "cross-entropy", "embedding"]
+CLASSES += [OTHER, OPTIMIZER]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, copy or fill on the GPU; times in microseconds."""
+
+    name: str
+    start: float
+    end: float
+    phase: str  # of PHASES, or "" outside them
+
+
+def classify(name, phase=""):
+    """Class of a kernel by its name and the phase that launched it; one of CLASSES."""
+    if phase == "optimizer":
+        return OPTIMIZER
+    return next((kind for kind, pattern in RULES if pattern.search(name)), OTHER)
+
+
+def read_kernels(trace):
+    """The Kernels of a Chrome trace in order of their start.
+
+    One whose launch is not in the trace belongs to the phase of the kernel before it.
+    """
+    ranges, launches, found = [], {}, []
+    for event in trace["traceEvents"]:
+        kind, args = event.get("cat"), event.get("args", {})
+        if kind == "user_annotation" and event["name"] in PHASES:
+            ranges.append((event["ts"], event["ts"] + event["dur"], event["name"]))
+        elif kind in ("cuda_runtime", "cuda_driver") and "correlation" in args:
+            launches[args["correlation"]] = event["ts"]
+        elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            found.append(event)
+    kernels, phase = [], ""
+    for event in sorted(found, key=lambda event: event["ts"]):
+        launch = launches.get(event["args"].get("correlation"))
+        if launch is not None:
+            phase = next((name for start, end, name in ranges if start <= launch <= end), "")
+        kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], phase))
+    return kernels
+
+
+def idle(kernels):
+    """Microseconds without any kernel, by the phase of the kernel that ends the gap."""
+    gaps, busy_until = defaultdict(float), None
+    for kernel in kernels:
+        if busy_until is not None and kernel.start > busy_until:
+            gaps[kernel.phase] += kernel.start - busy_until
+        busy_until = max(kernel.end, busy_until or kernel.end)
+    return gaps
+
+
+def breakdown(kernels, micro_steps, step_micro_steps):
+    """Milliseconds and kernels per micro-step by class, {class: {"ms", "kernels"}}, with the gaps.
+
+    Args:
+        kernels: of one optimiser step, in order of their start.
+        micro_steps: how many micro-steps that step had.
+        step_micro_steps: how many a step has in training: they share the optimiser's time.
+    """
+
+    def share(phase):
+        return 1 / (step_micro_steps if phase == "optimizer" else micro_steps)
+
+    classes = {name: {"ms": 0.0, "kernels": 0.0} for name in (*CLASSES, GAPS)}
+    for kernel in kernels:
+        entry = classes[classify(kernel.name, kernel.phase)]
+        entry["ms"] += 1e-3 * (kernel.end - kernel.start) * share(kernel.phase)
+        entry["kernels"] += share(kernel.phase)
+    classes[GAPS]["ms"] = sum(1e-3 * us * share(phase) for phase, us in idle(kernels).items())
+    return classes
+
+
+def dearest(kernels, micro_steps, step_micro_steps, count=25):
+    """The names with the most time: [{"name", "class", "ms", "kernels"}] per micro-step."""
+    groups = defaultdict(list)
+    for kernel in kernels:
+        groups[classify(kernel.name, kernel.phase), kernel.name].append(kernel)
+    rows = []
+    for (kind, name), members in groups.items():
+        total = breakdown(members, micro_steps, step_micro_steps)[kind]
+        rows.append({"name": name, "class": kind, **total})
+    return sorted(rows, key=lambda row: -row["ms"])[:count]

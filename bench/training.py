@@ -1,0 +1,102 @@
+"""What bench_step and profile share: the work of one training step, and the step itself."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from bench.harness import ON_GPU, zipf_tokens
+from model.config import GPTConfig
+
+LR_MULT, MOMENTUM, WEIGHT_DECAY = 1.0, 0.95, 0.1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimiser step: a model, and micro-steps of `rows` rows each."""
+
+    config: GPTConfig
+    rows: int
+    micro_steps: int
+
+    @property
+    def tokens(self):
+        return self.rows * self.micro_steps * self.config.sequence_len
+
+    def batches(self, device):
+        """[(inputs, targets)] of the micro-steps, (B, T) int64 each; always the same tokens.
+
+        They are drawn from a Zipf law: frequent words collide in embedding gradients, as in text.
+        """
+        shape = (self.micro_steps, self.rows, self.config.sequence_len + 1)
+        tokens = zipf_tokens(shape, self.config.vocab_size, device)
+        return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in tokens]
+
+
+def gpu_workload(depth, bigram_factor=5, micro_steps=8):
+    """The recipe's model of a depth on micro-batches of 32 x 2048; 8 make 524,288 tokens."""
+    return Workload(GPTConfig.from_depth(depth, bigram_embed_factor=bigram_factor), 32, micro_steps)
+
+
+def tiny_workload(depth, bigram_factor=5):
+    """A model for a CPU, small enough for Triton's interpreter."""
+    sizes = {"aspect_ratio": 32, "head_dim": 32, "sequence_len": 32, "vocab_size": 64}
+    return Workload(GPTConfig.from_depth(depth, bigram_embed_factor=bigram_factor, **sizes), 1, 1)
+
+
+def synchronize():
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+class PhaseClock:
+    """Seconds of consecutive phases: each lasts from the end of the one before it.
+
+    On a GPU the times are those of events in its stream; `seconds` waits for them.
+    """
+
+    def __init__(self):
+        self.marks = [(None, self._now())]
+
+    def _now(self):
+        if not ON_GPU:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self, name):
+        yield
+        self.marks.append((name, self._now()))
+
+    def seconds(self):
+        """{phase: seconds in all}."""
+        synchronize()
+        totals = {}
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            spent = start.elapsed_time(end) * 1e-3 if ON_GPU else end - start
+            totals[name] = totals.get(name, 0.0) + spent
+        return totals
+
+
+def train_step(built, batches, phase):
+    """One optimiser step; returns the loss () of its first micro-step.
+
+    Args:
+        built: train.assemble.Assembled.
+        batches: [(inputs, targets)] of its micro-steps, (B, T) int64 each.
+        phase: phase(name) gives a context manager for "forward", "backward" or "optimizer".
+    """
+    losses = []
+    for inputs, targets in batches:
+        with phase("forward"):
+            loss = built.model(inputs, targets)
+        with phase("backward"):
+            (loss / len(batches)).backward()
+        losses.append(loss.detach())
+    with phase("optimizer"):
+        built.optimizer.step(LR_MULT, MOMENTUM, WEIGHT_DECAY)
+        built.optimizer.zero_grad()
+    return losses[0]

@@ -1,0 +1,48 @@
+"""bench.profile on a CPU: the trace's phases, the tables, and the refusal."""
+
+import pytest
+
+from bench.profile import class_table, kernel_table, load_trace, main, record
+from bench.roofline import floor_parts
+from bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
+from bench.training import tiny_workload
+from model.config import GPTConfig
+from model.errors import UserError
+from train.assemble import assemble
+from train.device import select_machine
+from train.optim import OptimConfig
+
+
+def test_the_trace_holds_the_phases_of_one_step(tmp_path):
+    workload = tiny_workload(2)
+    machine = select_machine("cpu", "eager")
+    built = assemble(workload.config, machine, OptimConfig(), ("off", ""))
+    record(built, workload.batches(machine.device) * 2, tmp_path / "trace.json.gz")
+    trace = load_trace(tmp_path / "trace.json.gz")
+    ranges = [e for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
+    names = [e["name"] for e in sorted(ranges, key=lambda e: e["ts"]) if e["name"] in PHASES]
+    assert names == ["forward", "backward"] * 2 + ["optimizer"]
+    assert read_kernels(trace) == []
+
+
+def test_tables():
+    kernels = [Kernel("nvjet_a", 0, 3000, "forward"), Kernel("x" * 200, 4000, 5000, "backward")]
+    floor = floor_parts(GPTConfig.from_depth(16), 32)
+    lines = list(class_table(breakdown(kernels, 1, 8), floor))
+    assert "| GEMM | 3.00 | 60.0% | 1 | 69.0 |" in lines
+    assert "| gaps | 1.00 | 20.0% |  |  |" in lines
+    assert lines[-1].startswith("| sum | 5.00 | 100.0% |  | 1")
+    rows = list(kernel_table(dearest(kernels, 1, 8)))
+    assert rows[2] == "| 3.000 | 1.00 | GEMM | `nvjet_a` |"
+    assert max(map(len, rows)) < 130
+
+
+def test_it_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
+        main(["--depth", "4"])
+
+
+def test_micro_steps_are_checked():
+    with pytest.raises(UserError, match="--micro-steps must be at least 1"):
+        main(["--micro-steps", "0"])
