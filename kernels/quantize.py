@@ -59,8 +59,12 @@ def _quantize_kernel(
 def quantize(
     x,  # (M, N) bf16 or fp32, stride 1 along the rows
     scaling,
+    out=None,
 ):
     """FP8Operand of `x` under a kernels.fp8.Scaling, whose amax is raised to max|x|.
+
+    Args:
+        out: FP8Operand of an earlier x of this shape and scaling, to be written again.
 
     Raises:
         ValueError: x is not a matrix with contiguous rows, or they are not aligned
@@ -70,7 +74,7 @@ def quantize(
         raise ValueError("quantize takes a matrix with contiguous rows; call .contiguous() on it")
     check_alignment("quantize", x=x)
     rows, cols = x.shape
-    operand = empty_operand(rows, cols, scaling, x.device)
+    operand = empty_operand(rows, cols, scaling, x.device) if out is None else out
     config = tuned("quantize", TILE)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _quantize_kernel[grid](

@@ -231,6 +231,15 @@ class FlashAttention4(AttentionBackend):
     module = "flash_attn.cute.interface"
     capabilities = ((9, 0), (99, 0))
 
+    def load(self):
+        """Import it, with its kernels kept on disk: compiling them takes longer than a first step.
+
+        Raises:
+            ImportError: it is not installed, or damaged.
+        """
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        super().load()
+
     def __call__(
         self,
         q,  # (B, T, H, D) bf16

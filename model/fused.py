@@ -34,8 +34,11 @@ from kernels.softcap_cross_entropy import (
     softcap_cross_entropy_fwd,
 )
 from model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
+from model.graphs import GraphedPass
 from model.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
 from model.weights import Weights
+
+EVALUATION_ROWS = 8192  # whose logits exist at once
 
 
 def kernels_are_interpreted():
@@ -68,13 +71,13 @@ class StepState:
 
 
 class _Loss(torch.autograd.Function):
-    """Hangs FusedGPT.backward into autograd, so that loss.backward() works as for any model. The
+    """Hangs the backward pass into autograd, so that loss.backward() works as for any model. The
     gradients go straight into the parameters' .grad; `anchor` only makes the loss require one."""
 
     @staticmethod
-    def forward(ctx, anchor, fused, tokens, targets):
-        loss, ctx.state = fused.loss(tokens, targets)
-        ctx.fused = fused
+    def forward(ctx, anchor, forward, backward, tokens, targets):
+        loss, ctx.state = forward(tokens, targets)
+        ctx.run = backward
         return loss
 
     @staticmethod
@@ -83,8 +86,8 @@ class _Loss(torch.autograd.Function):
         state, ctx.state = ctx.state, None
         if state is None:
             raise RuntimeError("the fused loss can be differentiated once; compute it again")
-        ctx.fused.backward(state, grad_loss)
-        return None, None, None, None
+        ctx.run(state, grad_loss)
+        return None, None, None, None, None
 
 
 class FusedGPT(nn.Module):
@@ -98,10 +101,12 @@ class FusedGPT(nn.Module):
     Args:
         model: GPT; its matrices become views of the stacks of model.weights.
         gemm: products of model.gemm.
+        graphs: record CUDA graphs of the training pass once the FP8 scales are known.
     """
 
-    def __init__(self, model, gemm):
+    def __init__(self, model, gemm, graphs=False):
         super().__init__()
+        self.graphs, self.graphed = graphs, None
         self.model, self.weights = model, Weights(model)
         for p in model.parameters():
             if p.grad is None:
@@ -182,8 +187,14 @@ class FusedGPT(nn.Module):
         if self.training and torch.is_grad_enabled():
             if reduction == "none":
                 raise ValueError("the fused training pass gives the mean loss only")
-            return _Loss.apply(self.model.backout_lambda, self, tokens, targets)
-        losses = self._losses(EVALUATION, tokens.contiguous(), targets.reshape(-1))[0]
+            pair = self.loss, self.backward
+            if self.graphs and not self.precision.scaling.calibrating and self.updates > 1:
+                if self.graphed is None:
+                    self.graphed = GraphedPass(self, tokens, targets)
+                if self.graphed.fits(tokens):
+                    pair = self.graphed.forward, self.graphed.backward
+            return _Loss.apply(self.model.backout_lambda, *pair, tokens, targets)
+        losses, _ = self._losses(EVALUATION, tokens.contiguous(), targets.reshape(-1))
         if reduction == "none":
             return losses
         return losses.sum() / (targets != IGNORE_INDEX).sum()
@@ -222,10 +233,18 @@ class FusedGPT(nn.Module):
         state.y, state.rstd, normed = p.norm(
             x, branch, state.x_mid, x0_lambda=-model.backout_lambda
         )
-        logits = p.gemm.forward(normed, p.weight(self.weights.lm_head))
-        losses, state.lse = softcap_cross_entropy_fwd(logits, targets, model.config.vocab_size)
+        head, vocab_size = p.weight(self.weights.lm_head), model.config.vocab_size
         if keep:
-            state.normed, state.logits = p.gemm.keep(normed), logits
+            state.normed, state.logits = p.gemm.keep(normed), p.gemm.forward(normed, head)
+            losses, state.lse = softcap_cross_entropy_fwd(state.logits, targets, vocab_size)
+        else:  # a part of the logits at a time
+            parts = zip(normed.split(EVALUATION_ROWS), targets.split(EVALUATION_ROWS), strict=True)
+            losses = torch.cat(
+                [
+                    softcap_cross_entropy_fwd(p.gemm.forward(x, head), part, vocab_size)[0]
+                    for x, part in parts
+                ]
+            )
         return losses, state
 
     @torch.no_grad()

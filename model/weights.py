@@ -32,13 +32,15 @@ class LinearWeight:
 
     def plain(self):
         """The weight in `dtype`, (N, K), for products that are not quantised."""
-        return self.master.to(self.dtype)
+        return self.master.to(self.dtype, copy=True)
 
     def refresh(self, scaling):
-        """Make the operand anew from the master."""
+        """Make the operand anew from the master, where it lies: CUDA graphs know its address."""
 
         def run(scale):
-            return self.plain() if scale is None else quantize(self.master, scale)
+            if scale is not None:
+                return quantize(self.master, scale, self.operand)
+            return self.plain() if self.operand is None else self.operand.copy_(self.master)
 
         self.operand = scaling.produce(self.name, run)
 

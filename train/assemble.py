@@ -35,6 +35,7 @@ def assemble(
     attention="auto",
     deterministic=False,
     compile_mode="default",
+    cuda_graphs=True,
     lr_scale=1.0,
     set_weights=GPT.init_weights,
 ):
@@ -48,6 +49,7 @@ def assemble(
         attention: name of a backend of model.attention, or "auto".
         deterministic: ask torch and the attention backend for the same bits every time.
         compile_mode: torch.compile's, for the backend "compile".
+        cuda_graphs: let the fused backend record its training pass, on a GPU.
         lr_scale: factor on every learning rate.
         set_weights: called with the GPT before anything depends on its weights.
 
@@ -66,10 +68,11 @@ def assemble(
     set_weights(raw_model)
     facts = [f"attention: {backend.name} ({why})"]
     if fused:
-        model = FusedGPT(raw_model, make_gemm(provider))
+        graphs = cuda_graphs and machine.device.type == "cuda"
+        model = FusedGPT(raw_model, make_gemm(provider), graphs)
         optimizer = FusedMuonAdamW(model, optim, lr_scale)
         products = len(model.weights.all())
-        facts.append(f"kernels: {model.describe()}")
+        facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
     else:
         products = set_fp8(raw_model, provider)
         optimizer = MuonAdamW(

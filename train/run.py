@@ -214,6 +214,7 @@ def build_trainer(start, started):
         settings.attention,
         settings.deterministic,
         settings.compile_mode,
+        settings.cuda_graphs,
         plan.lr_scale,
         set_weights,
     )

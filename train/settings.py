@@ -89,6 +89,7 @@ class Settings:
         "auto", MACHINE, "attention backend", ("auto", *sorted(ATTENTION_BACKENDS))
     )
     fp8: str = flag("auto", MACHINE, "provider of FP8 matrix products", ("auto", *PROVIDERS))
+    cuda_graphs: bool = flag(True, MACHINE, "record the fused training pass as CUDA graphs")
     deterministic: bool = flag(False, MACHINE, "same bits every time, attention included (slower)")
 
 

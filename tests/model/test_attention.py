@@ -82,7 +82,8 @@ def hopper(monkeypatch):
     check = attention.self_check
     monkeypatch.setattr(attention, "self_check", lambda backend, device: check(backend, "cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for name in ("flash_attn_interface", "flash_attn", "transformer_engine"):
+    parts = ("flash_attn_interface", "flash_attn", "transformer_engine")
+    for name in {n for n in sys.modules if n.split(".")[0] in parts} | set(parts):
         monkeypatch.setitem(sys.modules, name, None)
 
     def no_compiler(self):

@@ -8,12 +8,14 @@ import torch
 from kernels.fp8 import FP8Operand
 from model import fused as fused_module
 from model import fused_layer
+from model.attention import SDPAttention
 from model.config import GPTConfig
 from model.errors import UserError
 from model.fused import FusedGPT
 from model.gemm import PROVIDERS, PlainGemm, TorchGemm, make_gemm
 from model.gpt import GPT
 from model.linear import set_fp8
+from model.scaling import CALIBRATED_STEPS
 from tests.helpers import random_model
 from tests.kernels.checks import ON_GPU
 
@@ -169,3 +171,45 @@ def test_a_loss_is_differentiated_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_cuda_graphs_change_nothing(provider):
+    """Losses and gradients of two batches, bit for bit (SDPA's math backend is deterministic)."""
+    try:
+        gemm = make_gemm(provider)
+    except UserError as error:
+        pytest.skip(str(error))
+    config = make(depth=4, aspect=64, vocab_size=128)
+    results = []
+    for graphs in (False, True):
+        model = random_model(config, torch.bfloat16, device=DEVICE)
+        model.attention = SDPAttention(deterministic=True)
+        fused = FusedGPT(model, gemm, graphs).train()
+        for _ in range(CALIBRATED_STEPS):
+            fused(*batch(config)).backward()
+            fused.refresh()
+        assert not fused.precision.scaling.calibrating
+        for p in model.parameters():
+            p.grad.zero_()
+        losses = []
+        for seed in (5, 6):
+            losses.append(fused(*batch(config, seed=seed)))
+            (0.5 * losses[-1]).backward()
+        assert (fused.graphed is not None) == graphs
+        results.append([*losses, *(p.grad for p in model.parameters())])
+    for eager, graphed in zip(*results, strict=True):
+        assert torch.equal(eager, graphed)
+
+
+@pytest.mark.cuda
+def test_a_graphed_loss_must_be_differentiated_before_the_next():
+    fused = FusedGPT(random_model(make(), torch.bfloat16, device=DEVICE), PlainGemm(), True).train()
+    data = batch(fused.model.config)
+    fused(*data).backward()
+    fused.refresh()
+    first = fused(*data)
+    fused(*data).backward()
+    with pytest.raises(RuntimeError, match="before the next"):
+        first.backward()

@@ -1,0 +1,63 @@
+"""The fused micro-step as CUDA graphs: no launch overhead, no gaps between kernels.
+
+Forward and backward are two graphs that share one memory pool; the input is copied in. Everything
+that they touch stays where it is: parameters, their gradients, the products' operands, the scales.
+"""
+
+import torch
+
+
+class GraphedPass:
+    """FusedGPT.loss and backward, recorded for batches of one shape.
+
+    Every kernel must have run before, as compiling is not recorded. Recording runs nothing.
+
+    Args:
+        fused: model.fused.FusedGPT.
+        tokens, targets: (B, T), an example batch.
+    """
+
+    def __init__(self, fused, tokens, targets):
+        self.tokens, self.targets = tokens.clone(), targets.clone()
+        self.grad_loss = torch.ones((), device=tokens.device)
+        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # the graphs' pool takes the place of what eager passes used
+        with torch.cuda.graph(self.graphs[0]):
+            self.loss, state = fused.loss(self.tokens, self.targets)
+        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
+            fused.backward(state, self.grad_loss)
+        self.runs = 0
+
+    def fits(
+        self,
+        tokens,  # (B, T)
+    ):
+        """Whether a batch has the recorded shape."""
+        return tokens.shape == self.tokens.shape
+
+    def forward(
+        self,
+        tokens,  # (B, T)
+        targets,  # (B, T)
+    ):
+        """Loss () and a ticket for `backward`."""
+        self.tokens.copy_(tokens)
+        self.targets.copy_(targets)
+        self.graphs[0].replay()
+        self.runs += 1
+        return self.loss.clone(), self.runs
+
+    def backward(
+        self,
+        ticket,
+        grad_loss,  # ()
+    ):
+        """Add the gradients of grad_loss * loss.
+
+        Raises:
+            RuntimeError: another forward pass ran since the ticket's.
+        """
+        if ticket != self.runs:
+            raise RuntimeError("under CUDA graphs a loss must be differentiated before the next")
+        self.grad_loss.copy_(grad_loss)
+        self.graphs[1].replay()
