@@ -34,13 +34,16 @@ LOGIT_SOFTCAP = 15.0
 
 @dataclass(frozen=True)
 class LossTile:
-    """Blocks of the gradient: rows x cols, and stripe, the rows (a multiple of `rows`) whose blocks
-    run next to each other."""
+    """Blocks of the gradient: rows x cols, `blocks` of them in a program, one after the other;
+    stripe, the rows (a multiple of `rows`) whose programs run next to each other; registers, the
+    most that a thread may take (None: as the compiler likes)."""
 
     rows: int = 32
     cols: int = 128
+    blocks: int = 8
     stripe: int = 256
     warps: int = 8
+    registers: int | None = None
 
 
 FORWARD_TILE = Tile(rows=1, cols=8192, warps=4)
@@ -173,15 +176,15 @@ def softcap_cross_entropy_bwd(
     grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)
     rows, cols = logits.shape
     config = tuned("softcap_cross_entropy_bwd", BACKWARD_TILE)
-    tasks = config.stripe // config.rows * triton.cdiv(cols, config.cols)
+    tasks = config.stripe // config.rows * triton.cdiv(cols, config.cols * config.blocks)
     if rows:
         padded = vocab_size < cols or vocab_size % config.cols > 0
         bwd_kernel[(triton.cdiv(rows, config.stripe) * tasks,)](
             logits, targets, lse, grad_scale, grad, *operand_args(operand, scaling),
             rows, vocab_size, cols, logits.stride(0), cols if grad is None else grad.stride(0),
             scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX,
-            PADDED=padded, BM=config.rows, BN=config.cols,
-            STRIPE=config.stripe, num_warps=config.warps,
+            PADDED=padded, BM=config.rows, BN=config.cols, BLOCKS=config.blocks,
+            STRIPE=config.stripe, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     return grad, operand
 

@@ -8,10 +8,11 @@ limited by the instructions that it issues, and takes a reciprocal per logit.
 import triton
 import triton.language as tl
 
-from kernels.fp8 import store_fp8
+from kernels.fp8 import amax_bits, record_amax, store_scaled
 from kernels.ptx import fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LANE = tl.constexpr(8)  # neighbouring logits of one thread
 SATURATION = tl.constexpr(10.5)  # tanh is 1 in fp32 beyond; (1 + exp(2 * 10.5))^4 < 1e37
 
 
@@ -114,36 +115,55 @@ def bwd_kernel(
     PADDED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BLOCKS: tl.constexpr,
     STRIPE: tl.constexpr,
 ):
     tall: tl.constexpr = STRIPE // BM
-    tasks = tall * tl.cdiv(V, BN)
+    tasks = tall * tl.cdiv(V, BN * BLOCKS)
     task = tl.program_id(0) % tasks
     row = (tl.program_id(0) // tasks) * STRIPE + task % tall * BM
     if row >= N:
         return
-    col = task // tall * BN
+    first = task // tall * (BN * BLOCKS)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
-    m_ok, n_ok = row + m < N, col + n < V
-    inside = m_ok[:, None] & n_ok[None, :]
-    base = logits_ptr + row.to(tl.int64) * logits_stride + col
-    x = tl.load(base + m[:, None] * logits_stride + n[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32)
+    m_ok = row + m < N
     lse = tl.load(lse_ptr + row + m, mask=m_ok, other=CAP)
     target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE).to(tl.int32)
     upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
     upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
-    r = fast_reciprocal(1.0 + fast_exp2(x * (2 * LOG2_E / CAP)))
-    p = fast_exp2(r * (-2 * CAP * LOG2_E) + ((CAP - lse) * LOG2_E)[:, None])
-    here = (target >= col) & (target < col + BN)
-    if tl.max(here.to(tl.int32), axis=0) > 0:  # few blocks hold a target
-        p = tl.where((col + n)[None, :] == target[:, None], p - 1.0, p)
-    g = p * (r - r * r) * upstream[:, None]
-    if PADDED:
-        g = tl.where((col + n < vocab)[None, :], g, 0.0)
+    # |upstream| goes into the exponent, its sign into the last factor
+    sign = tl.where(upstream < 0, -1.0, 1.0)
+    upstream = tl.abs(upstream)
+    exponent = ((CAP - lse) * LOG2_E + tl.log2(upstream))[:, None]
+    base = logits_ptr + row.to(tl.int64) * logits_stride
     if grad_ptr is not None:
-        base = grad_ptr + row.to(tl.int64) * grad_stride + col
-        address = base + m[:, None] * grad_stride + n[None, :]
-        tl.store(address, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        grad_base = grad_ptr + row.to(tl.int64) * grad_stride
     if data_ptr is not None:
-        store_fp8(g, data_ptr, transposed_ptr, fp8_scale_ptr, amax_ptr, row, col, N, V, BM, BN)
+        peak = tl.zeros((BM, BN // LANE), tl.int32)  # one maximum a thread and row
+        factor = tl.load(fp8_scale_ptr) * sign[:, None]
+    offsets = m[:, None] * logits_stride + n[None, :]
+    inside = m_ok[:, None] & (first + n < V)[None, :]
+    following = tl.load(base + first + offsets, mask=inside, other=0.0)
+    # not pipelined by the compiler, which then computes everything once per layout of the result
+    for col in tl.range(first, tl.minimum(first + BN * BLOCKS, V), BN, num_stages=1):
+        x = following.to(tl.float32)
+        inside = m_ok[:, None] & (col + n < V)[None, :]
+        ahead = m_ok[:, None] & (col + BN + n < V)[None, :]
+        following = tl.load(base + col + BN + offsets, mask=ahead, other=0.0)
+        r = fast_reciprocal(1.0 + fast_exp2(x * (2 * LOG2_E / CAP)))
+        p = fast_exp2(r * (-2 * CAP * LOG2_E) + exponent)
+        here = (target >= col) & (target < col + BN)
+        if tl.max(here.to(tl.int32), axis=0) > 0:  # few blocks hold a target
+            p = tl.where((col + n)[None, :] == target[:, None], p - upstream[:, None], p)
+        g = p * (r - r * r)
+        if PADDED:
+            g = tl.where((col + n < vocab)[None, :], g, 0.0)
+        if grad_ptr is not None:
+            address = grad_base + m[:, None] * grad_stride + (col + n)[None, :]
+            tl.store(address, (g * sign[:, None]).to(grad_ptr.dtype.element_ty), mask=inside)
+        if data_ptr is not None:
+            bits = tl.reshape(amax_bits(g), (BM, BN // LANE, LANE))
+            peak = tl.maximum(peak, tl.max(bits, axis=2))
+            store_scaled(g * factor, data_ptr, transposed_ptr, row, col, N, V, BM, BN)
+    if data_ptr is not None:
+        record_amax(amax_ptr, peak.to(tl.float32, bitcast=True))

@@ -17,7 +17,9 @@ ROWS, WIDTH, VOCAB, PADDED = 19, 24, 127, 128
 def small_blocks(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(module, "FORWARD_TILE", Tile(rows=1, cols=128, warps=8))
-        monkeypatch.setattr(module, "BACKWARD_TILE", LossTile(rows=16, cols=128, stripe=16))
+        monkeypatch.setattr(
+            module, "BACKWARD_TILE", LossTile(rows=16, cols=128, blocks=2, stripe=16)
+        )
 
 
 def case(dtype, device, rows=ROWS, width=WIDTH, padded=PADDED, vocab=VOCAB):

@@ -125,7 +125,9 @@ def small_blocks(monkeypatch):
     """Blocks small enough for tests to have many, in stripes of two."""
     if not ON_GPU:
         monkeypatch.setattr(module, "FORWARD_TILE", Tile(rows=1, cols=256, warps=8))
-        monkeypatch.setattr(module, "BACKWARD_TILE", LossTile(rows=16, cols=64, stripe=32))
+        monkeypatch.setattr(
+            module, "BACKWARD_TILE", LossTile(rows=16, cols=64, blocks=2, stripe=32)
+        )
 
 
 def kernel_case(rows, vocab, padded, dtype, device, spread=5.0):

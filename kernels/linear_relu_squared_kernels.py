@@ -1,0 +1,102 @@
+"""Kernel of linear_relu_squared, which has the maths, the bytes and the launchers.
+
+It is persistent: a program computes one tile of the product after another (the loop over tiles and
+the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
+epilogue never feeds the accumulator to store_scaled: in the layout of the tensor cores Triton 3.6
+compiles that to wrong bytes. The product goes through memory instead: stored in bf16, read back
+from the L2 cache in blocks of rows, in the layout of plain loads, as in kernels/relu_squared.py.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.fp8 import amax_bits, larger_magnitude, store_scaled
+from kernels.ptx import INTERPRETED
+
+
+@triton.jit
+def _tile_corner(
+    tile,
+    M,
+    N,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """First row and column of a tile; GROUP tiles of a column follow each other, for the L2."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = tile // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    inner = tile % (GROUP * tiles_n)
+    return (group * GROUP + inner % height) * BM, (inner // height) * BN
+
+
+@triton.jit
+def linear_relu_squared_kernel(
+    a_desc,  # (M, K) FP8 in blocks of BM x BK
+    b_desc,  # (N, K) FP8 in blocks of BN x BK
+    a_inverse_ptr,  # (1,) fp32
+    b_inverse_ptr,  # (1,) fp32
+    h_ptr,  # (M, N) bf16: written in the forward pass, read in the backward pass
+    scratch_ptr,  # (programs, BM, BN) bf16; None in the forward pass
+    data_ptr,  # (M, N) FP8
+    transposed_ptr,  # (N, M) FP8
+    scale_ptr,  # (1,) fp32
+    amax_ptr,  # (1,) int32
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,  # rows that the epilogue handles at once
+):
+    inverse = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
+    scale = tl.load(scale_ptr)
+    first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    part = tl.arange(0, PART)[:, None]
+    peak = 0  # bits of the largest magnitude
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
+        row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
+        product = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, tl.cdiv(K, BK)):
+            a = a_desc.load([row, k * BK])
+            b = b_desc.load([col, k * BK])
+            if INTERPRETED:  # its dot is right in fp32 only
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            product = tl.dot(a, b.T, product)
+        product = (product * inverse).to(tl.bfloat16)
+        corner = row.to(tl.int64) * N + col
+        if scratch_ptr is None:
+            product_ptr, stride = h_ptr + corner, N
+            tl.store(product_ptr + m * N + n, product, mask=(row + m < M) & (col + n < N))
+        else:
+            product_ptr, stride = scratch_ptr + first * (BM * BN), BN
+            tl.store(product_ptr + m * BN + n, product)
+        tl.debug_barrier()  # other threads read it back
+        amax = tl.zeros((PART, BN), tl.float32)
+        for i in tl.static_range(0, BM, PART):
+            inside = (row + i + part < M) & (col + n < N)
+            offsets = (i + part) * stride + n
+            x = tl.load(
+                product_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+            if scratch_ptr is None:
+                positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                out = positive * positive
+            else:
+                h = tl.load(
+                    h_ptr + corner + (i + part) * N + n,
+                    mask=inside,
+                    other=0.0,
+                    eviction_policy="evict_first",
+                ).to(tl.float32)
+                out = 2 * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL) * x
+            amax = larger_magnitude(amax, out)
+            store_scaled(out * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
+        peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))
+        if scratch_ptr is not None:
+            tl.debug_barrier()  # before the next tile goes to the same place
+    tl.atomic_max(amax_ptr, peak, sem="relaxed")  # the order does not show: deterministic
