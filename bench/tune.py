@@ -83,14 +83,14 @@ def bigram_residual_fwd_case(rows):
 
 
 def bigram_residual_bwd_case(rows):
-    h, y, stream, x = (randn(rows, WIDTH) for _ in range(4))
+    h, y, stream = (randn(rows, WIDTH) for _ in range(3))
     rstd, resid = torch.ones(rows, device="cuda"), torch.ones(1, device="cuda")
     scaling = Scaling.from_bound(40.0, E5M2)
 
     def run():
-        return bigram_residual_bwd(h, y, rstd, stream, x=x, resid_lambda=resid, scaling=scaling)
+        return bigram_residual_bwd(h, y, rstd, stream, x=y, resid_lambda=resid, scaling=scaling)
 
-    return Case(run, 12 * x.numel())
+    return Case(run, 10 * y.numel())
 
 
 def residual_gradients_case(rows):
@@ -250,7 +250,8 @@ ELEMENTWISE = tiles((32, 64), (128, 256), (4, 8)) + tiles((128,), (64, 128), (8,
 RESIDUAL = [
     *tiles((32,), (256,), (4, 8), (1, 2, 3)),
     *tiles((32,), (128,), (4,), (1, 2, 3)),
-    *tiles((16,), (256,), (8,), (1, 2)),
+    *tiles((16,), (256,), (8,), (1, 2, 3)),
+    *tiles((16,), (256,), (4,), (1, 2, 3)),
     *tiles((32,), (512,), (16,), (1, 2)),
 ]
 MATMUL = [
@@ -293,18 +294,16 @@ CASES = {
     "softcap_cross_entropy_bwd": (
         softcap_cross_entropy_bwd_case,
         [
-            LossTile(rows, cols, 256, warps)
-            for rows, cols, warps in (
-                (64, 128, 8),
-                (64, 128, 16),
-                (64, 64, 4),
-                (64, 64, 8),
-                (128, 64, 8),
-                (128, 128, 16),
-                (32, 128, 4),
-                (32, 128, 8),
-                (32, 256, 8),
-                (64, 256, 16),
+            LossTile(rows, cols, blocks, 256, warps, registers)
+            for rows, cols, blocks, warps, registers in (
+                (32, 128, 8, 8, None),
+                (32, 128, 8, 8, 80),
+                (32, 128, 32, 8, None),
+                (32, 128, 2, 8, None),
+                (32, 128, 8, 4, None),
+                (32, 256, 8, 8, None),
+                (64, 64, 8, 8, None),
+                (64, 128, 8, 8, None),
             )
         ],
     ),

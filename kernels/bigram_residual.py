@@ -150,7 +150,7 @@ def bigram_residual_bwd(
     rstd,  # (N,) fp32
     grad_stream=None,  # (N, C) gradient of y from its other uses, before stream_scale
     stream_scale=None,  # (1,) or (): factor of grad_stream; 1 if None
-    x=None,  # (N, C), for the gradient of resid_lambda
+    x=None,  # (N, C), for the gradient of resid_lambda; y itself saves a read
     resid_lambda=None,  # (1,) or (); 1 if None
     scaling=None,
     out=None,  # (N, C): where the gradient of y goes
@@ -193,6 +193,7 @@ def bigram_residual_bwd(
         *operand_args(operand, scaling),
         n,
         c,
+        WITH_Y=x is y,
         BM=config.rows,
         BC=config.cols,
         STAGES=config.stages,

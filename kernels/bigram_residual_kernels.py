@@ -120,7 +120,8 @@ def bigram_residual_fwd_kernel(
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         amax = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
+    # not pipelined by the compiler, which then computes all of it once per layout of the result
+    for col in tl.range(0, C, BC, num_stages=1):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
@@ -142,7 +143,7 @@ def bigram_residual_bwd_kernel(
     stream_scale_ptr,  # (1,) or None
     y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
-    x_ptr,  # (N, C) or None
+    x_ptr,  # (N, C) or None; not read WITH_Y
     resid_ptr,  # (1,) or None
     grad_y_ptr,  # (N, C)
     resid_partial_ptr,  # (programs,) fp32 or None
@@ -152,6 +153,7 @@ def bigram_residual_bwd_kernel(
     amax_ptr,  # (1,) int32 or None
     N,
     C,
+    WITH_Y: tl.constexpr,  # x is y
     BM: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -184,20 +186,24 @@ def bigram_residual_bwd_kernel(
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         amax = tl.zeros((BM, BC), tl.float32)
-    for col in tl.range(0, C, BC, num_stages=STAGES):
+    # not pipelined by the compiler, as above
+    for col in tl.range(0, C, BC, num_stages=1):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
         h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
         y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        g = h.to(tl.float32) * rstd[:, None] - y.to(tl.float32) * y_scale[:, None]
+        y = y.to(tl.float32)
+        g = h.to(tl.float32) * rstd[:, None] - y * y_scale[:, None]
         if grad_stream_ptr is not None:
             stream = tl.load(
                 grad_stream_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first"
             )
             g += stream_scale * stream.to(tl.float32)
         tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
-        if x_ptr is not None:
+        if WITH_Y:
+            products += g * y
+        elif x_ptr is not None:
             x = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
             products += g * x.to(tl.float32)
         if data_ptr is not None:
@@ -206,5 +212,5 @@ def bigram_residual_bwd_kernel(
             store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:
         record_amax(amax_ptr, amax)
-    if x_ptr is not None:
+    if resid_partial_ptr is not None:
         tl.store(resid_partial_ptr + tl.program_id(0), tl.sum(tl.sum(products, axis=1), axis=0))
