@@ -15,6 +15,20 @@ from kernels.ptx import INTERPRETED
 
 
 @triton.jit
+def _barrier():
+    """tl.debug_barrier, which keeps Triton 3.6 from pipelining the loop that it stands in."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, 0;",
+            "=r,~{memory}",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _tile_corner(
     tile,
     M,
@@ -57,6 +71,7 @@ def linear_relu_squared_kernel(
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     part = tl.arange(0, PART)[:, None]
+    tl.assume(K > 0)  # else the loops do not flatten
     peak = 0  # bits of the largest magnitude
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
@@ -75,7 +90,7 @@ def linear_relu_squared_kernel(
         else:
             product_ptr, stride = scratch_ptr + first * (BM * BN), BN
             tl.store(product_ptr + m * BN + n, product)
-        tl.debug_barrier()  # other threads read it back
+        _barrier()  # other threads read it back
         amax = tl.zeros((PART, BN), tl.float32)
         for i in tl.static_range(0, BM, PART):
             inside = (row + i + part < M) & (col + n < N)
@@ -98,5 +113,5 @@ def linear_relu_squared_kernel(
             store_scaled(out * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
         peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))
         if scratch_ptr is not None:
-            tl.debug_barrier()  # before the next tile goes to the same place
+            _barrier()  # before the next tile goes to the same place
     tl.atomic_max(amax_ptr, peak, sem="relaxed")  # the order does not show: deterministic

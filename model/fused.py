@@ -148,7 +148,7 @@ class FusedGPT(nn.Module):
     def _make_operands(self):
         scaling = self.precision.scaling
         # for the weights here, and for the micro-step that follows
-        scaling.calibrating = self.updates < CALIBRATED_STEPS
+        scaling.calibrate(self.updates < CALIBRATED_STEPS)
         self.weights.refresh(scaling)
 
     def scaling_state(self):
@@ -273,7 +273,7 @@ class FusedGPT(nn.Module):
             )  # fmt: skip
             g, factor = grads[i], layer.resid_lambda
         self._mix_backward(state, grads, sums, order)
-        self.precision.scaling.calibrating = False
+        self.precision.scaling.calibrate(False)
 
     def _head_backward(
         self,

@@ -29,7 +29,7 @@ class DelayedScaling:
     Attributes:
         history: (HISTORY, S) fp32 maxima of the latest steps, the running one not included.
         scale, inverse_scale, amax: (S, SLOT) fp32, of which the first column counts.
-        calibrating: whether `produce` runs twice; the owner sets it for first micro-steps.
+        calibrating: whether `produce` runs twice.
     """
 
     def __init__(self, dtypes, device):
@@ -44,6 +44,10 @@ class DelayedScaling:
             name: Scaling(dtype, *(x[i, :1] for x in (self.scale, self.inverse_scale, self.amax)))
             for i, (name, dtype) in enumerate(dtypes.items())
         }
+
+    def calibrate(self, on):
+        """Make every scale anew from its tensor, or stop doing so."""
+        self.calibrating = on
 
     def produce(self, name, run):
         """run(scaling) for the named tensor; while calibrating, once more with a fresh scale."""
@@ -84,6 +88,9 @@ class Unscaled:
     """The same interface where no tensor is quantised: run(None)."""
 
     calibrating = False
+
+    def calibrate(self, on):
+        """Nothing to calibrate."""
 
     def produce(self, name, run):
         return run(None)

@@ -159,7 +159,7 @@ def test_every_kernel_and_every_fp8_product_runs(monkeypatch):
     for module in (fused_module, fused_layer):
         for name in expected.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    fused.precision.scaling.calibrating = False
+    fused.precision.scaling.calibrate(False)
     fused(*batch(config)).backward()
     assert dict(calls) == expected
     assert gemm.calls == dict.fromkeys(("forward", "input_grad", "weight_grad"), 4 * 2 + 1)
