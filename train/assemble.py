@@ -1,5 +1,6 @@
 """A model and its optimiser for one machine and backend, ready to train: used by run and bench."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ def assemble(
     backend.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
     raw_model = GPT(config, machine.dtype, backend, machine.device)

@@ -1,0 +1,82 @@
+"""What runs on which machine, and what the user is told about it."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.config import GPTConfig
+from model.errors import UserError
+from train import device
+from train.device import select_fp8, select_machine
+
+CONFIG = GPTConfig.from_depth(4)
+
+
+def machine(backend, capability=(9, 0)):
+    return SimpleNamespace(backend=backend, capability=capability)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+
+
+@pytest.fixture
+def without_te(monkeypatch):
+    for name in {n for n in sys.modules if n.startswith("transformer_engine")} | {
+        "transformer_engine"
+    }:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):
+    chosen = select_machine("auto", "auto")
+    assert (chosen.backend, chosen.why) == ("fused", "auto on Hopper")
+    assert select_machine("auto", "compile").backend == "compile"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (8, 0))
+    chosen = select_machine("auto", "auto")
+    assert chosen.backend == "compile" and "made for Hopper" in chosen.why
+    assert select_machine("cpu", "auto").backend == "eager"
+
+
+def test_fused_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(device, "kernels_are_interpreted", lambda: False)
+    with pytest.raises(UserError, match="--backend fused needs an NVIDIA GPU"):
+        select_machine("cpu", "fused")
+
+
+def test_a_missing_transformer_engine_is_announced(without_te):
+    provider, why = select_fp8("auto", machine("fused"), CONFIG, 32)
+    assert provider == "torch" and why.startswith("auto: --fp8 te needs a library that does not")
+    with pytest.raises(UserError, match="--fp8 te needs a library .*nanofuse"):
+        select_fp8("te", machine("fused"), CONFIG, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "capability", "provider", "why"),
+    [
+        ("off", "fused", (9, 0), "off", "asked for"),
+        ("auto", "eager", (9, 0), "off", "auto: eager is the reference"),
+        ("auto", "compile", (9, 0), "torch", "auto"),
+        ("auto", "fused", (8, 0), "off", "auto: needs a GPU of compute capability 8.9 or newer"),
+        ("torch", "eager", (9, 0), "torch", "asked for"),
+    ],
+)
+def test_choice_of_fp8(name, backend, capability, provider, why):
+    assert select_fp8(name, machine(backend, capability), CONFIG, 32) == (provider, why)
+
+
+def test_sizes_that_fp8_kernels_do_not_take():
+    odd = GPTConfig.from_depth(4, head_dim=24)
+    provider, why = select_fp8("auto", machine("fused"), odd, 32)
+    assert provider == "off" and "multiples of 16" in why
+    with pytest.raises(UserError, match="--fp8 torch needs widths .*use --fp8 off"):
+        select_fp8("torch", machine("fused"), odd, 32)
+    short = GPTConfig.from_depth(4, sequence_len=100)
+    assert select_fp8("auto", machine("fused"), short, 1)[0] == "off"
+    with pytest.raises(UserError, match="--fp8 te needs --backend fused"):
+        select_fp8("te", machine("compile"), CONFIG, 32)
