@@ -22,6 +22,7 @@ RULES = [
             r"^_?(momentum|apply|factors|unit_rows|initial_scale|rescale|adamw|adamw_scalars"
             r"|symmetric_matmul|batched_matmul)_kernel",
         ),
+        ("GEMM", r"^linear_relu_squared_kernel"),
         ("norm/rotary", r"^_?(bigram_residual|residual_gradients|rotary_qk_norm)(_fwd|_bwd)?_k"),
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),

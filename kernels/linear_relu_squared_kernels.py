@@ -2,9 +2,9 @@
 
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue never feeds the accumulator to store_scaled: in the layout of the tensor cores Triton 3.6
-compiles that to wrong bytes. The product goes through memory instead: stored in bf16, read back
-from the L2 cache in blocks of rows, in the layout of plain loads, as in kernels/relu_squared.py.
+epilogue never feeds the accumulator to store_scaled, which gave wrong bytes on an H200 with Triton
+3.6. The product goes through memory instead: stored in bf16, and read back from the L2 cache in
+blocks of rows, in the layout of plain loads that kernels/relu_squared.py has.
 """
 
 import triton
