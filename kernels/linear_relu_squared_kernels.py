@@ -51,8 +51,7 @@ def linear_relu_squared_kernel(
     b_desc,  # (N, K) FP8 in blocks of BN x BK
     a_inverse_ptr,  # (1,) fp32
     b_inverse_ptr,  # (1,) fp32
-    h_ptr,  # (M, N) bf16: written in the forward pass, read in the backward pass
-    scratch_ptr,  # (programs, BM, BN) bf16; None in the forward pass
+    h_ptr,  # (M, N) bf16
     data_ptr,  # (M, N) FP8
     transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32
@@ -82,36 +81,17 @@ def linear_relu_squared_kernel(
             if INTERPRETED:  # its dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b.T, product)
-        product = (product * inverse).to(tl.bfloat16)
-        corner = row.to(tl.int64) * N + col
-        if scratch_ptr is None:
-            product_ptr, stride = h_ptr + corner, N
-            tl.store(product_ptr + m * N + n, product, mask=(row + m < M) & (col + n < N))
-        else:
-            product_ptr, stride = scratch_ptr + first * (BM * BN), BN
-            tl.store(product_ptr + m * BN + n, product)
+        corner = h_ptr + row.to(tl.int64) * N + col
+        h = (product * inverse).to(tl.bfloat16)
+        tl.store(corner + m * N + n, h, mask=(row + m < M) & (col + n < N))
         _barrier()  # other threads read it back
         amax = tl.zeros((PART, BN), tl.float32)
         for i in tl.static_range(0, BM, PART):
             inside = (row + i + part < M) & (col + n < N)
-            offsets = (i + part) * stride + n
-            x = tl.load(
-                product_ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
-            if scratch_ptr is None:
-                positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                out = positive * positive
-            else:
-                h = tl.load(
-                    h_ptr + corner + (i + part) * N + n,
-                    mask=inside,
-                    other=0.0,
-                    eviction_policy="evict_first",
-                ).to(tl.float32)
-                out = 2 * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL) * x
-            amax = larger_magnitude(amax, out)
-            store_scaled(out * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
+            x = tl.load(corner + (i + part) * N + n, mask=inside, other=0.0)
+            x = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            x *= x
+            amax = larger_magnitude(amax, x)
+            store_scaled(x * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
         peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))
-        if scratch_ptr is not None:
-            _barrier()  # before the next tile goes to the same place
     tl.atomic_max(amax_ptr, peak, sem="relaxed")  # the order does not show: deterministic

@@ -9,7 +9,7 @@ holds the two together: the loss and the gradient of every parameter.
 One micro-step of N = B*T positions:
 
     embed_smear -> [ bigram_residual -> QKV product -> rotary_qk_norm -> attention -> product
-                     -> residual add and norm -> product -> relu_squared -> product ] per layer
+                     -> residual add and norm -> linear_relu_squared -> product ] per layer
     -> backout and norm -> lm_head product -> softcap_cross_entropy
 
 The gradient g of the stream comes with the factor that it still lacks (the resid_lambda of the mix
@@ -131,8 +131,8 @@ class FusedGPT(nn.Module):
         fp8 = self.precision.gemm.fp8
         ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "relu_squared"]
         ops += ["softcap_cross_entropy", "residual_gradients", "embedding_grad"]
-        off = []
-        (ops if fp8 else off).append("quantize" if fp8 else "quantize (no FP8)")
+        off = [] if fp8 else ["quantize, linear_relu_squared (no FP8)"]
+        ops += ["quantize", "linear_relu_squared"] if fp8 else []
         if not self.model.config.bigram_embed_factor:
             off.append("bigram lookup (dense model)")
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"

@@ -12,7 +12,7 @@ import torch
 from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
 from kernels.embedding_grad import embedding_grad
 from kernels.fp8 import Scaling
-from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
+from kernels.linear_relu_squared import linear_relu_squared_fwd
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
@@ -32,7 +32,6 @@ class Precision:
     gemm: Any
     scaling: DelayedScaling | Unscaled
     norm_scaling: Scaling | None = None
-    epilogues: bool = False  # the MLP's products with relu_squared in the epilogue, by our kernel
 
     def weight(self, weight):
         """Operand of a LinearWeight; evaluation makes a plain one, training keeps its own."""
@@ -153,25 +152,10 @@ class FusedLayer:
     ):
         """The MLP's hidden layer (N, 4C) and the operand of its squared ReLU."""
         weight, name = p.weight(self.weights["fc"]), self._name("activated")
-        if p.epilogues:
+        if p.gemm.fp8:
             return p.scaling.produce(name, lambda s: linear_relu_squared_fwd(normed, weight, s))
         hidden = p.gemm.forward(normed, weight)
         return hidden, p.operand(name, lambda *how: relu_squared_fwd(hidden, *how))
-
-    def _hidden_gradient(
-        self,
-        p,
-        grad,  # operand (N, C), of the gradient of the MLP's output
-        hidden,  # (N, 4C)
-    ):
-        """Operand of the gradient of the MLP's hidden layer, (N, 4C)."""
-        weight, name = self.weights["mlp_proj"].operand, self._name("grad_fc")
-        if p.epilogues:
-            return p.scaling.produce(
-                name, lambda s: linear_relu_squared_bwd(grad, weight, hidden, s)
-            )
-        grad = p.gemm.input_grad(grad, weight)
-        return p.operand(name, lambda *how: relu_squared_bwd(grad, hidden, *how))
 
     def _attention_forward(
         self,
@@ -220,8 +204,12 @@ class FusedLayer:
         """
         gemm, weights = p.gemm, self.weights
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
-        grad_fc = self._hidden_gradient(p, operand, state.hidden)
+        grad = gemm.input_grad(operand, weights["mlp_proj"].operand)  # (N, 4C)
         state.activated = operand = None
+        grad_fc = p.operand(
+            self._name("grad_fc"), lambda *how: relu_squared_bwd(grad, state.hidden, *how)
+        )
+        del grad
         gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
         grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
         state.hidden = state.normed_mid = grad_fc = None

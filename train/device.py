@@ -80,8 +80,8 @@ def select_machine(device_type, backend):
         elif cuda:
             backend, why = "compile", "auto: the kernels are made for Hopper"
         return replace(machine, backend=backend, why=why)
-    if backend == "fused" and not cuda and not kernels_are_interpreted():
-        raise UserError("--backend fused needs an NVIDIA GPU; use --backend eager")
+    if backend == "fused" and machine.capability < HOPPER and not kernels_are_interpreted():
+        raise UserError("--backend fused needs a Hopper GPU; use --backend compile or eager")
     return machine
 
 

@@ -71,7 +71,7 @@ class Trainer:
     directory: Path
     prompt: str  # samples continue it
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
-    started: float  # time.perf_counter() at the start of the command
+    started: float  # time.perf_counter() at the start of the process
     progress: Progress
     first_step_seconds: float | None = None
     steady_seconds: float = 0.0  # of the steps after the first window

@@ -34,6 +34,7 @@ def without_te(monkeypatch):
 
 
 def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):
+    monkeypatch.setattr(device, "kernels_are_interpreted", lambda: False)
     chosen = select_machine("auto", "auto")
     assert (chosen.backend, chosen.why) == ("fused", "auto on Hopper")
     assert select_machine("auto", "compile").backend == "compile"
@@ -43,10 +44,16 @@ def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):
     assert select_machine("cpu", "auto").backend == "eager"
 
 
-def test_fused_needs_a_gpu_or_the_interpreter(monkeypatch):
+def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
+    monkeypatch.setattr(device, "kernels_are_interpreted", lambda: True)
+    assert select_machine("cpu", "fused").backend == "fused"
     monkeypatch.setattr(device, "kernels_are_interpreted", lambda: False)
-    with pytest.raises(UserError, match="--backend fused needs an NVIDIA GPU"):
+    assert select_machine("cuda", "fused").backend == "fused"
+    with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
         select_machine("cpu", "fused")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (8, 9))
+    with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
+        select_machine("cuda", "fused")
 
 
 def test_a_missing_transformer_engine_is_announced(without_te):
@@ -62,7 +69,7 @@ def test_a_missing_transformer_engine_is_announced(without_te):
         ("off", "fused", (9, 0), "off", "asked for"),
         ("auto", "eager", (9, 0), "off", "auto: eager is the reference"),
         ("auto", "compile", (9, 0), "torch", "auto"),
-        ("auto", "fused", (8, 0), "off", "auto: needs a GPU of compute capability 8.9 or newer"),
+        ("auto", "compile", (8, 0), "off", "auto: needs a GPU of compute capability 8.9 or newer"),
         ("torch", "eager", (9, 0), "torch", "asked for"),
     ],
 )
