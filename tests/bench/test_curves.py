@@ -1,0 +1,43 @@
+"""bench.curves on runs written by hand."""
+
+import json
+
+import pytest
+
+from bench.curves import main
+from model.errors import UserError
+
+
+def write_run(folder, bpbs, ms=10.0):
+    folder.mkdir()
+    records = [{"kind": "val", "step": step, "bpb": bpb} for step, bpb in bpbs.items()]
+    times = (900.0, ms, ms + 1, ms + 2)  # the first window compiles
+    records += [
+        {"kind": "train", "step": i, "loss": 3.0 - i, "ms_per_step": t} for i, t in enumerate(times)
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text)
+    return str(folder)
+
+
+def test_table_json_and_difference(tmp_path, capsys):
+    a = write_run(tmp_path / "fused", {0: 3.2, 100: 1.5, 200: 1.25})
+    b = write_run(tmp_path / "compiled", {0: 3.2, 100: 1.501, 300: 1.2}, ms=20.0)
+    main([a, b, "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == ("| fused | 3.200000 | 1.500000 | 1.250000 | – | +0.000000 | 11.0 |")
+    assert lines[3] == ("| compiled | 3.200000 | 1.501000 | – | 1.200000 | +0.001000 | 21.0 |")
+    saved = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert [run["name"] for run in saved] == ["fused", "compiled"]
+    assert (tmp_path / "out" / "curves.md").read_text().splitlines() == lines[:4]
+
+
+def test_bad_runs_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere/metrics.jsonl is missing or damaged"):
+        main([str(tmp_path / "nowhere")])
+    damaged = write_run(tmp_path / "damaged", {0: 1.0})
+    (tmp_path / "damaged" / "metrics.jsonl").write_text('{"kind": "val"}\n')
+    with pytest.raises(UserError, match="damaged"):
+        main([damaged])
+    with pytest.raises(UserError, match="no evaluation"):
+        main([write_run(tmp_path / "blind", {})])
