@@ -31,7 +31,7 @@ from train.optim import OptimConfig
 
 GIB = 2**30
 FIRST_STEPS = 2  # of each contender alone
-WARMUP_ROUNDS = max(2, CALIBRATED_STEPS - FIRST_STEPS) if ON_GPU else 0
+WARMUP_ROUNDS = CALIBRATED_STEPS - FIRST_STEPS + 1 if ON_GPU else 0  # the last records CUDA graphs
 CPU_ROUNDS = 2
 FIRST_LOSS_TOLERANCE = 0.02  # between contenders: same weights, same batch
 

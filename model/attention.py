@@ -239,7 +239,7 @@ def select_attention(name, device_type, deterministic=False, compiled=False):
         )
     try:
         backend.load()
-    except ImportError as error:
+    except Exception as error:  # a damaged library may raise anything; the user is told
         raise UserError(
             f"--attention {name} needs {backend.title}: {backend.install}; or use --attention auto "
             f"({_line(error)})"

@@ -107,6 +107,7 @@ class FusedGPT(nn.Module):
     def __init__(self, model, gemm, graphs=False):
         super().__init__()
         self.graphs, self.graphed = graphs, None
+        self.ran = False  # a whole pass, in this process
         self.model, self.weights = model, Weights(model)
         for p in model.parameters():
             if p.grad is None:
@@ -162,8 +163,8 @@ class FusedGPT(nn.Module):
         tensors,
     ):
         """Continue with the scales that `scaling_state` gave, and with the loaded weights; without
-        any, start anew."""
-        if not tensors:
+        any, or where products are not FP8, start anew."""
+        if not tensors or not self.precision.gemm.fp8:
             self.updates = 0
             return self.refresh()
         self.precision.scaling.load_state_dict(tensors)
@@ -187,17 +188,21 @@ class FusedGPT(nn.Module):
         if self.training and torch.is_grad_enabled():
             if reduction == "none":
                 raise ValueError("the fused training pass gives the mean loss only")
-            pair = self.loss, self.backward
-            if self.graphs and not self.precision.scaling.calibrating and self.updates > 1:
-                if self.graphed is None:
-                    self.graphed = GraphedPass(self, tokens, targets)
-                if self.graphed.fits(tokens):
-                    pair = self.graphed.forward, self.graphed.backward
+            if self.graphed is None and self._may_record():
+                self.graphed = GraphedPass(self, tokens, targets)
+            one_pass = self if self.graphed is None else self.graphed
+            pair = one_pass.loss, one_pass.backward
             return _Loss.apply(self.model.backout_lambda, *pair, tokens, targets)
         losses, _ = self._losses(EVALUATION, tokens.contiguous(), targets.reshape(-1))
         if reduction == "none":
             return losses
         return losses.sum() / (targets != IGNORE_INDEX).sum()
+
+    def _may_record(self):
+        """Whether to record CUDA graphs now: every kernel has run in this process, and no pass will
+        calibrate any more, outside of the graphs and with activations of its own."""
+        settled = not self.precision.gemm.fp8 or self.updates > CALIBRATED_STEPS
+        return self.graphs and self.ran and settled
 
     @torch.no_grad()
     def loss(
@@ -274,6 +279,7 @@ class FusedGPT(nn.Module):
             g, factor = grads[i], layer.resid_lambda
         self._mix_backward(state, grads, sums, order)
         self.precision.scaling.calibrate(False)
+        self.ran = True
 
     def _head_backward(
         self,

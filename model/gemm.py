@@ -102,10 +102,7 @@ class TorchGemm:
 
 class TransformerEngineGemm:
     """FP8 products by Transformer Engine (https://github.com/NVIDIA/TransformerEngine); weight
-    gradients accumulate inside the product.
-
-    Raises:
-        ImportError: it is not installed or does not load.
+    gradients accumulate inside the product. Raises what the import raises.
     """
 
     name, fp8 = "te", True
@@ -172,11 +169,12 @@ def make_gemm(provider):
     """The products of one of PROVIDERS.
 
     Raises:
-        UserError: its library is not installed.
+        UserError: its library is not installed, or does not load.
     """
     try:
         return PROVIDERS[provider]()
-    except ImportError as error:
+    except Exception as error:  # a damaged library may raise anything; the user is told
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--fp8 {provider} needs a library that does not load ({error}); {MENDS[provider]}"
-        ) from None
+            f"--fp8 {provider} needs a library that does not load ({reason}); {MENDS[provider]}"
+        ) from error

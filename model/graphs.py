@@ -28,19 +28,21 @@ class GraphedPass:
             fused.backward(state, self.grad_loss)
         self.runs = 0
 
-    def fits(
-        self,
-        tokens,  # (B, T)
-    ):
-        """Whether a batch has the recorded shape."""
-        return tokens.shape == self.tokens.shape
-
-    def forward(
+    def loss(
         self,
         tokens,  # (B, T)
         targets,  # (B, T)
     ):
-        """Loss () and a ticket for `backward`."""
+        """Loss () and a ticket for `backward`.
+
+        Raises:
+            ValueError: a batch of another shape than the recorded one.
+        """
+        if tokens.shape != self.tokens.shape:
+            raise ValueError(
+                f"CUDA graphs were recorded for batches of {tuple(self.tokens.shape)}, not "
+                f"{tuple(tokens.shape)}; use --no-cuda-graphs"
+            )
         self.tokens.copy_(tokens)
         self.targets.copy_(targets)
         self.graphs[0].replay()

@@ -16,6 +16,7 @@ from kernels.fp8 import Scaling
 HISTORY = 16  # optimiser steps
 MARGIN = 2.0  # room for growth between two updates; a power of two costs no precision
 CALIBRATED_STEPS = 4  # output projections start at zero: some gradients appear steps later
+LARGEST_SCALE = 2.0**100  # an infinite one would turn zeros into NaN
 SLOT = 4  # floats a scale: cuBLAS refuses scales that do not lie at a multiple of 16 bytes
 
 
@@ -70,7 +71,7 @@ class DelayedScaling:
         peak,  # (n,) fp32; where it is 0 the scale stays, where it is NaN the scale becomes NaN
     ):
         known = (peak != 0)[:, None]
-        scale = (self.fp8_max[at] / (MARGIN * peak))[:, None]
+        scale = (self.fp8_max[at] / (MARGIN * peak)).clamp_max(LARGEST_SCALE)[:, None]
         self.scale[at] = torch.where(known, scale, self.scale[at])
         self.inverse_scale[at] = torch.where(known, 1 / scale, self.inverse_scale[at])
 

@@ -80,7 +80,7 @@ def select_machine(device_type, backend):
         elif cuda:
             backend, why = "compile", "auto: the kernels are made for Hopper"
         return replace(machine, backend=backend, why=why)
-    if backend == "fused" and machine.capability < HOPPER and not kernels_are_interpreted():
+    if backend == "fused" and machine.capability != HOPPER and not kernels_are_interpreted():
         raise UserError("--backend fused needs a Hopper GPU; use --backend compile or eager")
     return machine
 
@@ -96,7 +96,7 @@ def select_fp8(name, machine, config, rows):
     if machine.capability < FP8_CAPABILITY:
         refusal = "a GPU of compute capability 8.9 or newer"
     elif fused and not fp8_fits(config, rows * config.sequence_len):
-        refusal = "widths and tokens in multiples of 16 and heads of 32, 64 or 128"
+        refusal = "widths and tokens in multiples of 16 and heads of 32, 64, 128, ..."
     if name == "off" or (name == "auto" and machine.backend == "eager"):
         return "off", "asked for" if name == "off" else "auto: eager is the reference"
     if name != "auto":

@@ -120,6 +120,11 @@ class FusedMuonAdamW:
             shape = (len(x), *x[0].shape) if isinstance(x, list) else x.shape
             if name not in tensors or tensors[name].shape != shape:
                 raise UserError(f"optimiser state {name!r} is missing or of another shape")
+        prefix = len(FP8_PREFIX)
+        scales = {n[prefix:]: x for n, x in tensors.items() if n.startswith(FP8_PREFIX)}
+        for name, x in self.fused.scaling_state().items() if scales else ():
+            if name not in scales or scales[name].shape != x.shape:
+                raise UserError(f"optimiser state 'fp8.{name}' is missing or of another shape")
         for name, x in mine.items():
             if isinstance(x, list):
                 for view, value in zip(x, tensors[name], strict=True):
@@ -127,10 +132,4 @@ class FusedMuonAdamW:
             else:
                 x.copy_(tensors[name])
         self.step_count = step_count
-        self.fused.load_scaling_state(
-            {
-                name.removeprefix(FP8_PREFIX): x
-                for name, x in tensors.items()
-                if name.startswith(FP8_PREFIX)
-            }
-        )
+        self.fused.load_scaling_state(scales)

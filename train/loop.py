@@ -243,9 +243,10 @@ class Trainer:
     def summary(self):
         """The run in one JSON-able dict."""
         progress = self.progress
-        peak = None
+        peak = reserved = None
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            reserved = torch.cuda.max_memory_reserved(self.device) / 2**30  # CUDA graphs' included
         return {
             "run": self.directory.name,
             "steps": progress.step,
@@ -257,4 +258,5 @@ class Trainer:
             "ms_per_step": 1e3 * self.steady_seconds / max(self.steady_steps, 1),
             "time_to_first_step_s": self.first_step_seconds,
             "peak_gib": peak,
+            "reserved_gib": reserved,
         }

@@ -125,6 +125,7 @@ RESUMABLE = {
     "save_every",
     "train_log_every",
     "wandb",
+    "cuda_graphs",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from model import attention
 from model.attention import BACKENDS, FlexAttention, SDPAttention, select_attention
 from model.errors import UserError
+from model.flash_attention import FlashAttention4
 
 
 def longhand(q, k, v, window):
@@ -176,6 +177,17 @@ def test_a_missing_library_is_named_with_its_mend(hopper, name, mend):
         select_attention(name, "cuda")
     with pytest.raises(UserError, match=f"--attention {name} needs a CUDA GPU"):
         select_attention(name, "cpu")
+
+
+def test_a_damaged_library_is_told_in_one_line(hopper, monkeypatch):
+    def damaged(self):
+        raise OSError("undefined symbol\nand a page of text")
+
+    monkeypatch.setattr(FlashAttention4, "load", damaged)
+    with pytest.raises(UserError) as caught:
+        select_attention("fa4", "cuda")
+    assert "(undefined symbol)" in str(caught.value) and "\n" not in str(caught.value)
+    assert "fa4: undefined symbol; te" in select_attention("auto", "cuda")[1]
 
 
 @pytest.mark.parametrize("name", ["fa3", "te"])

@@ -72,7 +72,8 @@ def test_loss_and_every_gradient_in_fp32(case):
         assert relative(named[name].grad, p.grad) < 1e-3, name
 
 
-def test_losses_without_gradients():
+def test_losses_without_gradients(monkeypatch):
+    monkeypatch.setattr(fused_module, "EVALUATION_ROWS", 12)  # of 32: logits in three parts
     config = make()
     truth, fused = pair(config, PlainGemm())
     tokens, targets = batch(config)
@@ -108,6 +109,62 @@ def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
             error, allowed = (relative(m[name].grad.float(), p.grad) for m in (ours, theirs))
             print(f"{name}: fused {error:.3f}, baseline {allowed:.3f}")
             assert error < 2 * allowed + 0.01, name
+    # single numbers are off by chance: all lambdas together
+    scalars = [name for name, p in truth.named_parameters() if p.numel() <= 16]
+    ours, theirs, exact = (
+        torch.cat([m[name].grad.float().flatten() for name in scalars])
+        for m in (ours, theirs, dict(truth.named_parameters()))
+    )
+    error, allowed = relative(ours, exact), relative(theirs, exact)
+    print(f"lambdas: fused {error:.3f}, baseline {allowed:.3f}")
+    assert error < 2 * allowed + 0.01
+
+
+def test_evaluation_leaves_the_scales_alone():
+    config = make(depth=1, aspect=16, vocab_size=128)
+    _, fused = pair(config, TorchGemm(), torch.bfloat16 if ON_GPU else torch.float32)
+    fused(*batch(config)).backward()
+    scaling = fused.precision.scaling
+    before = [x.clone() for x in (scaling.scale, scaling.amax, scaling.history)]
+    state = scaling.calibrating, fused.updates
+    fused.eval()(*batch(config, seed=2))
+    after = scaling.scale, scaling.amax, scaling.history
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert (scaling.calibrating, fused.updates) == state
+
+
+@pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
+def test_graphs_are_recorded_after_a_pass_and_the_last_calibration(gemm, monkeypatch):
+    """Also in a process that continues a run, in which no kernel has been loaded yet."""
+    config = make(depth=1, aspect=16, vocab_size=128)
+    events = []
+
+    class Recorder:
+        def __init__(self, fused, tokens, targets):
+            events.append("record")
+            self.loss, self.backward = fused.loss, fused.backward
+
+    monkeypatch.setattr(fused_module, "GraphedPass", Recorder)
+
+    def steps(fused, count):
+        fused.graphs = True
+        for _ in range(count):
+            for _ in range(2):
+                calibrating = fused.precision.scaling.calibrating
+                fused(*batch(config)).backward()
+                events.append("calibrate" if calibrating else "pass")
+            fused.refresh()
+        taken = events.copy()
+        events.clear()
+        return taken
+
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    fused, again = (pair(config, gemm(), dtype)[1] for _ in range(2))
+    first = ["calibrate", "pass"] * CALIBRATED_STEPS if fused.precision.gemm.fp8 else ["pass"]
+    taken = steps(fused, CALIBRATED_STEPS + 1)
+    assert taken[: len(first) + 1] == [*first, "record"] and taken.count("record") == 1
+    again.load_scaling_state(fused.scaling_state())
+    assert steps(again, 1) == ["pass", "record", "pass"]
 
 
 class CountingGemm(TorchGemm):

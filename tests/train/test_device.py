@@ -8,6 +8,7 @@ import torch
 
 from model.config import GPTConfig
 from model.errors import UserError
+from model.gemm import PROVIDERS
 from train import device
 from train.device import select_fp8, select_machine
 
@@ -51,9 +52,10 @@ def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
     assert select_machine("cuda", "fused").backend == "fused"
     with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
         select_machine("cpu", "fused")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (8, 9))
-    with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
-        select_machine("cuda", "fused")
+    for capability in ((8, 9), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, found=capability: found)
+        with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
+            select_machine("cuda", "fused")
 
 
 def test_a_missing_transformer_engine_is_announced(without_te):
@@ -87,3 +89,14 @@ def test_sizes_that_fp8_kernels_do_not_take():
     assert select_fp8("auto", machine("fused"), short, 1)[0] == "off"
     with pytest.raises(UserError, match="--fp8 te needs --backend fused"):
         select_fp8("te", machine("compile"), CONFIG, 32)
+
+
+def test_a_damaged_library_is_told_in_one_line(monkeypatch):
+    def damaged():
+        raise FileNotFoundError("no shared object\nand a page of text")
+
+    monkeypatch.setitem(PROVIDERS, "te", damaged)
+    provider, why = select_fp8("auto", machine("fused"), CONFIG, 32)
+    assert provider == "torch" and "(no shared object)" in why and "\n" not in why
+    with pytest.raises(UserError, match="does not load .no shared object.; pip install"):
+        select_fp8("te", machine("fused"), CONFIG, 32)

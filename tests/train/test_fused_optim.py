@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.errors import UserError
 from model.fused import FusedGPT
 from model.gemm import PlainGemm, TorchGemm
 from model.gpt import GPT
@@ -95,3 +96,18 @@ def test_fp8_scales_travel_with_the_state():
         assert torch.equal(mine.state_dict()[name], x), name
     for a, b in zip(fused.weights.all(), again.weights.all(), strict=True):
         assert torch.equal(a.operand.data.view(torch.uint8), b.operand.data.view(torch.uint8))
+
+
+def test_fp8_state_without_fp8_starts_anew_and_damage_is_named():
+    fields = {"sequence_len": 32, "vocab_size": 128}
+    (truth, plain), (fused, ours) = twins(TorchGemm, **fields)
+    steps(truth, plain, fused, ours, 1)
+    state = ours.state_dict()
+    _, (again, mine) = twins(PlainGemm, **fields)
+    mine.load_state_dict(state, 1)
+    assert again.updates == 1
+    _, (again, mine) = twins(TorchGemm, **fields)
+    for broken in ({"fp8.history": state["fp8.history"][:, 1:]}, {"fp8.scale": None}):
+        damaged = {k: x for k, x in (state | broken).items() if x is not None}
+        with pytest.raises(UserError, match=f"'{next(iter(broken))}' is missing or of another"):
+            mine.load_state_dict(damaged, 1)
