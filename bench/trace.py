@@ -27,7 +27,7 @@ RULES = [
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),
         ("cross-entropy", r"^(fwd|bwd)_kernel$|triton_.*tanh|[sS]oft[mM]ax|nll_loss"),
-        ("attention", r"(?i)flash|fmha|sdpa|attention|attn"),
+        ("attention", r"(?i)flash|fmha|sdpa|attention|attn|cudnn::fusion"),
         ("embedding", r"triton_.*(embedding_dense_backward|index_put)"),
         ("GEMM", r"(?i)nvjet|cutlass|xmma|gemm|gemv|splitkreduce|cublas|triton_tem_fused.*mm"),
         ("embedding", r"(?i)^(?!triton_).*(embedding|index|gather|sort)"),

@@ -30,6 +30,9 @@ NAMES = {
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_6_64x128x128",
         "triton_tem_fused_flex_attention_backward_14",
         "void pytorch_flash::flash_fwd_kernel<...>",
+        "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at__",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1",
+        "void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(...)",
     ],
     "cross-entropy": ["fwd_kernel", "bwd_kernel", "triton_red_fused_amax_exp_mul_tanh_backward_3"],
     "quantise": [
