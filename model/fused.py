@@ -152,6 +152,12 @@ class FusedGPT(nn.Module):
         scaling.calibrate(self.updates < CALIBRATED_STEPS)
         self.weights.refresh(scaling)
 
+    def fp8_clipped(self):
+        """How often a tensor went beyond its FP8 scale and was clipped, tensors x steps in this
+        process; None without FP8. Waits for the device."""
+        clipped = self.precision.scaling.clipped
+        return None if clipped is None else clipped.item()
+
     def scaling_state(self):
         """The FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
         tensors = self.precision.scaling.state_dict()

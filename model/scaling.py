@@ -31,6 +31,8 @@ class DelayedScaling:
         history: (HISTORY, S) fp32 maxima of the latest steps, the running one not included.
         scale, inverse_scale, amax: (S, SLOT) fp32, of which the first column counts.
         calibrating: whether `produce` runs twice.
+        clipped: () int64, how many tensors went beyond their scale in an optimiser step, summed
+            over the steps so far.
     """
 
     def __init__(self, dtypes, device):
@@ -39,6 +41,7 @@ class DelayedScaling:
         self.history = torch.zeros(HISTORY, count, device=device)
         self.scale, self.inverse_scale = (torch.ones(count, SLOT, device=device) for _ in range(2))
         self.amax = torch.zeros(count, SLOT, device=device)
+        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
         self.calibrating = False
         self._index = {name: i for i, name in enumerate(dtypes)}
         self._scalings = {
@@ -61,6 +64,7 @@ class DelayedScaling:
 
     def update(self):
         """Take the maxima since the last update into the history and set all scales from it."""
+        self.clipped += (self.amax[:, 0] * self.scale[:, 0] > self.fp8_max).sum()
         self.history.copy_(torch.cat([self.amax[None, :, 0], self.history[:-1]]))
         self.amax.zero_()
         self._rescale(slice(None), self.history.amax(dim=0))
@@ -89,6 +93,7 @@ class Unscaled:
     """The same interface where no tensor is quantised: run(None)."""
 
     calibrating = False
+    clipped = None
 
     def calibrate(self, on):
         """Nothing to calibrate."""

@@ -12,6 +12,7 @@ import torch
 
 from model.engine import Sampling, generate
 from model.errors import UserError
+from model.fused import FusedGPT
 from model.gpt import GPT
 from train.checkpoint import save_checkpoint
 from train.corpus import ParquetCorpus, StdlibCorpus
@@ -176,6 +177,9 @@ class Trainer:
             f"loss {loss:.4f}  lr x{lr_mult:.3f}  epoch {values['epoch']}  "
             f"{1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
         )
+        clipped = self.model.fp8_clipped() if isinstance(self.model, FusedGPT) else None
+        if clipped is not None:
+            values["fp8_clipped"] = clipped
         if self.peak_flops:
             values["mfu"] = tok_per_s * self.raw_model.config.flops_per_token / self.peak_flops
             status += f"  MFU {100 * values['mfu']:.1f} % of {self.peak_flops / 1e12:.0f} TFLOP/s"

@@ -85,3 +85,13 @@ def test_state_goes_around(scaling):
     seen(scaling, a=1.0)
     seen(other, a=1.0)
     assert torch.equal(scaling.scale, other.scale)
+
+
+def test_what_goes_beyond_its_scale_is_counted(scaling):
+    seen(scaling, a=1.0, b=1.0)  # within the scale of 1
+    seen(scaling, a=MARGIN, b=0.5)  # exactly at the limit
+    assert scaling.clipped == 0
+    seen(scaling, a=2.5 * MARGIN, b=1.0)
+    assert scaling.clipped == 1
+    seen(scaling, a=2.5 * MARGIN, b=1.0)  # the scale has followed
+    assert scaling.clipped == 1
