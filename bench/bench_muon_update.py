@@ -180,11 +180,10 @@ class KernelStep:
             weights = fp8_copies(stacks[0].shape, device)
             self.matrices.append((*(x.detach() for x in stacks), *moments, weights))
         params, hypers = [], []
-        for _, param, group in optimizer.adamw:
-            lr = group.lr * (optimizer.width_scale if group.width_scaled else 1.0)
+        for _, param, group, lr in optimizer.adamw:
             params.append(param.detach())
             hypers.append(AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay))
-        grads = [p.grad.clone() for _, p, _ in optimizer.adamw]
+        grads = [p.grad.clone() for _, p, *_ in optimizer.adamw]
         moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
         self.adamw = AdamWTensors([p.clone() for p in params], grads, *moments, hypers)
         self.schedule = adamw_schedule(1.0, 1, device)
@@ -215,7 +214,7 @@ def bench_optimizer_step(benchmark, device):
         stacks = zip(optimizer.stacks.values(), op.matrices, starts, strict=True)
         for params, (ours, *_), start in stacks:
             assert relative_error(ours - start, torch.stack(params) - start) < 0.05
-        for (_, param, _), (ours, *_) in zip(optimizer.adamw, op.adamw.tensors, strict=True):
+        for (_, param, *_), (ours, *_) in zip(optimizer.adamw, op.adamw.tensors, strict=True):
             assert relative_error(ours, param) < 1e-3
     tables = [p for role in parameters if role != "matrices" for _, p in parameters[role]]
     table_bytes = sum(8 * p.numel() * p.element_size() for p in tables)

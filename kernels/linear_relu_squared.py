@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.fp8 import check_alignment, empty_operand, operand_args
 from kernels.linear_relu_squared_kernels import linear_relu_squared_kernel
 from kernels.relu_squared import relu_squared_ref
-from kernels.tuning import tuned
+from kernels.tuning import sm_count, tuned
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,8 @@ def linear_relu_squared_fwd(
     operand = empty_operand(rows, cols, scaling, a.device)
     h = torch.empty(rows, cols, dtype=torch.bfloat16, device=a.device)
     config = tuned("linear_relu_squared", TILE)
-    cuda = a.device.type == "cuda"
-    sms = torch.cuda.get_device_properties(a.device).multi_processor_count if cuda else 2
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
-    linear_relu_squared_kernel[(min(tiles, config.programs * sms),)](
+    linear_relu_squared_kernel[(min(tiles, config.programs * sm_count(a.device)),)](
         TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
         TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
         x.inverse_scale,

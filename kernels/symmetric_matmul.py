@@ -20,7 +20,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.symmetric_matmul_kernels import batched_matmul_kernel, symmetric_matmul_kernel
-from kernels.tuning import tuned
+from kernels.tuning import sm_count, tuned
 
 ALIGNMENT = 16  # bytes: rows and the first element of a matrix start at multiples of it
 
@@ -98,9 +98,7 @@ def _check_scale(scale, n):
 def _programs(tiles, config, device):
     if not config.persistent:
         return tiles
-    cuda = device.type == "cuda"
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 2
-    return min(tiles, config.persistent * sms)
+    return min(tiles, config.persistent * sm_count(device))
 
 
 def symmetric_matmul(

@@ -41,6 +41,13 @@ def gpu_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def sm_count(device):
+    """Multiprocessors of a CUDA device; 2 for the interpreter, so that persistent loops turn."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def tuned(op, default, gpu=None):
     """Configuration of `op` (a name): what won on `gpu` (default: this one), else `default`.
 

@@ -21,8 +21,7 @@ class GraphedPass:
         self.tokens, self.targets = tokens.clone(), targets.clone()
         self.grad_loss = torch.ones((), device=tokens.device)
         self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()  # the graphs' pool takes the place of what eager passes used
-        with torch.cuda.graph(self.graphs[0]):
+        with torch.cuda.graph(self.graphs[0]):  # frees what eager passes left in the cache first
             self.loss, state = fused.loss(self.tokens, self.targets)
         with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
             fused.backward(state, self.grad_loss)

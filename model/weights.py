@@ -32,7 +32,8 @@ class LinearWeight:
 
     def plain(self):
         """The weight in `dtype`, (N, K), for products that are not quantised."""
-        return self.master.to(self.dtype, copy=True)
+        kept = isinstance(self.operand, torch.Tensor)
+        return self.operand if kept else self.master.to(self.dtype)
 
     def refresh(self, scaling):
         """Make the operand anew from the master, where it lies: CUDA graphs know its address."""
@@ -40,7 +41,9 @@ class LinearWeight:
         def run(scale):
             if scale is not None:
                 return quantize(self.master, scale, self.operand)
-            return self.plain() if self.operand is None else self.operand.copy_(self.master)
+            if self.operand is None:
+                return self.master.to(self.dtype, copy=True)
+            return self.operand.copy_(self.master)
 
         self.operand = scaling.produce(self.name, run)
 

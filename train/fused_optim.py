@@ -10,7 +10,7 @@ import torch
 from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
 from kernels.muon_update import muon_hyper, muon_update, second_moment_shape
 from model.errors import UserError
-from train.optim import ADAMW_EPS, REFERENCE_WIDTH
+from train.optim import ADAMW_EPS
 
 FP8_PREFIX = "fp8."
 
@@ -30,14 +30,13 @@ class FusedMuonAdamW:
         self.step_count = 0
         model = fused.model
         self.device = model.lm_head.weight.device
-        width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         roles = model.param_roles()
         self.adamw_state = {}  # name -> (exp_avg, exp_avg_sq)
         params, hypers = [], []
         for role, group in config.adamw_groups().items():
             for name, p in roles.get(role, []):
                 self.adamw_state[name] = tuple(torch.zeros_like(p.detach()) for _ in range(2))
-                lr = group.lr * (width_scale if group.width_scaled else 1.0)
+                lr = group.lr_at(model.config.n_embd)
                 hypers.append(AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay))
                 params.append(p)
         self.adamw_tensors = AdamWTensors(

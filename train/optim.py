@@ -26,6 +26,10 @@ class AdamWGroup:
     weight_decay: float
     width_scaled: bool = False
 
+    def lr_at(self, width):
+        """Learning rate of a model of this width, before schedule and batch scaling."""
+        return self.lr * (width / REFERENCE_WIDTH) ** -0.5 if self.width_scaled else self.lr
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -80,11 +84,10 @@ class MuonAdamW:
         newton_schulz_dtype=torch.float32,
     ):
         self.config, self.lr_scale = config, lr_scale
-        self.width_scale = (width / REFERENCE_WIDTH) ** -0.5
         self.newton_schulz_dtype = newton_schulz_dtype
         self.step_count = 0
         self.adamw = [
-            (name, p, group)
+            (name, p, group, group.lr_at(width))
             for role, group in config.adamw_groups().items()
             for name, p in roles.get(role, [])
         ]
@@ -92,7 +95,7 @@ class MuonAdamW:
         for _, p in roles["matrices"]:
             self.stacks.setdefault(f"{p.size(0)}x{p.size(1)}", []).append(p)
         self.state = {}
-        for name, p, _ in self.adamw:
+        for name, p, *_ in self.adamw:
             self.state[f"{name}.exp_avg"] = torch.zeros_like(p, requires_grad=False)
             self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
         for key, params in self.stacks.items():
@@ -119,14 +122,13 @@ class MuonAdamW:
         lr_mult = lr_mult * self.lr_scale
         # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
         count = torch.tensor(float(self.step_count))
-        for name, p, group in self.adamw:
-            lr = group.lr * lr_mult * (self.width_scale if group.width_scaled else 1.0)
+        for name, p, group, lr in self.adamw:
             self._adamw_update(
                 p,
                 p.grad,
                 self.state[f"{name}.exp_avg"],
                 self.state[f"{name}.exp_avg_sq"],
-                torch.tensor(lr),
+                torch.tensor(lr * lr_mult),
                 *group.betas,
                 ADAMW_EPS,
                 group.weight_decay,
@@ -151,7 +153,7 @@ class MuonAdamW:
 
     def zero_grad(self):
         """Drop every gradient."""
-        for p in [p for _, p, _ in self.adamw] + [p for ps in self.stacks.values() for p in ps]:
+        for p in [p for _, p, *_ in self.adamw] + [p for ps in self.stacks.values() for p in ps]:
             p.grad = None
 
     def state_dict(self):
