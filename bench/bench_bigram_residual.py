@@ -29,15 +29,16 @@ UNIT = N * WIDTH * 2  # bytes of one bf16 activation
 
 
 class Inputs:
-    """One micro-step's tensors."""
+    """One micro-step's tensors, for `rows` rows of `length` tokens."""
 
-    def __init__(self, device):
+    def __init__(self, device, rows=ROWS, length=T):
         def randn(*shape):
             return torch.randn(*shape, device=device).bfloat16()
 
-        self.tokens = zipf_tokens((ROWS, T), VOCAB, device)
+        n = rows * length
+        self.tokens = zipf_tokens((rows, length), VOCAB, device)
         self.table = randn(5 * VOCAB, WIDTH)
-        self.x, self.x0, self.branch, self.h, self.stream = (randn(N, WIDTH) for _ in range(5))
+        self.x, self.x0, self.branch, self.h, self.stream = (randn(n, WIDTH) for _ in range(5))
         self.resid, self.x0_lambda, self.bigram = (
             torch.tensor([v], device=device) for v in (1.1, 0.2, 0.05)
         )
@@ -50,7 +51,8 @@ class Inputs:
         """The kernel that opens a block, with or without the bigram term."""
         return bigram_residual_fwd(
             self.x,
-            x0=self.x0,
+            self.branch,
+            self.x0,
             tokens=self.tokens if table else None,
             table=self.table if table else None,
             resid_lambda=self.resid,
@@ -61,10 +63,10 @@ class Inputs:
         )
 
 
-def opening_ref(x, x0, tokens, table, resid, x0_lambda, bigram):
+def opening_ref(x, branch, x0, tokens, table, resid, x0_lambda, bigram):
     e = bigram_embedding_ref(tokens, table).view(x.shape)
     scales = (s.to(x.dtype) for s in (resid, x0_lambda))
-    y = bigram_residual_ref(x, x0, *scales, e, bigram.to(x.dtype))
+    y = bigram_residual_ref(x + branch, x0, *scales, e, bigram.to(x.dtype))
     return y, quantize_both_layouts(rms_norm_ref(y), E4M3)
 
 
@@ -95,7 +97,7 @@ def assert_close(got, expected, bound=0.01):
 @op_benchmark
 def bench_block_opening(benchmark, device):
     i = Inputs(device)
-    args = (i.x, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram)
+    args = (i.x, i.branch, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram)
     y, (q, _, inverse_scale) = opening_ref(*args)
     if ON_GPU:
         got, _, _, operand = i.opening()
@@ -104,7 +106,7 @@ def bench_block_opening(benchmark, device):
     measure(
         benchmark,
         i.opening if ON_GPU else lambda: opening_ref(*args),
-        bytes_moved=4 * UNIT + i.row_bytes,  # x, x0 in; y, FP8 twice out; table rows
+        bytes_moved=5 * UNIT + i.row_bytes,  # x, branch, x0 in; y, FP8 twice out; table rows
         alternatives=alternatives(opening_ref, *args),
         shape=(N, WIDTH),
     )
@@ -149,7 +151,7 @@ def backward_case(benchmark, i, x, resid):
     measure(
         benchmark,
         op if ON_GPU else lambda: backward_ref(*args),
-        bytes_moved=(5 + (x is not None)) * UNIT,
+        bytes_moved=5 * UNIT,  # h, y, stream in; gradient, FP8 twice out
         alternatives=alternatives(backward_ref, *args),
         shape=(N, WIDTH),
     )
@@ -158,7 +160,7 @@ def backward_case(benchmark, i, x, resid):
 @op_benchmark
 def bench_block_opening_backward(benchmark, device):
     i = Inputs(device)
-    backward_case(benchmark, i, i.x, i.resid)
+    backward_case(benchmark, i, i.branch, i.resid)  # sum(g * x) follows from sum(g * y)
 
 
 @op_benchmark

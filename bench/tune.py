@@ -11,6 +11,7 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from bench.bench_muon_update import NUMBERS, fp8_copies, squares_of, state
 from bench.harness import copy_ceiling, matmul_ceiling, median_seconds, zipf_tokens
 from kernels import tuning
 from kernels.adamw import AdamWConfig, AdamWHyper, AdamWTensors, adamw, adamw_schedule
-from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
+from kernels.bigram_residual import RowTile, bigram_residual_bwd, bigram_residual_fwd
 from kernels.embedding_grad import embedding_grad, sort_rows
 from kernels.fp8 import E5M2, Scaling
 from kernels.linear_relu_squared import LinearTile, linear_relu_squared_fwd
@@ -75,6 +76,11 @@ def quantize_case(rows):
 
 
 def bigram_residual_fwd_case(rows):
+    inputs = Inputs(torch.device("cuda"), max(rows // 2048, 1), min(rows, 2048))
+    return Case(inputs.opening, 10 * inputs.x.numel() + inputs.row_bytes)
+
+
+def residual_norm_fwd_case(rows):
     x, branch, scaling = randn(rows, WIDTH), randn(rows, WIDTH), Scaling.from_bound(32.0)
 
     def run():
@@ -83,24 +89,24 @@ def bigram_residual_fwd_case(rows):
     return Case(run, 8 * x.numel())
 
 
-def bigram_residual_bwd_case(rows):
+def norm_backward_case(rows, opening):
     h, y, stream = (randn(rows, WIDTH) for _ in range(3))
-    rstd, resid = torch.ones(rows, device="cuda"), torch.ones(1, device="cuda")
+    rstd, one = torch.ones(rows, device="cuda"), torch.ones(1, device="cuda")
     scaling = Scaling.from_bound(40.0, E5M2)
+    options = {"x": y, "resid_lambda": one} if opening else {}
 
     def run():
-        return bigram_residual_bwd(h, y, rstd, stream, x=y, resid_lambda=resid, scaling=scaling)
+        return bigram_residual_bwd(h, y, rstd, stream, one, scaling=scaling, **options)
 
     return Case(run, 10 * y.numel())
 
 
 def residual_gradients_case(rows):
-    inputs, grads = Inputs(torch.device("cuda")), randn(LAYERS, rows, WIDTH)
-    tokens, x0 = inputs.tokens.view(-1, min(rows, 2048))[: -(-rows // 2048)], inputs.x0[:rows]
-    lambdas = torch.rand(LAYERS, device="cuda")
+    inputs = Inputs(torch.device("cuda"), max(rows // 2048, 1), min(rows, 2048))
+    grads, lambdas = randn(LAYERS, rows, WIDTH), torch.rand(LAYERS, device="cuda")
 
     def run():
-        return residual_gradients(grads, x0, lambdas, tokens.contiguous(), inputs.table, lambdas)
+        return residual_gradients(grads, inputs.x0, lambdas, inputs.tokens, inputs.table, lambdas)
 
     return Case(run, (LAYERS + 3) * 2 * rows * WIDTH + inputs.row_bytes)
 
@@ -254,12 +260,28 @@ def tiles(rows, cols, warps, stages=(2,)):
 
 
 ELEMENTWISE = tiles((32, 64), (128, 256), (4, 8)) + tiles((128,), (64, 128), (8,))
-RESIDUAL = [
-    *tiles((32,), (256,), (4, 8), (1, 2, 3)),
-    *tiles((32,), (128,), (4,), (1, 2, 3)),
-    *tiles((16,), (256,), (8,), (1, 2, 3)),
-    *tiles((16,), (256,), (4,), (1, 2, 3)),
-    *tiles((32,), (512,), (16,), (1, 2)),
+NORMS = [
+    *(RowTile(32, 128, 4, stages) for stages in (1, 2, 3)),
+    *(RowTile(32, 256, 8, stages) for stages in (1, 2, 3)),
+    RowTile(32, 128, 8),
+    RowTile(32, 256, 4),
+    RowTile(32, 512, 8),
+    RowTile(64, 64, 4),
+    RowTile(64, 64, 8),
+    RowTile(64, 128, 8),
+    RowTile(16, 256, 4),
+]
+NORMS_FORWARD = [*NORMS, RowTile(32, 512, 16), RowTile(64, 64, 4, 2), RowTile(64, 128, 8, 2)]
+NORMS_BACKWARD = [
+    *NORMS,
+    RowTile(32, 128, 4, 1, 96),
+    RowTile(32, 128, 4, 1, 80),
+    RowTile(32, 128, 8, 1, 64),
+    RowTile(32, 256, 8, 1, 128),
+    RowTile(32, 256, 8, 1, 96),
+    RowTile(64, 64, 4, 1, 128),
+    RowTile(64, 128, 8, 1, 128),
+    RowTile(64, 128, 8, 1, 96),
 ]
 MATMUL = [
     MatmulTile(128, 128, 64, 4, 3),
@@ -287,8 +309,10 @@ HEAD_TILES = [
 ]
 CASES = {
     "quantize": (quantize_case, ELEMENTWISE),
-    "bigram_residual_fwd": (bigram_residual_fwd_case, RESIDUAL),
-    "bigram_residual_bwd": (bigram_residual_bwd_case, RESIDUAL),
+    "bigram_residual_fwd": (bigram_residual_fwd_case, NORMS_FORWARD),
+    "residual_norm_fwd": (residual_norm_fwd_case, NORMS_FORWARD),
+    "bigram_residual_bwd": (partial(norm_backward_case, opening=True), NORMS_BACKWARD),
+    "residual_norm_bwd": (partial(norm_backward_case, opening=False), NORMS_BACKWARD),
     "residual_gradients": (
         residual_gradients_case,
         [

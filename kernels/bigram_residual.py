@@ -18,7 +18,7 @@ written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read an
 FLOPs: about 10 per element.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,10 +29,23 @@ from kernels.embedding_grad import bigram_table_grad
 from kernels.fp8 import check_alignment, empty_operand, operand_args
 from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
-from kernels.tuning import Tile, tuned
+from kernels.tuning import tuned
 
-FORWARD_TILE = Tile(rows=32, cols=256, warps=4, stages=3)
-BACKWARD_TILE = Tile(rows=32, cols=256, warps=8, stages=3)
+
+@dataclass(frozen=True)
+class RowTile:
+    """Block of rows x cols that a program works on at a time, going over whole rows; stages of the
+    loop that sums; cap on the registers of a thread."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+
+
+FORWARD_TILE = RowTile(rows=32, cols=128, warps=4, stages=2)
+BACKWARD_TILE = RowTile(rows=32, cols=128, warps=4)
 
 
 def bigram_residual_ref(
@@ -63,13 +76,14 @@ def _check_matrices(op, **tensors):
 
 
 def _tile(op, default, x):
-    """Tile for x's dtype: the winners are bf16's, shared memory is counted in bytes, and
-    store_scaled wants a thread for 4 x 4 elements at most."""
+    """Tile for x's dtype: the winners are bf16's, shared memory and registers are counted in bytes,
+    and store_scaled wants a thread for 4 x 4 elements at most."""
     config = tuned(op, default)
     if x.element_size() == 2:
         return config
     cols = config.cols // 2
-    return replace(config, cols=cols, warps=min(config.warps, config.rows * cols // (16 * 32)))
+    warps = min(config.warps, config.rows * cols // (16 * 32))
+    return replace(config, cols=cols, warps=warps, registers=None)
 
 
 def bigram_residual_fwd(
@@ -115,7 +129,8 @@ def bigram_residual_fwd(
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
-    config = _tile("bigram_residual_fwd", FORWARD_TILE, x)
+    op = "residual_norm_fwd" if x0 is None else "bigram_residual_fwd"
+    config = _tile(op, FORWARD_TILE, x)
     bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
@@ -140,6 +155,7 @@ def bigram_residual_fwd(
         BC=config.cols,
         STAGES=config.stages,
         num_warps=config.warps,
+        maxnreg=config.registers,
     )
     return y, rstd, normed, operand
 
@@ -173,7 +189,8 @@ def bigram_residual_bwd(
     if scaling is not None:
         check_alignment("bigram_residual", **tensors)
     n, c = y.shape
-    config = _tile("bigram_residual_bwd", BACKWARD_TILE, y)
+    op = "residual_norm_bwd" if x is None else "bigram_residual_bwd"
+    config = _tile(op, BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
     grad_y = torch.empty_like(y) if out is None else out
     partial = None
@@ -198,6 +215,7 @@ def bigram_residual_bwd(
         BC=config.cols,
         STAGES=config.stages,
         num_warps=config.warps,
+        maxnreg=config.registers,
     )
     return grad_y, None if partial is None else partial.sum(), operand
 

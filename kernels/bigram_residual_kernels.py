@@ -1,14 +1,17 @@
 """Kernels of bigram_residual, which has the maths and the launchers.
 
 Both walk twice over their rows: once for the sum that a row's norm needs, once to write what
-depends on it. The second walk reads y (and the gradient) back from the L2 cache.
+depends on it. The second walk reads y (and the gradient) back from the L2 cache. Both wait for
+memory, so what counts is how many warps fit on a multiprocessor: sums and maxima are kept for
+eight elements together (kernels/lanes.py), which took half of the registers away.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.bigram_hash import hash_rows
-from kernels.fp8 import larger_magnitude, record_amax, store_scaled
+from kernels.fp8 import amax_bits, record_amax, store_scaled
+from kernels.lanes import LANE, lane_maxima, lane_sums
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def bigram_residual_fwd_kernel(
         x0_ptr += base
     if normed_ptr is not None:
         normed_ptr += base
-    squares = tl.zeros((BM, BC), tl.float32)
+    squares = tl.zeros((BM, BC // LANE), tl.float32)
     for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
@@ -113,13 +116,13 @@ def bigram_residual_fwd_kernel(
         ).to(y_ptr.dtype.element_ty)  # fmt: skip
         tl.store(y_ptr + offsets, y, mask=ok)
         y = y.to(tl.float32)
-        squares += y * y
+        squares += lane_sums(y * y, BM, BC)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
     tl.debug_barrier()  # y is read back below, from the cache
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.float32)
+        peak = tl.zeros((BM, BC // LANE), tl.int32)
     # not pipelined by the compiler, which then computes all of it once per layout of the result
     for col in tl.range(0, C, BC, num_stages=1):
         cols = col + tl.arange(0, BC)
@@ -130,10 +133,10 @@ def bigram_residual_fwd_kernel(
         if normed_ptr is not None:
             tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
-            amax = larger_magnitude(amax, normed)
+            peak = tl.maximum(peak, lane_maxima(amax_bits(normed), BM, BC))
             store_scaled(normed * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:
-        record_amax(amax_ptr, amax)
+        record_amax(amax_ptr, peak.to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize_on_alignment=("stream_scale_ptr", "resid_ptr"))
@@ -172,20 +175,20 @@ def bigram_residual_bwd_kernel(
         grad_stream_ptr += base
     if x_ptr is not None:
         x_ptr += base
-    products = tl.zeros((BM, BC), tl.float32)
+    products = tl.zeros((BM, BC // LANE), tl.float32)
     for col in tl.range(0, C, BC, num_stages=STAGES):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
         h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-        products += h * y
+        products += lane_sums(h * y, BM, BC)
     rstd = tl.load(rstd_ptr + rows, mask=row_ok, other=0.0)
     y_scale = rstd * rstd * rstd * (tl.sum(products, axis=1) / C)
-    products = tl.zeros((BM, BC), tl.float32)
+    products = tl.zeros((BM, BC // LANE), tl.float32)
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
-        amax = tl.zeros((BM, BC), tl.float32)
+        peak = tl.zeros((BM, BC // LANE), tl.int32)
     # not pipelined by the compiler, as above
     for col in tl.range(0, C, BC, num_stages=1):
         cols = col + tl.arange(0, BC)
@@ -202,15 +205,15 @@ def bigram_residual_bwd_kernel(
             g += stream_scale * stream.to(tl.float32)
         tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
         if WITH_Y:
-            products += g * y
+            products += lane_sums(g * y, BM, BC)
         elif x_ptr is not None:
             x = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-            products += g * x.to(tl.float32)
+            products += lane_sums(g * x.to(tl.float32), BM, BC)
         if data_ptr is not None:
             g *= resid
-            amax = larger_magnitude(amax, g)
+            peak = tl.maximum(peak, lane_maxima(amax_bits(g), BM, BC))
             store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:
-        record_amax(amax_ptr, amax)
+        record_amax(amax_ptr, peak.to(tl.float32, bitcast=True))
     if resid_partial_ptr is not None:
         tl.store(resid_partial_ptr + tl.program_id(0), tl.sum(tl.sum(products, axis=1), axis=0))

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from kernels.fp8 import amax_bits, record_amax, store_scaled
+from kernels.lanes import LANE, lane_maxima
 from kernels.ptx import fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LANE = tl.constexpr(8)  # neighbouring logits of one thread
 SATURATION = tl.constexpr(10.5)  # tanh is 1 in fp32 beyond; (1 + exp(2 * 10.5))^4 < 1e37
 
 
@@ -139,7 +139,7 @@ def bwd_kernel(
     if grad_ptr is not None:
         grad_base = grad_ptr + row.to(tl.int64) * grad_stride
     if data_ptr is not None:
-        peak = tl.zeros((BM, BN // LANE), tl.int32)  # one maximum a thread and row
+        peak = tl.zeros((BM, BN // LANE), tl.int32)
         factor = tl.load(fp8_scale_ptr) * sign[:, None]
     offsets = m[:, None] * logits_stride + n[None, :]
     inside = m_ok[:, None] & (first + n < V)[None, :]
@@ -162,8 +162,7 @@ def bwd_kernel(
             address = grad_base + m[:, None] * grad_stride + (col + n)[None, :]
             tl.store(address, (g * sign[:, None]).to(grad_ptr.dtype.element_ty), mask=inside)
         if data_ptr is not None:
-            bits = tl.reshape(amax_bits(g), (BM, BN // LANE, LANE))
-            peak = tl.maximum(peak, tl.max(bits, axis=2))
+            peak = tl.maximum(peak, lane_maxima(amax_bits(g), BM, BN))
             store_scaled(g * factor, data_ptr, transposed_ptr, row, col, N, V, BM, BN)
     if data_ptr is not None:
         record_amax(amax_ptr, peak.to(tl.float32, bitcast=True))
