@@ -25,11 +25,19 @@ from kernels.adamw import AdamWConfig, AdamWHyper, AdamWTensors, adamw, adamw_sc
 from kernels.bigram_residual import RowTile, bigram_residual_bwd, bigram_residual_fwd
 from kernels.embedding_grad import embedding_grad, sort_rows
 from kernels.fp8 import E5M2, Scaling
-from kernels.linear_relu_squared import LinearTile, linear_relu_squared_fwd
+from kernels.linear_relu_squared import (
+    LinearTile,
+    linear_relu_squared_bwd,
+    linear_relu_squared_fwd,
+)
 from kernels.muon_momentum import muon_momentum
 from kernels.muon_update import muon_apply, muon_factors, muon_hyper
 from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
+from kernels.relu_squared import (
+    relu_squared_bwd,
+    relu_squared_bwd_from_output,
+    relu_squared_fwd,
+)
 from kernels.residual_gradients import Config, residual_gradients
 from kernels.rotary_qk_norm import (
     HeadTile,
@@ -138,6 +146,19 @@ def linear_relu_squared_case(rows):
     x, w = quantize(randn(rows, WIDTH), Scaling.from_bound(6.0)), randn(4 * WIDTH, WIDTH)
     w, scaling = quantize(w / WIDTH**0.5, Scaling.from_bound(0.2)), Scaling.from_bound(30.0)
     return Case(lambda: linear_relu_squared_fwd(x, w, scaling), flops=8 * rows * WIDTH**2)
+
+
+def linear_relu_squared_bwd_case(rows):
+    dz, v = quantize(randn(rows, WIDTH), Scaling.from_bound(6.0, E5M2)), randn(WIDTH, 4 * WIDTH)
+    v, y = quantize(v / WIDTH**0.5, Scaling.from_bound(0.2)), randn(rows, 4 * WIDTH).abs()
+    y, scaling = quantize(y, Scaling.from_bound(6.0)), Scaling.from_bound(30.0, E5M2)
+    return Case(lambda: linear_relu_squared_bwd(dz, v, y, scaling), flops=8 * rows * WIDTH**2)
+
+
+def relu_squared_bwd_from_output_case(rows):
+    y, dy = randn(rows, 4 * WIDTH).abs(), randn(rows, 4 * WIDTH)
+    y, scaling = quantize(y, Scaling.from_bound(6.0)), Scaling.from_bound(30.0, E5M2)
+    return Case(lambda: relu_squared_bwd_from_output(dy, y, scaling), 5 * dy.numel())
 
 
 def rotary_inputs(rows):
@@ -302,6 +323,13 @@ LINEAR = [
     LinearTile(256, 128, 128, 8, 3, part=64),
     LinearTile(128, 128, 128, 4, 4, part=64),
     LinearTile(128, 128, 64, 4, 4, part=64, programs=2),
+    LinearTile(128, 128, 64, 4, 4, part=32, programs=2),
+    LinearTile(128, 128, 128, 4, 3, part=64, programs=2),
+    LinearTile(128, 128, 128, 4, 3, part=32, programs=2),
+    LinearTile(128, 128, 64, 8, 4, part=32, programs=2),
+    LinearTile(128, 128, 128, 8, 3, part=32, programs=2),
+    LinearTile(64, 256, 64, 4, 4, part=32, programs=2),
+    LinearTile(64, 256, 128, 4, 2, part=32, programs=2),
 ]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
@@ -324,7 +352,9 @@ CASES = {
     "embed_smear": (embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
     "relu_squared": (relu_squared_case, ELEMENTWISE),
     "relu_squared_bwd": (relu_squared_bwd_case, ELEMENTWISE),
+    "relu_squared_bwd_from_output": (relu_squared_bwd_from_output_case, ELEMENTWISE),
     "linear_relu_squared": (linear_relu_squared_case, LINEAR),
+    "linear_relu_squared_bwd": (linear_relu_squared_bwd_case, LINEAR),
     "rotary_qk_norm": (rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (
         rotary_qk_norm_bwd_case,

@@ -1,15 +1,15 @@
-"""A linear layer and its squared ReLU in one kernel, on FP8 operands.
+"""A linear layer and its squared ReLU, or the backward of both, in one kernel on FP8 operands.
 
-    h = x w^T,   y = max(h, 0)^2        x (M, K), w (N, K)
+    forward     y = max(h, 0)^2,        h = x w^T       x (M, K), w (N, K)
+    backward    dh = 2 max(h, 0) g,     g = dz v        dz (M, K), v (K, N), max(h, 0) = sqrt(y)
 
-y is written as an FP8 operand in both layouts (kernels/fp8.py) and nothing else: it feeds products
-alone. The product accumulates in fp32 (fast accumulation, as cuBLAS's with use_fast_accum), and y
-is that of the h rounded to bf16, which the backward pass in kernels/relu_squared.py reads. (The
-backward product with an epilogue made in the same way took 0.88 ms at 65536 x 1024 x 4096 on an
-H200, 4 % more than two kernels, and was dropped: dev/LOG.md, 2026-11-22.)
+v is the weight of the layer that follows, z = y v^T. y and dh are written as FP8 operands in both
+layouts (kernels/fp8.py) and nothing else: they feed products alone, and the backward pass reads y
+where others keep h (kernels/relu_squared.py). Products accumulate in fp32 (fast accumulation, as
+cuBLAS's with use_fast_accum) and are rounded to bf16 before the epilogue.
 
-FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 4 per element of h (h and y
-twice) instead of 6 in two kernels.
+FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 2 per element of y, 3 per
+element of dh, where two kernels move 6 and 7.
 """
 
 from dataclasses import dataclass
@@ -54,37 +54,31 @@ def linear_relu_squared_ref(
     return h, relu_squared_ref(h)
 
 
-def linear_relu_squared_fwd(
-    x,  # FP8Operand (M, K)
-    w,  # FP8Operand (N, K)
-    scaling,
-):
-    """h = x w^T (M, N) in bf16, and max(h, 0)^2 as an FP8Operand under `scaling`.
-
-    Reads x.data and w.data.
-
-    Raises:
-        ValueError: shapes disagree, are empty or no multiples of 16, or the data is not contiguous
-            and aligned (kernels.fp8.check_alignment).
-    """
-    a, b = x.data, w.data
+def _launch(op, a, b, a_inverse, b_inverse, scaling, y=None):
+    """FP8Operand of the epilogue of a b^T; y is the FP8Operand that backward reads."""
     if a.size(1) != b.size(1):
-        raise ValueError(f"linear_relu_squared: x is {tuple(a.shape)}, w {tuple(b.shape)}")
-    for name, matrix in (("x", a), ("w", b)):
-        if matrix.dim() != 2 or not matrix.is_contiguous() or not matrix.numel():
-            raise ValueError(f"linear_relu_squared: {name} must be contiguous, and not empty")
-    check_alignment("linear_relu_squared", x=a, w=b)
+        raise ValueError(f"{op}: factors of {a.size(1)} and {b.size(1)} terms")
     rows, cols = a.size(0), b.size(0)
+    matrices = {"x": a, "w": b} | ({} if y is None else {"y": y.data})
+    for name, matrix in matrices.items():
+        if not matrix.is_contiguous() or not matrix.numel():
+            raise ValueError(f"{op}: {name} must be contiguous, and not empty")
+    if y is not None and y.data.shape != (rows, cols):
+        raise ValueError(f"{op}: y is {tuple(y.data.shape)}, the product {rows} x {cols}")
+    check_alignment(op, **matrices)
     operand = empty_operand(rows, cols, scaling, a.device)
-    h = torch.empty(rows, cols, dtype=torch.bfloat16, device=a.device)
-    config = tuned("linear_relu_squared", TILE)
+    config = tuned(op, TILE)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
-    linear_relu_squared_kernel[(min(tiles, config.programs * sm_count(a.device)),)](
+    programs = min(tiles, config.programs * sm_count(a.device))
+    scratch = torch.empty(programs, config.rows, config.cols, dtype=torch.bfloat16, device=a.device)
+    linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
         TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
-        x.inverse_scale,
-        w.inverse_scale,
-        h,
+        a_inverse,
+        b_inverse,
+        scratch,
+        None if y is None else y.data,
+        None if y is None else y.inverse_scale,
         *operand_args(operand, scaling),
         rows,
         cols,
@@ -97,4 +91,35 @@ def linear_relu_squared_fwd(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return h, operand
+    return operand
+
+
+def linear_relu_squared_fwd(
+    x,  # FP8Operand (M, K)
+    w,  # FP8Operand (N, K)
+    scaling,
+):
+    """max(x w^T, 0)^2 as an FP8Operand (M, N) under `scaling`; reads x.data and w.data.
+
+    Raises:
+        ValueError: shapes disagree, are empty or no multiples of 16, or the data is not contiguous
+            and aligned (kernels.fp8.check_alignment).
+    """
+    op = "linear_relu_squared"
+    return _launch(op, x.data, w.data, x.inverse_scale, w.inverse_scale, scaling)
+
+
+def linear_relu_squared_bwd(
+    dz,  # FP8Operand (M, K), gradient of y v^T
+    v,  # FP8Operand (K, N)
+    y,  # FP8Operand (M, N), from linear_relu_squared_fwd
+    scaling,
+):
+    """The gradient 2 sqrt(y) (dz v) of h as an FP8Operand (M, N) under `scaling`; reads dz.data,
+    v.transposed and y.data.
+
+    Raises:
+        ValueError: as linear_relu_squared_fwd.
+    """
+    op = "linear_relu_squared_bwd"
+    return _launch(op, dz.data, v.transposed, dz.inverse_scale, v.inverse_scale, scaling, y)

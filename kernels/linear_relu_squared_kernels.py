@@ -3,8 +3,9 @@
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
 epilogue never feeds the accumulator to store_scaled, which gave wrong bytes on an H200 with Triton
-3.6. The product goes through memory instead: stored in bf16, and read back from the L2 cache in
-blocks of rows, in the layout of plain loads that kernels/relu_squared.py has.
+3.6. The product goes through memory instead: a program stores its tile in bf16 into a scratch of
+its own, which stays in the L2 cache, and reads it back in blocks of rows, in the layout of plain
+loads that kernels/relu_squared.py has.
 """
 
 import triton
@@ -51,7 +52,9 @@ def linear_relu_squared_kernel(
     b_desc,  # (N, K) FP8 in blocks of BN x BK
     a_inverse_ptr,  # (1,) fp32
     b_inverse_ptr,  # (1,) fp32
-    h_ptr,  # (M, N) bf16
+    scratch_ptr,  # (programs, BM, BN) bf16
+    y_ptr,  # (M, N) FP8 squared ReLU; None in the forward pass
+    y_inverse_ptr,  # (1,) fp32, with y
     data_ptr,  # (M, N) FP8
     transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32
@@ -67,6 +70,9 @@ def linear_relu_squared_kernel(
 ):
     inverse = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
     scale = tl.load(scale_ptr)
+    if y_ptr is not None:
+        y_inverse = tl.load(y_inverse_ptr)
+    scratch_ptr += tl.program_id(0) * (BM * BN)
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     part = tl.arange(0, PART)[:, None]
@@ -81,16 +87,20 @@ def linear_relu_squared_kernel(
             if INTERPRETED:  # its dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b.T, product)
-        corner = h_ptr + row.to(tl.int64) * N + col
-        h = (product * inverse).to(tl.bfloat16)
-        tl.store(corner + m * N + n, h, mask=(row + m < M) & (col + n < N))
+        _barrier()  # every thread has read the last tile
+        tl.store(scratch_ptr + m * BN + n, (product * inverse).to(tl.bfloat16))
         _barrier()  # other threads read it back
         amax = tl.zeros((PART, BN), tl.float32)
         for i in tl.static_range(0, BM, PART):
-            inside = (row + i + part < M) & (col + n < N)
-            x = tl.load(corner + (i + part) * N + n, mask=inside, other=0.0)
-            x = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            x *= x
+            x = tl.load(scratch_ptr + (i + part) * BN + n).to(tl.float32)
+            if y_ptr is None:
+                x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                x *= x
+            else:
+                inside = (row + i + part < M) & (col + n < N)
+                y_block = y_ptr + (row + i).to(tl.int64) * N + col
+                y = tl.load(y_block + part * N + n, mask=inside, other=0.0).to(tl.float32)
+                x *= 2 * tl.sqrt(y * y_inverse)
             amax = larger_magnitude(amax, x)
             store_scaled(x * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
         peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from kernels.lanes import LANE, lane_sums
 from kernels.tuning import tuned
 
-VECTOR = 8  # columns a thread: 16 bytes of bf16
 MAX_WARPS = 16
 
 
@@ -55,17 +55,6 @@ def residual_gradients_ref(
 
 
 @triton.jit
-def _lane_sums(
-    x,  # (BL, BC)
-    BL: tl.constexpr,
-    BC: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Sums over runs of VECTOR columns, (BL, BC / VECTOR): each within one thread."""
-    return tl.sum(tl.reshape(x, (BL, BC // VECTOR, VECTOR)), axis=2)
-
-
-@triton.jit
 def _residual_gradients_kernel(
     grads_ptr,  # (L, N, C)
     x0_ptr,  # (N, C)
@@ -88,14 +77,13 @@ def _residual_gradients_kernel(
     POSITIONS: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
-    # One position at a time, all its layers at once: with VECTOR columns a thread, every sum over
+    # One position at a time, all its layers at once: with LANE columns a thread, every sum over
     # layers stays within a thread, and those over columns wait for the end of the program.
     layers, cols = tl.arange(0, BL), tl.arange(0, BC)
     layer_ok, col_ok = layers < L, cols < C
     x0_lambdas = tl.load(x0_lambdas_ptr + layers, mask=layer_ok, other=0.0).to(tl.float32)
-    of_x0 = tl.zeros((BL, BC // VECTOR), tl.float32)
+    of_x0 = tl.zeros((BL, BC // LANE), tl.float32)
     of_e = of_x0
     if table_ptr is not None:
         bigram_lambdas = tl.load(bigram_lambdas_ptr + layers, mask=layer_ok, other=0.0)
@@ -110,7 +98,7 @@ def _residual_gradients_kernel(
         g = tl.load(grads_ptr + base + layer_offsets, mask=mask, other=0.0).to(tl.float32)
         x0 = tl.load(x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
         grad_x0 = tl.sum(x0_lambdas[:, None] * g, axis=0)
-        of_x0 += _lane_sums(g * x0[None, :], BL, BC, VECTOR)
+        of_x0 += lane_sums(g * x0[None, :], BL, BC)
         if ACCUMULATE:
             grad_x0 += tl.load(grad_x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad_x0_ptr + base + cols, grad_x0.to(grad_x0_ptr.dtype.element_ty), mask=ok)
@@ -118,7 +106,7 @@ def _residual_gradients_kernel(
             row = hash_rows(tokens_ptr, where, where < N, T, num_rows, CURRENT, PREVIOUS)  # (1,)
             e = tl.load(table_ptr + row * C + cols, mask=ok, other=0.0).to(tl.float32)
             grad_e = tl.sum(bigram_lambdas[:, None] * g, axis=0)
-            of_e += _lane_sums(g * e[None, :], BL, BC, VECTOR)
+            of_e += lane_sums(g * e[None, :], BL, BC)
             if ACCUMULATE:
                 grad_e += tl.load(grad_e_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
             tl.store(grad_e_ptr + base + cols, grad_e.to(grad_e_ptr.dtype.element_ty), mask=ok)
@@ -132,15 +120,13 @@ def _residual_gradients_kernel(
                 tl.store(partial_ptr + 2 * layer + 1, tl.sum(tl.where(one, of_e, 0.0), axis=0))
 
 
-def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas, accumulators):
+def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
     layers, n, c = grads.shape
     for name, tensor, shape in (
-        ("grads", grads, grads.shape),
+        ("grads[0]", grads[0] if layers else None, (n, c)),
         ("x0", x0, (n, c)),
         ("x0_lambdas", x0_lambdas, (layers,)),
         ("bigram_lambdas", bigram_lambdas, (layers,)),
-        ("accumulators[0]", accumulators[0], (n, c)),
-        ("accumulators[1]", accumulators[1], (n, c)),
         ("table", table, (table.size(0) if table is not None else 0, c)),
     ):
         if tensor is not None and (not tensor.is_contiguous() or tensor.shape != shape):
@@ -160,27 +146,21 @@ def residual_gradients(
     tokens=None,  # (B, T) integer, B*T = N
     table=None,  # (num_rows, C)
     bigram_lambdas=None,  # (L,)
-    accumulators=None,  # grad x0 and grad e, (N, C) each, to add to in place; the latter None
-    # without a table
 ):
     """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,).
 
-    The first and third are in x0's dtype (or are the accumulators), the lambdas' in fp32; without
-    a table the last two are None. Sums are taken in fp32 in a fixed order.
+    The first and third are in x0's dtype, the lambdas' in fp32; without a table the last two are
+    None. Sums are taken in fp32 in a fixed order. Layers may lie any number of layers apart.
 
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.
     """
-    grad_x0, grad_e = accumulators or (None, None)
-    _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas, (grad_x0, grad_e))
+    _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas)
     layers, n, c = grads.shape
-    if accumulators is None:
-        grad_x0, grad_e = torch.empty_like(x0), None if table is None else torch.empty_like(x0)
-    elif grad_x0 is None or (table is None) != (grad_e is None):
-        raise ValueError("residual_gradients: accumulators are of x0 and, with a table, of e")
+    grad_x0, grad_e = torch.empty_like(x0), None if table is None else torch.empty_like(x0)
     config = tuned("residual_gradients", CONFIG)
     programs = triton.cdiv(n, config.positions)
-    block = max(triton.next_power_of_2(c), VECTOR)
+    block = max(triton.next_power_of_2(c), LANE.value)
     of_lambdas = []  # (group, 2) each
     for first in range(0, layers, config.layers):
         group = min(config.layers, layers - first)
@@ -198,17 +178,16 @@ def residual_gradients(
             group,
             n,
             c,
-            n * c,
+            grads.stride(0),
             tokens.size(1) if tokens is not None else n,
             table.size(0) if table is not None else 0,
             HASH_CURRENT,
             HASH_PREVIOUS,
-            ACCUMULATE=accumulators is not None or first > 0,
+            ACCUMULATE=first > 0,
             POSITIONS=config.positions,
             BL=triton.next_power_of_2(group),
             BC=block,
-            VECTOR=VECTOR,
-            num_warps=min(max(block // (32 * VECTOR), 1), MAX_WARPS),
+            num_warps=min(max(block // (32 * LANE.value), 1), MAX_WARPS),
             maxnreg=config.registers,
         )
         of_lambdas.append(partial.sum(dim=0))

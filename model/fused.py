@@ -267,15 +267,16 @@ class FusedGPT(nn.Module):
         """Add the gradients of grad_loss * loss to every parameter's .grad; empties `state`."""
         model, middle = self.model, self.model.config.n_layer // 2
         order = sort_rows(state.tokens, model.config.padded_vocab_size)
-        grad_end, operand = self._head_backward(state, grad_loss)
-        grads = torch.empty(len(self.layers), *grad_end.shape, dtype=grad_end.dtype,
-                            device=grad_end.device)  # fmt: skip
-        sums = torch.empty(len(self.layers), device=grad_end.device)
-        g, factor = grad_end, None
+        layers = len(self.layers)
+        # gradients of each layer's mix, and last of the stream after backout
+        grads = torch.empty(layers + 1, *state.y.shape, dtype=state.y.dtype, device=state.y.device)
+        operand = self._head_backward(state, grad_loss, grads[layers])
+        sums = torch.empty(layers, device=grads.device)
+        g, factor = grads[layers], None
         for layer in reversed(self.layers):
             i = layer.index
             if i == middle:
-                g = self._middle_backward(state, g, factor, grad_end)
+                g = self._middle_backward(state, grads)
                 factor, operand = None, self.precision.quantized(f"grad_mlp.{i}", g)
             below = None if i in (0, middle + 1) else f"grad_mlp.{i - 1}"
             sums[i], operand = layer.backward(
@@ -283,7 +284,7 @@ class FusedGPT(nn.Module):
                 grads[i], below,
             )  # fmt: skip
             g, factor = grads[i], layer.resid_lambda
-        self._mix_backward(state, grads, sums, order)
+        self._mix_backward(state, grads[:layers], sums, order)
         self.precision.scaling.calibrate(False)
         self.ran = True
 
@@ -291,8 +292,9 @@ class FusedGPT(nn.Module):
         self,
         state,
         grad_loss,  # ()
+        out,  # (N, C) where the gradient of the stream after backout goes
     ):
-        """Gradient of the stream after backout (N, C), and the last MLP's operand of it."""
+        """The last MLP's operand of that gradient."""
         p, head = self.precision, self.weights.lm_head
         scale = mean_grad_scale(state.targets) * grad_loss
         grad_logits = p.operand(
@@ -307,24 +309,25 @@ class FusedGPT(nn.Module):
         grad = p.gemm.input_grad(grad_logits, head.operand)  # (N, C)
         last = len(self.layers) - 1
         name = f"grad_mlp.{last}" if last != self.model.config.n_layer // 2 else None
-        g, _, operand = p.mix_backward(name, grad, state.y, state.rstd)
+        _, _, operand = p.mix_backward(name, grad, state.y, state.rstd, out=out)
         state.y = state.normed = None
-        return g, operand
+        return operand
 
     def _middle_backward(
         self,
         state,
-        g,  # (N, C) gradient of the mix after the middle layer
-        factor,  # (1,), or None for 1
-        grad_end,  # (N, C) gradient of the stream after backout
+        grads,  # (L + 1, N, C) gradients of the mixes, and last of the stream after backout
     ):
         """Gradient of the stream after the middle layer, which backout reads too, (N, C)."""
-        g = g.clone() if factor is None else factor.to(g.dtype) * g
-        backout = self.model.backout_lambda
-        _, of_lambda, _, _ = residual_gradients(
-            grad_end[None], state.x_mid, -backout, accumulators=(g, None)
-        )
-        backout.grad -= of_lambda
+        model, above, last = self.model, self.model.config.n_layer // 2 + 1, len(self.layers)
+        backout = model.backout_lambda
+        if above == last:
+            used, factors = grads[last:], 1 - backout
+        else:
+            used = grads[above :: last - above]  # of the mix above, and after backout
+            factors = torch.cat([model.resid_lambdas[above : above + 1], -backout])
+        g, of_factors, _, _ = residual_gradients(used, state.x_mid, factors)
+        backout.grad -= of_factors[-1:]
         state.x_mid = None
         return g
 

@@ -5,6 +5,7 @@ Shapes: N = B*T positions, C width, H query and K key/value heads of D columns, 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
 from kernels.embedding_grad import embedding_grad
 from kernels.fp8 import Scaling
-from kernels.linear_relu_squared import linear_relu_squared_fwd
+from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
@@ -100,7 +101,7 @@ class LayerState:
     y_mid: torch.Tensor = None  # (N, C) stream before the MLP
     rstd_mid: torch.Tensor = None  # (N,)
     normed_mid: Any = None  # operand (N, C)
-    hidden: torch.Tensor = None  # (N, 4C) before relu_squared
+    hidden: torch.Tensor = None  # (N, 4C) before relu_squared; None in FP8
     activated: Any = None  # operand (N, 4C)
 
 
@@ -139,10 +140,9 @@ class FusedLayer:
         state = LayerState(*p.norm(x, branch, x0, *table, *lambdas))
         branch = self._attention_forward(p, state, tokens)
         state.y_mid, state.rstd_mid, normed = p.norm(state.y, branch)
-        state.hidden, activated = self._activated(p, normed)
+        state.hidden, state.activated = self._activated(p, normed)
         state.normed_mid = p.gemm.keep(normed)
-        state.activated = p.gemm.keep(activated)
-        branch = p.gemm.forward(activated, p.weight(self.weights["mlp_proj"]))
+        branch = p.gemm.forward(state.activated, p.weight(self.weights["mlp_proj"]))
         return state.y_mid, branch, state
 
     def _activated(
@@ -150,12 +150,27 @@ class FusedLayer:
         p,
         normed,  # operand (N, C)
     ):
-        """The MLP's hidden layer (N, 4C) and the operand of its squared ReLU."""
+        """The MLP's hidden layer (N, 4C), None in FP8, and the operand of its squared ReLU."""
         weight, name = p.weight(self.weights["fc"]), self._name("activated")
         if p.gemm.fp8:
-            return p.scaling.produce(name, lambda s: linear_relu_squared_fwd(normed, weight, s))
+            run = partial(linear_relu_squared_fwd, normed, weight)
+            return None, p.scaling.produce(name, run)
         hidden = p.gemm.forward(normed, weight)
-        return hidden, p.operand(name, lambda *how: relu_squared_fwd(hidden, *how))
+        return hidden, relu_squared_fwd(hidden)[0]
+
+    def _activated_backward(
+        self,
+        p,
+        operand,  # of the gradient of the MLP's output (N, C)
+        hidden,  # (N, 4C), None in FP8
+        activated,  # operand (N, 4C)
+    ):
+        """Operand of the gradient of the hidden layer, (N, 4C)."""
+        weight, name = self.weights["mlp_proj"].operand, self._name("grad_fc")
+        if p.gemm.fp8:
+            run = partial(linear_relu_squared_bwd, operand, weight, activated)
+            return p.scaling.produce(name, run)
+        return relu_squared_bwd(p.gemm.input_grad(operand, weight), hidden)[0]
 
     def _attention_forward(
         self,
@@ -204,12 +219,8 @@ class FusedLayer:
         """
         gemm, weights = p.gemm, self.weights
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
-        grad = gemm.input_grad(operand, weights["mlp_proj"].operand)  # (N, 4C)
+        grad_fc = self._activated_backward(p, operand, state.hidden, state.activated)
         state.activated = operand = None
-        grad_fc = p.operand(
-            self._name("grad_fc"), lambda *how: relu_squared_bwd(grad, state.hidden, *how)
-        )
-        del grad
         gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
         grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
         state.hidden = state.normed_mid = grad_fc = None

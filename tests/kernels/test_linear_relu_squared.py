@@ -1,28 +1,22 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from bench.tune import CASES
-from kernels.fp8 import E4M3, FP8Operand, Scaling
+from kernels.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from kernels.linear_relu_squared import (
     LinearTile,
+    linear_relu_squared_bwd,
     linear_relu_squared_fwd,
-    linear_relu_squared_ref,
 )
 from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_fwd
+from kernels.relu_squared import relu_squared_bwd_from_output, relu_squared_fwd
 from kernels.tuning import forced
-from tests.kernels.checks import (
-    ON_GPU,
-    assert_accurate,
-    assert_fp8,
-    fp8_steps,
-    relative_error,
-    same_bits,
-)
+from tests.kernels.checks import ON_GPU, assert_fp8, fp8_steps, relative_error, same_bits
 
-OP = "linear_relu_squared"
+FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N
 # the interpreter's dot is slow; a GPU takes the tuner's sizes, in whose layouts FP8 comes out right
 SMALL = LinearTile() if ON_GPU else LinearTile(rows=64, cols=64, depth=32, part=32)
@@ -38,13 +32,49 @@ def seeded():
     torch.manual_seed(0)
 
 
-def inputs(shape, device):
-    """x (M, K) and w (N, K) in e4m3, and the scaling of the activation."""
-    rows, depth, cols = shape
-    x = quantize(torch.randn(rows, depth, device=device), Scaling.from_bound(6.0, E4M3, device))
-    w = torch.randn(cols, depth, device=device) / depth**0.5
-    w = quantize(w, Scaling.from_bound(2.0, E4M3, device))
-    return x, w, Scaling.from_bound(25.0, E4M3, device)
+class Case:
+    """Operands of one direction, its product and what the epilogue makes of that.
+
+    Forward: x (M, K) and w (N, K) in e4m3. Backward: dz (M, K) in e5m2, v (K, N) and y (M, N).
+    """
+
+    def __init__(self, op, shape, device):
+        rows, depth, cols = shape
+        self.op, backward = op, op == BACKWARD
+
+        def operand(bound, dtype, *shape):
+            return quantize(torch.randn(shape, device=device), scale(bound, dtype, device))
+
+        self.x = operand(6.0, E5M2 if backward else E4M3, rows, depth)
+        weight = torch.randn((depth, cols) if backward else (cols, depth), device=device)
+        self.w = quantize(weight / depth**0.5, scale(2.0, E4M3, device))
+        self.scaling = scale(25.0, E5M2 if backward else E4M3, device)
+        self.factors = self.x.data, self.w.transposed if backward else self.w.data
+        self.y = None
+        if backward:
+            y = torch.randn(rows, cols, device=device).relu().square()
+            self.y = quantize(y, scale(16.0, E4M3, device))
+
+    def run(self, scaling, x=None):
+        x = x or self.x
+        if self.y is None:
+            return linear_relu_squared_fwd(x, self.w, scaling)
+        return linear_relu_squared_bwd(x, self.w, self.y, scaling)
+
+    def product(self):
+        """The product in bf16 as plain torch computes it in fp32, (M, N)."""
+        a, b = (factor.float() for factor in self.factors)
+        return (a @ b.t() * (self.x.inverse_scale * self.w.inverse_scale)).bfloat16()
+
+    def epilogue(self, product, scaling):
+        """FP8Operand that kernels of their own make of a product."""
+        if self.y is None:
+            return relu_squared_fwd(product, scaling, want_plain=False)[1]
+        return relu_squared_bwd_from_output(product, self.y, scaling)
+
+
+def scale(bound, dtype, device):
+    return Scaling.from_bound(bound, dtype, device)
 
 
 def zeroed(scaling):
@@ -65,40 +95,52 @@ def assert_close_operands(name, got, expected, amax, expected_amax):
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape, tile, device):
-    x, w, scaling = inputs(shape, device)
-    with forced(OP, tile):
-        h, operand = linear_relu_squared_fwd(x, w, scaling)
-    x, w = x.dequantize().double(), w.dequantize().double()
-    truth, _ = linear_relu_squared_ref(x, w)
-    assert_accurate("h", h, truth.bfloat16(), truth)
-    assert_fp8("activation", operand, h.double().relu().square(), scaling)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_matches_the_product_and_its_epilogue(op, shape, tile, device):
+    """In the interpreter to the bit: fp32 sums of few factors of few bits are exact in any order.
+    Tensor cores add with fewer bits."""
+    case = Case(op, shape, device)
+    product = case.product()
+    with forced(op, tile):
+        operand = case.run(case.scaling)
+    if ON_GPU:
+        other = zeroed(case.scaling)
+        expected = case.epilogue(product, other)
+        assert_close_operands(op, operand, expected, case.scaling.amax, other.amax)
+    elif op == FORWARD:
+        assert_fp8(op, operand, product.double().relu().square(), case.scaling)
+    else:
+        exact = 2 * case.y.dequantize().double().sqrt() * product.double()
+        assert_fp8(op, operand, exact, case.scaling)
 
 
-def test_two_runs_give_the_same_bits(device):
-    x, w, scaling = inputs((112, 48, 160), device)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_two_runs_give_the_same_bits(op, device):
+    case = Case(op, (112, 48, 160), device)
 
     def run():
-        found = zeroed(scaling)
-        with forced(OP, SMALL):
-            h, y = linear_relu_squared_fwd(x, w, found)
-        return [h, y.data, y.transposed, found.amax]
+        found = zeroed(case.scaling)
+        with forced(op, SMALL):
+            y = case.run(found)
+        return [y.data, y.transposed, found.amax]
 
     same_bits(run)
 
 
-def test_nan_shows(device):
-    x, w, scaling = inputs((80, 32, 48), device)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_nan_shows(op, device):
+    case = Case(op, (80, 32, 48), device)
     nan = torch.full((1,), float("nan"), device=device)
-    with forced(OP, SMALL):
-        h, y = linear_relu_squared_fwd(replace(x, inverse_scale=nan), w, scaling)
-    assert h.isnan().all() and y.data.float().isnan().all() and scaling.amax.isnan()
+    with forced(op, SMALL):
+        y = case.run(case.scaling, replace(case.x, inverse_scale=nan))
+    assert y.data.float().isnan().all() and case.scaling.amax.isnan()
 
 
 def test_refused_inputs(device):
-    x, w, scaling = inputs((32, 32, 48), device)
+    case = Case(FORWARD, (32, 32, 48), device)
+    x, w, scaling = case.x, case.w, case.scaling
     narrow = quantize(torch.zeros(48, 16, device=device), scaling)
-    with pytest.raises(ValueError, match=r"x is \(32, 32\), w \(48, 16\)"):
+    with pytest.raises(ValueError, match="factors of 32 and 16 terms"):
         linear_relu_squared_fwd(x, narrow, scaling)
     with pytest.raises(ValueError, match="multiples of 16"):
         linear_relu_squared_fwd(replace(x, data=x.data[:24]), w, scaling)
@@ -109,6 +151,10 @@ def test_refused_inputs(device):
     shifted = torch.zeros(32 * 32 + 8, dtype=torch.uint8, device=device)[8:].view(E4M3).view(32, 32)
     with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
         linear_relu_squared_fwd(replace(x, data=shifted), w, scaling)
+    case = Case(BACKWARD, (32, 32, 48), device)
+    y = replace(case.y, data=case.y.data[:16])
+    with pytest.raises(ValueError, match=r"y is \(16, 48\), the product 32 x 48"):
+        linear_relu_squared_bwd(case.x, case.w, y, scaling)
 
 
 def scaled_mm(a, b, a_inverse, b_inverse):
@@ -118,50 +164,48 @@ def scaled_mm(a, b, a_inverse, b_inverse):
     )
 
 
-def assert_same_operands(got, expected):
-    for name in ("data", "transposed"):
-        a, b = (getattr(operand, name).view(torch.uint8) for operand in (got, expected))
-        assert torch.equal(a, b), f"{(a != b).float().mean():.1e} of the bytes of {name} differ"
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(4096, 1024, 4096), (4112, 1040, 4112)], ids=str)
-@pytest.mark.parametrize("tile", CASES[OP][1], ids=str)
-def test_every_candidate(tile, shape, device):
-    x, w, scaling = inputs(shape, device)
+@pytest.mark.parametrize("tile", CASES[FORWARD][1], ids=str)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_every_candidate(op, tile, shape, device):
+    """Against cuBLAS and a kernel of its own; both layouts hold the same values."""
+    case = Case(op, shape, device)
 
     def run():
-        found = zeroed(scaling)
-        with forced(OP, tile):
-            h, operand = linear_relu_squared_fwd(x, w, found)
-        return h, operand.data, operand.transposed, found.amax
+        found = zeroed(case.scaling)
+        with forced(op, tile):
+            operand = case.run(found)
+        return operand.data, operand.transposed, found.amax
 
-    h, data, transposed, amax = same_bits(run)
-    operand = FP8Operand(data, transposed, scaling.inverse_scale)
-    product = scaled_mm(x.data, w.data, x.inverse_scale, w.inverse_scale)
-    assert_accurate("h", h, product, x.dequantize().double() @ w.dequantize().double().t())
-    other = zeroed(scaling)
-    assert_same_operands(operand, relu_squared_fwd(h, other, want_plain=False)[1])
-    assert torch.equal(amax, other.amax)
-    other = zeroed(scaling)
-    _, expected = relu_squared_fwd(product, other, want_plain=False)
-    assert_close_operands("activation", operand, expected, amax, other.amax)
+    data, transposed, amax = same_bits(run)
+    operand = FP8Operand(data, transposed, case.scaling.inverse_scale)
+    other = zeroed(case.scaling)
+    expected = case.epilogue(
+        scaled_mm(*case.factors, case.x.inverse_scale, case.w.inverse_scale), other
+    )
+    assert_close_operands(op, operand, expected, amax, other.amax)
 
 
 @pytest.mark.cuda
-def test_more_than_two_to_the_31_elements(device):
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_more_than_two_to_the_31_elements(op, device):
     rows, depth, cols = 131072 + 64, 32, 16384
     corners = (-1, -1), (-1, 0), (0, -1)
     x = torch.zeros(rows, depth, device=device)
     w = torch.zeros(cols, depth, device=device)
     x[0, 0], x[-1, 1], w[0, 1], w[-1, 0], w[-1, 1] = 1.0, 2.0, 0.5, 1.5, 1.0
-    unit = Scaling.from_bound(448.0, E4M3, device)  # a scale of 1
-    x, w = quantize(x, unit), quantize(w, unit)
-    h, operand = linear_relu_squared_fwd(x, w, Scaling.from_bound(448.0, E4M3, device))
-    for y, expected in (
-        (h, [2.0, 1.0, 1.5]),
-        (operand.data, [4.0, 1.0, 2.25]),
-        (operand.transposed.t(), [4.0, 1.0, 2.25]),
-    ):
+    unit = partial(Scaling.from_bound, 448.0, E4M3, device)  # a scale of 1
+    x, run = quantize(x, unit()), partial(linear_relu_squared_fwd, w=quantize(w, unit()))
+    expected = [4.0, 1.0, 2.25]
+    if op == BACKWARD:
+        y = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
+        y[-1, -1], y[-1, 0], y[0, -1] = 4.0, 16.0, 0.25
+        run = partial(linear_relu_squared_bwd, v=quantize(w.t().contiguous(), unit()),
+                      y=quantize(y, unit()))  # fmt: skip
+        del y
+        expected = [8.0, 8.0, 1.5]
+    operand = run(x, scaling=unit())
+    for y in (operand.data, operand.transposed.t()):
         assert [y[i, j].item() for i, j in corners] == expected
         assert not y[1:-1].view(torch.uint8).any()
