@@ -326,8 +326,6 @@ LINEAR = [
     LinearTile(128, 128, 64, 4, 4, part=32, programs=2),
     LinearTile(128, 128, 128, 4, 3, part=64, programs=2),
     LinearTile(128, 128, 128, 4, 3, part=32, programs=2),
-    LinearTile(128, 128, 64, 8, 4, part=32, programs=2),
-    LinearTile(128, 128, 128, 8, 3, part=32, programs=2),
     LinearTile(64, 256, 64, 4, 4, part=32, programs=2),
     LinearTile(64, 256, 128, 4, 2, part=32, programs=2),
 ]

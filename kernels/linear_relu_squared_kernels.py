@@ -98,9 +98,12 @@ def linear_relu_squared_kernel(
                 x *= x
             else:
                 inside = (row + i + part < M) & (col + n < N)
-                y_block = y_ptr + (row + i).to(tl.int64) * N + col
-                y = tl.load(y_block + part * N + n, mask=inside, other=0.0).to(tl.float32)
-                x *= 2 * tl.sqrt(y * y_inverse)
+                # eight columns a thread, as in x: from loads of sixteen, ptxas crashes below
+                offsets = tl.max_contiguous(part * N + n, (1, 8))
+                y = tl.load(
+                    y_ptr + (row + i).to(tl.int64) * N + col + offsets, mask=inside, other=0.0
+                )
+                x *= 2 * tl.sqrt(y.to(tl.float32) * y_inverse)
             amax = larger_magnitude(amax, x)
             store_scaled(x * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
         peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))

@@ -48,7 +48,9 @@ def _relu_squared_kernel(
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     inside = (row + m < M) & (col + n < N)
     row64 = row.to(tl.int64)
-    x = tl.load(x_ptr + row64 * x_stride + col + (m * x_stride + n), mask=inside, other=0.0)
+    # eight columns a thread, also of FP8: from loads of sixteen, ptxas crashes in store_fp8
+    offsets = tl.max_contiguous(m * x_stride + n, (1, 8))
+    x = tl.load(x_ptr + row64 * x_stride + col + offsets, mask=inside, other=0.0)
     if x_inverse_ptr is None:
         positive = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
