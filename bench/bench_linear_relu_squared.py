@@ -1,14 +1,21 @@
-"""linear_relu_squared at the MLP of depth 16, against a product and the relu_squared kernel."""
+"""linear_relu_squared at the MLP of depth 16, forward and backward, against a product by a library
+and a kernel for the rest: relu_squared, which keeps or reads the hidden layer in bf16."""
 
 from functools import partial
 
+import pytest
 import torch
 
 from bench.harness import ON_GPU, measure, op_benchmark
-from kernels.fp8 import E4M3, Scaling
-from kernels.linear_relu_squared import linear_relu_squared_fwd, linear_relu_squared_ref
+from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.linear_relu_squared import (
+    linear_relu_squared_bwd,
+    linear_relu_squared_bwd_ref,
+    linear_relu_squared_fwd,
+    linear_relu_squared_ref,
+)
 from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_fwd
+from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from model.gemm import TorchGemm, TransformerEngineGemm
 from tests.kernels.checks import relative_error
 
@@ -24,31 +31,57 @@ def providers():
         return {"scaled_mm": TorchGemm()}
 
 
-@op_benchmark
-def bench_linear_relu_squared(benchmark, device):
-    x = quantize(torch.randn(M, K, device=device), Scaling.from_bound(6.0, E4M3, device))
-    w = torch.randn(N, K, device=device) / K**0.5
-    w = quantize(w, Scaling.from_bound(6 / K**0.5, E4M3, device))
+def operand(device, bound, dtype, *shape, factor=1.0):
+    """A random FP8Operand."""
+    x = factor * torch.randn(shape, device=device)
+    return quantize(x, Scaling.from_bound(bound, dtype, device))
+
+
+def forward_case(device):
+    """The op, its alternative on given products, and the reference."""
+    x = operand(device, 6.0, E4M3, M, K)
+    w = operand(device, 6 / K**0.5, E4M3, N, K, factor=K**-0.5)
     scaling = Scaling.from_bound(36.0, E4M3, device)
 
     def unfused(gemm):
-        h = gemm.forward(x, w)
-        return h, relu_squared_fwd(h, scaling, want_plain=False)[1]
+        return relu_squared_fwd(gemm.forward(x, w), scaling, want_plain=False)[1]
 
-    op = partial(linear_relu_squared_ref, x.dequantize(), w.dequantize())
+    fused = partial(linear_relu_squared_fwd, x, w, scaling)
+    reference = partial(linear_relu_squared_ref, x.dequantize(), w.dequantize())
+    return fused, unfused, reference
+
+
+def backward_case(device):
+    dz = operand(device, 6.0, E5M2, M, K)
+    v = operand(device, 6 / K**0.5, E4M3, K, N, factor=K**-0.5)
+    h = torch.randn(M, N, device=device).bfloat16()
+    _, y = relu_squared_fwd(h, Scaling.from_bound(36.0, E4M3, device), want_plain=False)
+    scaling = Scaling.from_bound(60.0, E5M2, device)
+
+    def unfused(gemm):
+        return relu_squared_bwd(gemm.input_grad(dz, v), h, scaling, want_plain=False)[1]
+
+    fused = partial(linear_relu_squared_bwd, dz, v, y, scaling)
+    tensors = [x.dequantize() for x in (dz, v, y)]
+    return fused, unfused, partial(linear_relu_squared_bwd_ref, *tensors)
+
+
+@op_benchmark
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def bench_linear_relu_squared(benchmark, device, backward):
+    op, unfused, reference = (backward_case if backward else forward_case)(device)
     alternatives = {name: partial(unfused, gemm) for name, gemm in providers().items()}
     if ON_GPU:
-        exact_h, exact = op()
-        op = partial(linear_relu_squared_fwd, x, w, scaling)
+        exact = reference()
+        bound = 0.08 if backward else 0.04  # e5m2 rounds to 2^-3, e4m3 to 2^-4
         for run in (op, *alternatives.values()):
-            h, operand = run()
-            assert relative_error(h, exact_h) < 5e-3
-            assert relative_error(operand.dequantize(), exact) < 0.04  # e4m3 rounds to 2^-4
-        del exact_h, exact
+            assert relative_error(run().dequantize(), exact) < bound
+        del exact
     measure(
         benchmark,
-        op,
-        bytes_moved=(M + N) * K + 4 * M * N,  # operands; h in bf16; the activation in two layouts
+        op if ON_GPU else reference,
+        # operands; what is written in two layouts; y, which backward reads
+        bytes_moved=(M + N) * K + (3 if backward else 2) * M * N,
         flops=2 * M * N * K,
         alternatives=alternatives,
         shape=(M, K, N),

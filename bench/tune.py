@@ -33,11 +33,7 @@ from kernels.linear_relu_squared import (
 from kernels.muon_momentum import muon_momentum
 from kernels.muon_update import muon_apply, muon_factors, muon_hyper
 from kernels.quantize import quantize
-from kernels.relu_squared import (
-    relu_squared_bwd,
-    relu_squared_bwd_from_output,
-    relu_squared_fwd,
-)
+from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.residual_gradients import Config, residual_gradients
 from kernels.rotary_qk_norm import (
     HeadTile,
@@ -153,12 +149,6 @@ def linear_relu_squared_bwd_case(rows):
     v, y = quantize(v / WIDTH**0.5, Scaling.from_bound(0.2)), randn(rows, 4 * WIDTH).abs()
     y, scaling = quantize(y, Scaling.from_bound(6.0)), Scaling.from_bound(30.0, E5M2)
     return Case(lambda: linear_relu_squared_bwd(dz, v, y, scaling), flops=8 * rows * WIDTH**2)
-
-
-def relu_squared_bwd_from_output_case(rows):
-    y, dy = randn(rows, 4 * WIDTH).abs(), randn(rows, 4 * WIDTH)
-    y, scaling = quantize(y, Scaling.from_bound(6.0)), Scaling.from_bound(30.0, E5M2)
-    return Case(lambda: relu_squared_bwd_from_output(dy, y, scaling), 5 * dy.numel())
 
 
 def rotary_inputs(rows):
@@ -328,6 +318,11 @@ LINEAR = [
     LinearTile(128, 128, 128, 4, 3, part=32, programs=2),
     LinearTile(64, 256, 64, 4, 4, part=32, programs=2),
     LinearTile(64, 256, 128, 4, 2, part=32, programs=2),
+    LinearTile(128, 128, 64, 8, 4, part=32, programs=2, registers=128),
+    LinearTile(128, 128, 64, 8, 4, part=64, programs=2, registers=128),
+    LinearTile(128, 128, 128, 8, 2, part=32, programs=2, registers=128),
+    LinearTile(128, 128, 128, 8, 2, part=64, programs=2, registers=128),
+    LinearTile(128, 128, 64, 4, 4, part=32, programs=3, registers=168),
 ]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
@@ -350,7 +345,6 @@ CASES = {
     "embed_smear": (embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
     "relu_squared": (relu_squared_case, ELEMENTWISE),
     "relu_squared_bwd": (relu_squared_bwd_case, ELEMENTWISE),
-    "relu_squared_bwd_from_output": (relu_squared_bwd_from_output_case, ELEMENTWISE),
     "linear_relu_squared": (linear_relu_squared_case, LINEAR),
     "linear_relu_squared_bwd": (linear_relu_squared_bwd_case, LINEAR),
     "rotary_qk_norm": (rotary_qk_norm_case, HEAD_TILES),

@@ -1,12 +1,9 @@
 """Squared ReLU (Primer, https://arxiv.org/abs/2109.08668): y = max(x, 0)^2, dx = 2*max(x, 0)*dy.
 
-Both passes give a plain result, an FP8 operand in both layouts (kernels/fp8.py), or both. Where y
-is an FP8 operand anyway, x need not be kept: max(x, 0) is the root of y, to half of y's relative
-error (3 % at most for normal e4m3 numbers, where dx is rounded to e5m2 by up to 12 %).
+Both passes give a plain result, an FP8 operand in both layouts (kernels/fp8.py), or both.
 
-Bytes per element of s bytes: s read forward and 2*s backward (x and dy; s + 1 from an FP8 y); s
-written for a plain result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward
-(5 from an FP8 y). FLOPs: 2.
+Bytes per element of s bytes: s read forward and 2*s backward (x and dy); s written for a plain
+result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward. FLOPs: 2.
 """
 
 import torch
@@ -29,8 +26,7 @@ def relu_squared_ref(
 
 @triton.jit
 def _relu_squared_kernel(
-    x_ptr,  # (M, N), rows x_stride apart; with x_inverse_ptr the FP8 values of max(x, 0)^2
-    x_inverse_ptr,  # (1,) fp32, or None
+    x_ptr,  # (M, N), rows x_stride apart
     dy_ptr,  # (M, N), rows dy_stride apart; None in the forward pass
     out_ptr,  # (M, N), or None
     data_ptr,  # (M, N) FP8, or None
@@ -48,13 +44,8 @@ def _relu_squared_kernel(
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     inside = (row + m < M) & (col + n < N)
     row64 = row.to(tl.int64)
-    # eight columns a thread, also of FP8: from loads of sixteen, ptxas crashes in store_fp8
-    offsets = tl.max_contiguous(m * x_stride + n, (1, 8))
-    x = tl.load(x_ptr + row64 * x_stride + col + offsets, mask=inside, other=0.0)
-    if x_inverse_ptr is None:
-        positive = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        positive = tl.sqrt(x.to(tl.float32) * tl.load(x_inverse_ptr))
+    x = tl.load(x_ptr + row64 * x_stride + col + (m * x_stride + n), mask=inside, other=0.0)
+    positive = tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     if dy_ptr is None:
         out = positive * positive
     else:
@@ -66,7 +57,7 @@ def _relu_squared_kernel(
         store_fp8(out, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N, BM, BN)
 
 
-def _launch(op, x, dy, scaling, want_plain, x_inverse=None):
+def _launch(op, x, dy, scaling, want_plain):
     for name, matrix in (("x", x), ("dy", dy)):
         if matrix is not None and (matrix.dim() != 2 or matrix.stride(1) != 1):
             raise ValueError(f"{op}: {name} must be a matrix with contiguous rows")
@@ -81,7 +72,6 @@ def _launch(op, x, dy, scaling, want_plain, x_inverse=None):
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _relu_squared_kernel[grid](
         x,
-        x_inverse,
         dy,
         out,
         *operand_args(operand, scaling),
@@ -124,20 +114,6 @@ def relu_squared_bwd(
             their shapes differ.
     """
     return _launch("relu_squared_bwd", x, dy, scaling, want_plain)
-
-
-def relu_squared_bwd_from_output(
-    dy,  # (M, N) bf16 or fp32, stride 1 along the rows
-    y,  # FP8Operand (M, N) of max(x, 0)^2
-    scaling,
-):
-    """dx = 2*sqrt(y)*dy as an FP8Operand under `scaling`; reads y.data.
-
-    Raises:
-        ValueError: dy is not a matrix with contiguous and aligned rows, or not of y's shape.
-    """
-    op = "relu_squared_bwd_from_output"
-    return _launch(op, y.data, dy, scaling, False, y.inverse_scale)[1]
 
 
 class _ReluSquared(torch.autograd.Function):
