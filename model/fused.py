@@ -134,6 +134,7 @@ class FusedGPT(nn.Module):
         ops += ["softcap_cross_entropy", "residual_gradients", "embedding_grad"]
         off = [] if fp8 else ["quantize, linear_relu_squared (no FP8)"]
         ops += ["quantize", "linear_relu_squared"] if fp8 else []
+        ops += ["gate_logits"] if self.model.value_embeds else []
         if not self.model.config.bigram_embed_factor:
             off.append("bigram lookup (dense model)")
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"

@@ -13,11 +13,11 @@ import torch
 from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
 from kernels.embedding_grad import embedding_grad
 from kernels.fp8 import Scaling
+from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
 from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
-from model.config import VALUE_GATE_CHANNELS
 from model.gemm import PlainGemm
 from model.scaling import DelayedScaling, Unscaled
 
@@ -183,7 +183,7 @@ class FusedLayer:
         state.normed = p.gemm.keep(state.normed)
         values = None, None, None
         if self.value_table is not None:
-            state.gate = self._gate_channels(state) @ self.gate_weight.t()
+            state.gate = gate_logits_fwd(state.y, state.rstd, self.gate_weight)
             values = tokens.view(-1), self.value_table, state.gate
         state.qk_rstd = rotary_qk_norm_fwd(
             qkv, *values, self.model.cos, self.model.sin, tokens.size(1), self.config.n_head
@@ -195,10 +195,6 @@ class FusedLayer:
         attended = p.quantized(self._name("attended"), y.reshape(len(qkv), self.config.n_embd))
         state.attended = p.gemm.keep(attended)
         return p.gemm.forward(attended, p.weight(self.weights["attn_proj"]))
-
-    def _gate_channels(self, state):
-        """The normalised channels that the value embedding's gate reads, (N, G) fp32."""
-        return state.y[:, :VALUE_GATE_CHANNELS].float() * state.rstd[:, None]
 
     def backward(
         self,
@@ -269,6 +265,7 @@ class FusedLayer:
         if self.value_table is not None:
             grad_gate, grad_values = of_values  # (N, K) fp32, (N, K*D)
             embedding_grad(grad_values, order, self.value_table.grad)
-            self.gate_weight.grad.addmm_(grad_gate.t(), self._gate_channels(state))
-            grad[:, :VALUE_GATE_CHANNELS] += (grad_gate @ self.gate_weight).to(grad.dtype)
+            gate_logits_bwd(
+                grad_gate, state.y, state.rstd, self.gate_weight, grad, self.gate_weight.grad
+            )
         return grad

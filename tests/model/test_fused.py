@@ -208,6 +208,7 @@ def test_every_kernel_and_every_fp8_product_runs(monkeypatch):
         "embed_smear_fwd": 1, "embed_smear_bwd": 1,
         "bigram_residual_fwd": 2 * 2 + 1, "bigram_residual_bwd": 2 * 2 + 1,
         "rotary_qk_norm_fwd": 2, "rotary_qk_norm_bwd": 2,
+        "gate_logits_fwd": 1, "gate_logits_bwd": 1,  # of the layers with a value embedding
         "quantize": 2 + 1,  # attention outputs, and the gradient where backout reads the stream
         "linear_relu_squared_fwd": 2, "linear_relu_squared_bwd": 2,
         "softcap_cross_entropy_fwd": 1, "softcap_cross_entropy_bwd": 1,

@@ -1,0 +1,52 @@
+"""gate_logits at d16, forward and backward: thin products that no library has a kernel for."""
+
+import pytest
+import torch
+
+from bench.harness import ON_GPU, compiled, measure, op_benchmark
+from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
+from tests.kernels.checks import relative_error
+
+N, WIDTH, HEADS, CHANNELS = (65536, 1024, 8, 12) if ON_GPU else (64, 32, 2, 12)
+SECTOR = 32  # bytes, the least that travels of y's rows
+
+
+def backward_ref(grad_logits, y, rstd, weight, grad_normed, grad_weight):
+    """The same in plain torch, in place."""
+    channels = weight.size(1)
+    normed = y[:, :channels].float() * rstd[:, None]
+    grad_weight.addmm_(grad_logits.t(), normed)
+    grad_normed[:, :channels] += (grad_logits @ weight).to(grad_normed.dtype)
+
+
+@op_benchmark
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def bench_gate_logits(benchmark, device, backward):
+    y, grad_normed = torch.randn(2, N, WIDTH, device=device).bfloat16()
+    weight, grad_weight = torch.randn(2, HEADS, CHANNELS, device=device)
+    rstd, h = torch.rand(N, device=device), torch.randn(N, HEADS, device=device)
+    args, op, reference = (y, rstd, weight), gate_logits_fwd, gate_logits_ref
+    if backward:
+        args, op, reference = (h, *args, grad_normed, grad_weight), gate_logits_bwd, backward_ref
+    if ON_GPU:
+        assert (
+            relative_error(gate_logits_fwd(y, rstd, weight), gate_logits_ref(y, rstd, weight))
+            < 1e-5
+        )
+        totals = [(grad_normed.clone(), grad_weight.clone()) for _ in range(2)]
+        gate_logits_bwd(h, y, rstd, weight, *totals[0])
+        backward_ref(h, y, rstd, weight, *totals[1])
+        for got, expected in zip(*totals, strict=True):
+            assert relative_error(got, expected) < 0.01
+    else:
+        op = reference
+    measure(
+        benchmark,
+        lambda: op(*args),
+        bytes_moved=N * (SECTOR * (3 if backward else 1) + 4 * HEADS + 4),
+        alternatives={
+            "eager": lambda: reference(*args),
+            "compile": lambda: compiled(reference)(*args),
+        },
+        shape=(N, HEADS, CHANNELS),
+    )

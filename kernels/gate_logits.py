@@ -1,0 +1,161 @@
+"""Logits of the value embedding's gate: a linear layer on the first channels of a normalised row.
+
+    n_g = y_g * rstd  (g < G),    logit_k = sum_g n_g * w_kg
+
+Source: modded-nanogpt's gated value embeddings, as nanochat has them
+(https://github.com/karpathy/nanochat). Backward, for the gradient h of the logits:
+
+    grad n_g += sum_k h_k * w_kg,    grad w_kg += sum over positions of h_k * n_g
+
+The products are far too thin for tensor cores (12 terms, 8 results); all sums are fp32, in a fixed
+order. kernels/rotary_qk_norm.py takes the logits and gives their gradient.
+
+Bytes, N positions, K heads: 32 a position (one sector of y's row) and 4*K; backward 64 more.
+FLOPs: 2*N*K*G forward, twice that backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = 128  # positions a program
+
+
+def gate_logits_ref(
+    y,  # (N, C)
+    rstd,  # (N,)
+    weight,  # (K, G)
+):
+    """(N, K) in fp32 (fp64 of an fp64 weight)."""
+    normed = y[:, : weight.size(1)].to(weight.dtype) * rstd[:, None]
+    return normed @ weight.t()
+
+
+@triton.jit
+def _normed(
+    y_ptr,  # (N, C)
+    rstd_ptr,  # (N,) fp32
+    rows,  # (BM,) int64
+    channels,  # (BG,)
+    ok,  # (BM, BG) bool
+    C,
+    N,
+):
+    """Normalised channels, (BM, BG) fp32."""
+    y = tl.load(y_ptr + rows[:, None] * C + channels[None, :], mask=ok, other=0.0)
+    return y.to(tl.float32) * tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
+
+
+@triton.jit
+def gate_logits_fwd_kernel(
+    y_ptr,  # (N, C)
+    rstd_ptr,  # (N,) fp32
+    weight_ptr,  # (K, G) fp32
+    logits_ptr,  # (N, K) fp32
+    N,
+    C,
+    K,
+    G: tl.constexpr,
+    BG: tl.constexpr,
+    BM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.arange(0, BG)
+    ok = (rows < N)[:, None] & (channels < G)[None, :]
+    normed = _normed(y_ptr, rstd_ptr, rows, channels, ok, C, N)
+    for k in range(K):
+        weight = tl.load(weight_ptr + k * G + channels, mask=channels < G, other=0.0)
+        logits = tl.sum(normed * weight[None, :], axis=1)
+        tl.store(logits_ptr + rows * K + k, logits, mask=rows < N)
+
+
+@triton.jit
+def gate_logits_bwd_kernel(
+    grad_logits_ptr,  # (N, K) fp32
+    y_ptr,  # (N, C)
+    rstd_ptr,  # (N,) fp32
+    weight_ptr,  # (K, G) fp32
+    grad_normed_ptr,  # (N, C), added to
+    partial_ptr,  # (programs, K, G) fp32
+    N,
+    C,
+    K,
+    G: tl.constexpr,
+    BG: tl.constexpr,
+    BM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.arange(0, BG)
+    ok = (rows < N)[:, None] & (channels < G)[None, :]
+    normed = _normed(y_ptr, rstd_ptr, rows, channels, ok, C, N)
+    grad_normed = tl.zeros((BM, BG), tl.float32)
+    partial_ptr += tl.program_id(0).to(tl.int64) * K * G
+    for k in range(K):
+        h = tl.load(grad_logits_ptr + rows * K + k, mask=rows < N, other=0.0)[:, None]
+        weight = tl.load(weight_ptr + k * G + channels, mask=channels < G, other=0.0)
+        grad_normed += h * weight[None, :]
+        tl.store(partial_ptr + k * G + channels, tl.sum(h * normed, axis=0), mask=channels < G)
+    grad_ptr = grad_normed_ptr + rows[:, None] * C + channels[None, :]
+    grad_normed += tl.load(grad_ptr, mask=ok, other=0.0).to(tl.float32)
+    tl.store(grad_ptr, grad_normed.to(grad_normed_ptr.dtype.element_ty), mask=ok)
+
+
+def _check(y, rstd, weight, **more):
+    n, c = y.shape
+    heads, channels = weight.shape
+    shapes = {"y": (n, c), "rstd": (n,), "weight": (heads, channels)}
+    shapes |= {"grad_logits": (n, heads), "grad_normed": (n, c), "grad_weight": weight.shape}
+    for name, x in {"y": y, "rstd": rstd, "weight": weight, **more}.items():
+        if not x.is_contiguous() or x.shape != shapes[name]:
+            raise ValueError(
+                f"gate_logits: {name} must be contiguous and {tuple(shapes[name])}, "
+                f"got {tuple(x.shape)}"
+            )
+    if channels > c:
+        raise ValueError(f"gate_logits: {channels} channels of rows of {c}")
+
+
+def gate_logits_fwd(
+    y,  # (N, C) bf16 or fp32, before the norm
+    rstd,  # (N,) fp32, of the norm
+    weight,  # (K, G) fp32
+):
+    """Logits (N, K) in fp32.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or does not fit the others.
+    """
+    _check(y, rstd, weight)
+    (n, c), (heads, channels) = y.shape, weight.shape
+    logits = torch.empty(n, heads, dtype=torch.float32, device=y.device)
+    block = triton.next_power_of_2(channels)
+    gate_logits_fwd_kernel[(triton.cdiv(n, ROWS),)](
+        y, rstd, weight, logits, n, c, heads, G=channels, BG=block, BM=ROWS
+    )
+    return logits
+
+
+def gate_logits_bwd(
+    grad_logits,  # (N, K) fp32
+    y,  # (N, C) bf16 or fp32
+    rstd,  # (N,) fp32
+    weight,  # (K, G) fp32
+    grad_normed,  # (N, C) bf16 or fp32: the gradient goes onto its first G columns
+    grad_weight,  # (K, G) fp32, added to
+):
+    """Add the gradients of the normalised channels and of the weight, in place.
+
+    Raises:
+        ValueError: a tensor that is not contiguous or does not fit the others.
+    """
+    more = {"grad_logits": grad_logits, "grad_normed": grad_normed, "grad_weight": grad_weight}
+    _check(y, rstd, weight, **more)
+    (n, c), (heads, channels) = y.shape, weight.shape
+    programs = triton.cdiv(n, ROWS)
+    partial = torch.empty(programs, heads, channels, dtype=torch.float32, device=y.device)
+    block = triton.next_power_of_2(channels)
+    gate_logits_bwd_kernel[(programs,)](
+        grad_logits, y, rstd, weight, grad_normed, partial, n, c, heads,
+        G=channels, BG=block, BM=ROWS,
+    )  # fmt: skip
+    grad_weight += partial.sum(dim=0)
