@@ -91,7 +91,7 @@ def summarize(info, commit=None):
         "floor_ms": info.get("floor_ms"),
         "floor_share": _share(info, product),
         "gpu": info["device"],
-        "commit": info["commit"] or commit,
+        "commit": commit or info["commit"],
     }
 
 
@@ -221,7 +221,7 @@ def main(argv=None):
     parser = CommandParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON of bench_step or profile")
     parser.add_argument("--out", type=Path, help="default records/DATE-step, the results' date")
-    parser.add_argument("--commit", help="of the code, where the machine that ran had no git")
+    parser.add_argument("--commit", help="of the code, where the machine that ran knew no better")
     args = parser.parse_args(argv)
     infos, profiles, date = load(args.files)
     out = args.out or Path("records") / f"{date}-step"

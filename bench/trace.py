@@ -23,7 +23,10 @@ RULES = [
             r"|symmetric_matmul|batched_matmul)_kernel",
         ),
         ("GEMM", r"^linear_relu_squared_kernel"),
-        ("norm/rotary", r"^_?(bigram_residual|residual_gradients|rotary_qk_norm)(_fwd|_bwd)?_k"),
+        (
+            "norm/rotary",
+            r"^_?(bigram_residual|residual_gradients|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
+        ),
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),
         ("cross-entropy", r"^(fwd|bwd)_kernel$|triton_.*tanh|[sS]oft[mM]ax|nll_loss"),

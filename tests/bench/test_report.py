@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench.report import main
+from bench.report import main, summarize
 from model.errors import UserError
 
 
@@ -90,7 +90,8 @@ def test_summary(save, tmp_path, capsys):
         "commit": "f00",
     }
     assert expected.items() <= d16.items()
-    assert (d4["depth"], d4["speedup"], d4["commit"]) == (4, 2.5, "abc")
+    assert (d4["depth"], d4["speedup"], d4["commit"]) == (4, 2.5, "f00")
+    assert summarize(D4)["commit"] == "abc"
     table = (tmp_path / "out/table.md").read_text()
     assert "| 16 | compile | flex | torch | 1600.0 | 480.0 | 960.0 | 160.0 | 327,680 |" in table
     assert table in capsys.readouterr().out
