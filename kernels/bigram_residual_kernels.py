@@ -1,9 +1,9 @@
 """Kernels of bigram_residual, which has the maths and the launchers.
 
 Both walk twice over their rows: once for the sum that a row's norm needs, once to write what
-depends on it. The second walk reads y (and the gradient) back from the L2 cache. Both wait for
-memory, so what counts is how many warps fit on a multiprocessor: sums and maxima are kept for
-eight elements together (kernels/lanes.py), which took half of the registers away.
+depends on it. The second walk reads y (and the gradient) back from the L2 cache, which holds the
+rows of about two programs a multiprocessor. Sums and maxima are kept for eight elements together
+(kernels/lanes.py): half of the registers, and two programs with twice as many warps.
 """
 
 import triton

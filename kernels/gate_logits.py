@@ -10,7 +10,7 @@ Source: modded-nanogpt's gated value embeddings, as nanochat has them
 The products are far too thin for tensor cores (12 terms, 8 results); all sums are fp32, in a fixed
 order. kernels/rotary_qk_norm.py takes the logits and gives their gradient.
 
-Bytes, N positions, K heads: 32 a position (one sector of y's row) and 4*K; backward 64 more.
+Bytes a position, K heads: 32 (one sector of y's row) + 4 (rstd) + 4*K; backward 64 more.
 FLOPs: 2*N*K*G forward, twice that backward.
 """
 
@@ -47,7 +47,7 @@ def _normed(
 
 
 @triton.jit
-def gate_logits_fwd_kernel(
+def _gate_logits_fwd_kernel(
     y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
     weight_ptr,  # (K, G) fp32
@@ -70,7 +70,7 @@ def gate_logits_fwd_kernel(
 
 
 @triton.jit
-def gate_logits_bwd_kernel(
+def _gate_logits_bwd_kernel(
     grad_logits_ptr,  # (N, K) fp32
     y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
@@ -129,7 +129,7 @@ def gate_logits_fwd(
     (n, c), (heads, channels) = y.shape, weight.shape
     logits = torch.empty(n, heads, dtype=torch.float32, device=y.device)
     block = triton.next_power_of_2(channels)
-    gate_logits_fwd_kernel[(triton.cdiv(n, ROWS),)](
+    _gate_logits_fwd_kernel[(triton.cdiv(n, ROWS),)](
         y, rstd, weight, logits, n, c, heads, G=channels, BG=block, BM=ROWS
     )
     return logits
@@ -154,7 +154,7 @@ def gate_logits_bwd(
     programs = triton.cdiv(n, ROWS)
     partial = torch.empty(programs, heads, channels, dtype=torch.float32, device=y.device)
     block = triton.next_power_of_2(channels)
-    gate_logits_bwd_kernel[(programs,)](
+    _gate_logits_bwd_kernel[(programs,)](
         grad_logits, y, rstd, weight, grad_normed, partial, n, c, heads,
         G=channels, BG=block, BM=ROWS,
     )  # fmt: skip

@@ -7,7 +7,7 @@ v is the weight of the layer that follows, z = y v^T. y and dh are written as FP
 layouts (kernels/fp8.py) and nothing else: they feed products alone. h is not kept. max(h, 0) is
 the root of y, to half of y's relative error: 3 % at most for normal e4m3 numbers, where dh is
 rounded to e5m2 by up to 12 %; y below half of the smallest e4m3 number, 2^-10 / scale, passes no
-gradient.
+gradient, and y clipped beyond its scale that of its clipped value.
 Products accumulate in fp32 (fast accumulation, as cuBLAS's with use_fast_accum) and are rounded to
 bf16 before the epilogue.
 
@@ -67,15 +67,17 @@ def linear_relu_squared_bwd_ref(
     return 2 * y.sqrt() * (dz @ v)
 
 
-def _launch(op, a, b, a_inverse, b_inverse, scaling, y=None):
-    """FP8Operand of the epilogue of a b^T; y is the FP8Operand that backward reads."""
+def _launch(op, factors, inverse_scales, scaling, y=None):
+    """FP8Operand of the epilogue of a b^T; factors is {name of a: a, name of b: b}, and y the
+    FP8Operand that backward reads."""
+    matrices = factors if y is None else factors | {"y": y.data}
+    for name, matrix in matrices.items():
+        if matrix.dim() != 2 or not matrix.is_contiguous() or not matrix.numel():
+            raise ValueError(f"{op}: {name} must be a contiguous matrix, and not empty")
+    a, b = factors.values()
     if a.size(1) != b.size(1):
         raise ValueError(f"{op}: factors of {a.size(1)} and {b.size(1)} terms")
     rows, cols = a.size(0), b.size(0)
-    matrices = {"x": a, "w": b} | ({} if y is None else {"y": y.data})
-    for name, matrix in matrices.items():
-        if not matrix.is_contiguous() or not matrix.numel():
-            raise ValueError(f"{op}: {name} must be contiguous, and not empty")
     if y is not None and y.data.shape != (rows, cols):
         raise ValueError(f"{op}: y is {tuple(y.data.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
@@ -87,8 +89,7 @@ def _launch(op, a, b, a_inverse, b_inverse, scaling, y=None):
     linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
         TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
-        a_inverse,
-        b_inverse,
+        *inverse_scales,
         scratch,
         None if y is None else y.data,
         None if y is None else y.inverse_scale,
@@ -120,7 +121,7 @@ def linear_relu_squared_fwd(
             and aligned (kernels.fp8.check_alignment).
     """
     op = "linear_relu_squared"
-    return _launch(op, x.data, w.data, x.inverse_scale, w.inverse_scale, scaling)
+    return _launch(op, {"x": x.data, "w": w.data}, (x.inverse_scale, w.inverse_scale), scaling)
 
 
 def linear_relu_squared_bwd(
@@ -136,4 +137,5 @@ def linear_relu_squared_bwd(
         ValueError: as linear_relu_squared_fwd.
     """
     op = "linear_relu_squared_bwd"
-    return _launch(op, dz.data, v.transposed, dz.inverse_scale, v.inverse_scale, scaling, y)
+    factors = {"dz": dz.data, "v transposed": v.transposed}
+    return _launch(op, factors, (dz.inverse_scale, v.inverse_scale), scaling, y)

@@ -160,7 +160,8 @@ class GPTConfig:
         for lm_head, weight, gradient and two moments in `activation_bytes` for the tables. The
         activations per layer are those a block saves for backward: q, k, v, the attention output,
         two norms and the stream (7 widths), the MLP's pre-activation and activation (8 widths);
-        under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead.
+        under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead (the
+        fused pass keeps no pre-activation, but the activation in two layouts: as many bytes).
         Logits count in the activation type and twice in fp32.
         """
         counts = self.param_counts()

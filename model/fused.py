@@ -130,10 +130,10 @@ class FusedGPT(nn.Module):
     def describe(self):
         """One line: which kernels run, and which do not and why."""
         fp8 = self.precision.gemm.fp8
-        ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "relu_squared"]
-        ops += ["softcap_cross_entropy", "residual_gradients", "embedding_grad"]
+        ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "softcap_cross_entropy"]
+        ops += ["residual_gradients", "embedding_grad"]
+        ops += ["quantize", "linear_relu_squared"] if fp8 else ["relu_squared"]
         off = [] if fp8 else ["quantize, linear_relu_squared (no FP8)"]
-        ops += ["quantize", "linear_relu_squared"] if fp8 else []
         ops += ["gate_logits"] if self.model.value_embeds else []
         if not self.model.config.bigram_embed_factor:
             off.append("bigram lookup (dense model)")
@@ -269,9 +269,7 @@ class FusedGPT(nn.Module):
         model, middle = self.model, self.model.config.n_layer // 2
         order = sort_rows(state.tokens, model.config.padded_vocab_size)
         layers = len(self.layers)
-        # gradients of each layer's mix, and last of the stream after backout
-        grads = torch.empty(layers + 1, *state.y.shape, dtype=state.y.dtype, device=state.y.device)
-        operand = self._head_backward(state, grad_loss, grads[layers])
+        grads, operand = self._head_backward(state, grad_loss)
         sums = torch.empty(layers, device=grads.device)
         g, factor = grads[layers], None
         for layer in reversed(self.layers):
@@ -293,9 +291,9 @@ class FusedGPT(nn.Module):
         self,
         state,
         grad_loss,  # ()
-        out,  # (N, C) where the gradient of the stream after backout goes
     ):
-        """The last MLP's operand of that gradient."""
+        """The gradients of the mixes, (L + 1, N, C), of which the last is made here, that of the
+        stream after backout; and the last MLP's operand of it."""
         p, head = self.precision, self.weights.lm_head
         scale = mean_grad_scale(state.targets) * grad_loss
         grad_logits = p.operand(
@@ -308,11 +306,13 @@ class FusedGPT(nn.Module):
         state.logits = None
         p.gemm.weight_grad(grad_logits, state.normed, head.grad)
         grad = p.gemm.input_grad(grad_logits, head.operand)  # (N, C)
+        del grad_logits  # the largest tensor of all makes room
+        grads = grad.new_empty(len(self.layers) + 1, *grad.shape)
         last = len(self.layers) - 1
         name = f"grad_mlp.{last}" if last != self.model.config.n_layer // 2 else None
-        _, _, operand = p.mix_backward(name, grad, state.y, state.rstd, out=out)
+        _, _, operand = p.mix_backward(name, grad, state.y, state.rstd, out=grads[-1])
         state.y = state.normed = None
-        return operand
+        return grads, operand
 
     def _middle_backward(
         self,

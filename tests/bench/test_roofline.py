@@ -9,11 +9,13 @@ D16 = GPTConfig.from_depth(16)
 
 
 def test_d16_is_the_floor_table():
+    """130 ms, and 8 fewer with squared ReLU and its backward in the products' epilogues."""
     parts = floor_parts(D16, 32)
     assert parts == pytest.approx(
-        {"products": 69, "attention": 23, "elementwise": 33, "loss": 3}, rel=0.03
+        {"products": 69, "attention": 23, "elementwise": 33 - 8, "loss": 3}, rel=0.03
     )
-    assert floor_ms(D16, 32) == pytest.approx(130, rel=0.02)
+    assert floor_parts(D16, 32, fp8=False)["elementwise"] == pytest.approx(33, rel=0.03)
+    assert floor_ms(D16, 32) == pytest.approx(130 - 8, rel=0.02)
 
 
 def test_attention_at_the_measured_windows():

@@ -47,6 +47,8 @@ NAMES = {
         "bigram_residual_bwd_kernel",
         "rotary_qk_norm_bwd_kernel",
         "_residual_gradients_kernel",
+        "_gate_logits_fwd_kernel",
+        "_gate_logits_bwd_kernel",
         "triton_per_fused_add_embedding_mean_mul_pow_rsqrt_5",
     ],
     "embedding": [

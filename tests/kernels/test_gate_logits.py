@@ -4,8 +4,15 @@ import torch
 from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
 from tests.kernels.checks import DTYPES, assert_accurate, same_bits
 
-# positions, width, heads, channels: one, around a program's 128 positions, primes
-SHAPES = [(1, 1, 1, 1), (127, 64, 2, 12), (128, 48, 3, 16), (129, 33, 1, 12), (397, 97, 5, 7)]
+# positions, width, heads, channels: none, one, around a program's 128 positions, primes
+SHAPES = [
+    (0, 16, 2, 12),
+    (1, 1, 1, 1),
+    (127, 64, 2, 12),
+    (128, 48, 3, 16),
+    (129, 33, 1, 12),
+    (397, 97, 5, 7),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +36,12 @@ def test_matches_the_reference(shape, dtype, device):
 
     def gradients(dtype):
         """Logits and the two gradients, computed in `dtype`, the sums in that of the kernel."""
-        channels = y[:, : weight.size(1)].to(dtype).requires_grad_()
-        w = weight.to(dtype).requires_grad_()
-        normed = channels * rstd.to(dtype)[:, None]
+        channels = y[:, : weight.size(1)].to(dtype)
+        w = weight.to(dtype, copy=True).requires_grad_()
+        normed = (channels * rstd.to(dtype)[:, None]).requires_grad_()
         logits = normed @ w.t()
         of_normed, of_weight = torch.autograd.grad(logits, (normed, w), h.to(dtype))
-        total = grad_normed.to(dtype)
+        total = grad_normed.to(dtype, copy=True)
         total[:, : weight.size(1)] += of_normed
         return logits.detach(), total, grad_weight.to(dtype) + of_weight
 

@@ -9,7 +9,9 @@ from kernels.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from kernels.linear_relu_squared import (
     LinearTile,
     linear_relu_squared_bwd,
+    linear_relu_squared_bwd_ref,
     linear_relu_squared_fwd,
+    linear_relu_squared_ref,
 )
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_fwd
@@ -84,7 +86,11 @@ def zeroed(scaling):
 
 def assert_close_operands(name, got, expected, amax, expected_amax):
     """Two operands of products that add in different orders: some of the products are rounded to
-    another bf16 value, and of those some land on the next FP8 value."""
+    another bf16 value, and of those some land on the next FP8 value, but none further away."""
+    step = 2.0 ** -(3 if got.data.dtype == E4M3 else 2)  # of the smallest mantissa
+    values, wanted = got.dequantize(), expected.dequantize()
+    allowed = step * wanted.abs() + 1e-3 * wanted.abs().max()
+    assert ((values - wanted).abs() <= allowed).all(), name
     off = (fp8_steps(got.data, expected.data) > 0).float().mean().item()
     error = relative_error(got.dequantize(), expected.dequantize())
     print(f"{name}: {100 * off:.2f} % of FP8 values off, relative error {error:.1e}")
@@ -108,10 +114,23 @@ def test_matches_the_product_and_its_epilogue(op, shape, tile, device):
         expected = case.epilogue(product, other)
         assert_close_operands(op, operand, expected, case.scaling.amax, other.amax)
     elif op == FORWARD:
-        assert_fp8(op, operand, product.double().relu().square(), case.scaling)
+        eye = torch.eye(product.size(1), dtype=torch.float64)
+        assert_fp8(op, operand, linear_relu_squared_ref(product.double(), eye), case.scaling)
     else:
-        exact = 2 * case.y.dequantize().double().sqrt() * product.double()
+        eye, y = torch.eye(product.size(1), dtype=torch.float64), case.y.dequantize().double()
+        exact = linear_relu_squared_bwd_ref(product.double(), eye, y)
         assert_fp8(op, operand, exact, case.scaling)
+
+
+def test_the_backward_reference_is_the_gradient_of_the_forward_one():
+    x, w, v = (torch.randn(s, dtype=torch.float64) for s in ((7, 5), (6, 5), (3, 6)))
+    h = (x @ w.t()).requires_grad_()
+    eye = torch.eye(6, dtype=torch.float64)
+    y = linear_relu_squared_ref(h, eye)
+    torch.testing.assert_close(y, linear_relu_squared_ref(x, w))
+    dz = torch.randn(7, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(y @ v.t(), h, dz)
+    torch.testing.assert_close(linear_relu_squared_bwd_ref(dz, v, y.detach()), expected)
 
 
 def test_gradient_from_the_output_is_nearly_that_from_the_input(device):
@@ -159,12 +178,17 @@ def test_refused_inputs(device):
         linear_relu_squared_fwd(replace(x, data=x.data[:24]), w, scaling)
     with pytest.raises(ValueError, match="not empty"):
         linear_relu_squared_fwd(replace(x, data=x.data[:0]), w, scaling)
-    with pytest.raises(ValueError, match="x must be contiguous"):
+    with pytest.raises(ValueError, match="x must be a contiguous matrix"):
         linear_relu_squared_fwd(replace(x, data=x.data.t()), w, scaling)
+    with pytest.raises(ValueError, match="w must be a contiguous matrix"):
+        linear_relu_squared_fwd(x, replace(w, data=w.data.view(-1)), scaling)
     shifted = torch.zeros(32 * 32 + 8, dtype=torch.uint8, device=device)[8:].view(E4M3).view(32, 32)
     with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
         linear_relu_squared_fwd(replace(x, data=shifted), w, scaling)
     case = Case(BACKWARD, (32, 32, 48), device)
+    v = replace(case.w, transposed=case.w.transposed.t())
+    with pytest.raises(ValueError, match="v transposed must be a contiguous matrix"):
+        linear_relu_squared_bwd(case.x, v, case.y, scaling)
     y = replace(case.y, data=case.y.data[:16])
     with pytest.raises(ValueError, match=r"y is \(16, 48\), the product 32 x 48"):
         linear_relu_squared_bwd(case.x, case.w, y, scaling)

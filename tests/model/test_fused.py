@@ -27,6 +27,7 @@ CASES = {
     "grouped": {"n_kv_head": 1},
     "one_layer": {"depth": 1},
     "two_layers": {"depth": 2},
+    "six_layers": {"depth": 6},  # the mix above the middle lies apart from the end
 }
 
 

@@ -1,0 +1,70 @@
+"""The recorded pass where there is no GPU: graphs that run what they record at once, and replay
+nothing. tests/model/test_fused.py compares real ones on a GPU."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from model.fused import FusedGPT
+from model.gemm import PlainGemm
+from tests.model.test_fused import DEVICE, batch, make, random_model
+
+
+class FakeGraph:
+    """Counts its replays."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A FusedGPT in training that has recorded its pass, and the batch."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None: nullcontext())
+    config = make(depth=1, vocab_size=64)
+    fused = FusedGPT(random_model(config, torch.float32, device=DEVICE), PlainGemm(), True).train()
+    data = batch(config)
+    first = fused(*data)
+    first.backward()
+    assert fused.graphed is None
+    again = fused(*data)  # records
+    assert again.item() == first.item()
+    again.backward()
+    return fused, data
+
+
+def test_each_pass_is_replayed_once(recorded):
+    fused, data = recorded
+    forward, backward = fused.graphed.graphs
+    assert (forward.replays, backward.replays) == (1, 1)
+    fused(*data).backward()
+    assert (forward.replays, backward.replays) == (2, 2)
+
+
+def test_inputs_are_copied_to_where_the_graphs_read(recorded):
+    fused, (tokens, targets) = recorded
+    fused(tokens + 1, targets.clone().fill_(3))
+    assert torch.equal(fused.graphed.tokens, tokens + 1)
+    assert fused.graphed.targets.eq(3).all()
+
+
+def test_a_loss_must_be_differentiated_before_the_next(recorded):
+    fused, data = recorded
+    first = fused(*data)
+    fused(*data).backward()
+    with pytest.raises(RuntimeError, match="before the next"):
+        first.backward()
+
+
+def test_another_shape_is_refused(recorded):
+    fused, (tokens, targets) = recorded
+    with pytest.raises(ValueError, match="--no-cuda-graphs"):
+        fused(tokens[:1], targets[:1])
