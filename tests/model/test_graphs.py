@@ -24,18 +24,19 @@ class FakeGraph:
         self.replays += 1
 
 
-@pytest.fixture
-def recorded(monkeypatch):
+@pytest.fixture(scope="module")
+def recorded():
     """A FusedGPT in training that has recorded its pass, and the batch."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None: nullcontext())
     config = make(depth=1, vocab_size=64)
     fused = FusedGPT(random_model(config, torch.float32, device=DEVICE), PlainGemm(), True).train()
     data = batch(config)
     first = fused(*data)
     first.backward()
     assert fused.graphed is None
-    again = fused(*data)  # records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        patch.setattr(torch.cuda, "graph", lambda graph, pool=None: nullcontext())
+        again = fused(*data)  # records
     assert again.item() == first.item()
     again.backward()
     return fused, data
@@ -44,9 +45,10 @@ def recorded(monkeypatch):
 def test_each_pass_is_replayed_once(recorded):
     fused, data = recorded
     forward, backward = fused.graphed.graphs
-    assert (forward.replays, backward.replays) == (1, 1)
+    before = forward.replays, backward.replays
+    assert min(before) >= 1  # already the pass that recorded them
     fused(*data).backward()
-    assert (forward.replays, backward.replays) == (2, 2)
+    assert (forward.replays, backward.replays) == (before[0] + 1, before[1] + 1)
 
 
 def test_inputs_are_copied_to_where_the_graphs_read(recorded):
