@@ -29,10 +29,8 @@ def bench_gate_logits(benchmark, device, backward):
     if backward:
         args, op, reference = (h, *args, grad_normed, grad_weight), gate_logits_bwd, backward_ref
     if ON_GPU:
-        assert (
-            relative_error(gate_logits_fwd(y, rstd, weight), gate_logits_ref(y, rstd, weight))
-            < 1e-5
-        )
+        logits = gate_logits_fwd(y, rstd, weight)
+        assert relative_error(logits, gate_logits_ref(y, rstd, weight)) < 1e-5
         totals = [(grad_normed.clone(), grad_weight.clone()) for _ in range(2)]
         gate_logits_bwd(h, y, rstd, weight, *totals[0])
         backward_ref(h, y, rstd, weight, *totals[1])

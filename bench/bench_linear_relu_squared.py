@@ -16,7 +16,8 @@ from kernels.linear_relu_squared import (
 )
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
-from model.gemm import TorchGemm, TransformerEngineGemm
+from model.errors import UserError
+from model.gemm import make_gemm
 from tests.kernels.checks import relative_error
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
@@ -24,11 +25,13 @@ M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 
 def providers():
     """{name: products} of the libraries that load; Transformer Engine is optional."""
-    try:
-        return {"scaled_mm": TorchGemm(), "te": TransformerEngineGemm()}
-    except (ImportError, OSError) as error:
-        print(f"without Transformer Engine: {error}")
-        return {"scaled_mm": TorchGemm()}
+    found = {}
+    for name in ("torch", "te"):
+        try:
+            found[name] = make_gemm(name)
+        except UserError as error:
+            print(error)
+    return found
 
 
 def operand(device, bound, dtype, *shape, factor=1.0):

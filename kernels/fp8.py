@@ -149,7 +149,8 @@ def store_scaled(
     Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
     compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22).
     A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
-    compiler crashes or gives wrong bytes too. What x is computed from must pass check_alignment.
+    compiler crashes or gives wrong bytes too. What x is computed from must pass check_alignment,
+    and a thread may load eight neighbours at most: behind FP8 loads of sixteen ptxas crashes.
     """
     # the cast saturates (cvt.rn.satfinite) and keeps NaN
     q = x.to(data_ptr.dtype.element_ty).to(tl.uint8, bitcast=True).to(tl.uint32)

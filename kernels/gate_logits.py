@@ -35,15 +35,20 @@ def gate_logits_ref(
 def _normed(
     y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
-    rows,  # (BM,) int64
-    channels,  # (BG,)
-    ok,  # (BM, BG) bool
-    C,
     N,
+    C,
+    G: tl.constexpr,
+    BG: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    """Normalised channels, (BM, BG) fp32."""
+    """Of a program: rows (BM,) int64, channels (BG,), their mask (BM, BG), and their normalised
+    values (BM, BG) fp32."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.arange(0, BG)
+    ok = (rows < N)[:, None] & (channels < G)[None, :]
     y = tl.load(y_ptr + rows[:, None] * C + channels[None, :], mask=ok, other=0.0)
-    return y.to(tl.float32) * tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+    return rows, channels, ok, y.to(tl.float32) * rstd[:, None]
 
 
 @triton.jit
@@ -59,10 +64,7 @@ def _gate_logits_fwd_kernel(
     BG: tl.constexpr,
     BM: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    channels = tl.arange(0, BG)
-    ok = (rows < N)[:, None] & (channels < G)[None, :]
-    normed = _normed(y_ptr, rstd_ptr, rows, channels, ok, C, N)
+    rows, channels, _, normed = _normed(y_ptr, rstd_ptr, N, C, G, BG, BM)
     for k in range(K):
         weight = tl.load(weight_ptr + k * G + channels, mask=channels < G, other=0.0)
         logits = tl.sum(normed * weight[None, :], axis=1)
@@ -84,10 +86,7 @@ def _gate_logits_bwd_kernel(
     BG: tl.constexpr,
     BM: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    channels = tl.arange(0, BG)
-    ok = (rows < N)[:, None] & (channels < G)[None, :]
-    normed = _normed(y_ptr, rstd_ptr, rows, channels, ok, C, N)
+    rows, channels, ok, normed = _normed(y_ptr, rstd_ptr, N, C, G, BG, BM)
     grad_normed = tl.zeros((BM, BG), tl.float32)
     partial_ptr += tl.program_id(0).to(tl.int64) * K * G
     for k in range(K):

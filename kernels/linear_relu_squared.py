@@ -36,12 +36,12 @@ class LinearTile:
     (kernels.fp8.store_scaled).
     """
 
-    rows: int = 128
-    cols: int = 256
-    depth: int = 128
-    warps: int = 8
-    stages: int = 3
-    part: int = 32
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    part: int
     group: int = 8
     programs: int = 1
     registers: int | None = None

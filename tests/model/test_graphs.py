@@ -8,7 +8,8 @@ import torch
 
 from model.fused import FusedGPT
 from model.gemm import PlainGemm
-from tests.model.test_fused import DEVICE, batch, make, random_model
+from tests.helpers import random_model
+from tests.model.test_fused import DEVICE, batch, make
 
 
 class FakeGraph:
