@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from model.config import GPTConfig
 from model.errors import UserError
 from model.fused import FusedGPT
 from model.gemm import PlainGemm, TorchGemm
 from model.gpt import GPT
-from tests.helpers import random_model, small_config
+from tests.helpers import random_model
 from tests.kernels.checks import ON_GPU
 from train.fused_optim import FusedMuonAdamW
 from train.optim import MuonAdamW, OptimConfig
@@ -19,7 +20,8 @@ NUMBERS = [(1.0, 0.9, 0.2), (0.5, 0.95, 0.1)]  # lr_mult, momentum, weight decay
 
 def twins(gemm=PlainGemm, **fields):
     """The same random weights twice: (GPT, MuonAdamW) and (FusedGPT, FusedMuonAdamW)."""
-    config = small_config(**fields)
+    sizes = {"sequence_len": 32, "vocab_size": 128, "bigram_embed_factor": 3}
+    config = GPTConfig.from_depth(2, 16, 16, **{**sizes, **fields})
     truth = random_model(config, torch.float32, device=DEVICE)
     model = GPT(config, torch.float32, device=DEVICE)
     model.load_state_dict(truth.state_dict())
@@ -85,10 +87,9 @@ def test_state_moves_between_both(fields):
 
 
 def test_fp8_scales_travel_with_the_state():
-    fields = {"sequence_len": 32, "vocab_size": 128}
-    (truth, plain), (fused, ours) = twins(TorchGemm, **fields)
+    (truth, plain), (fused, ours) = twins(TorchGemm)
     steps(truth, plain, fused, ours, 1)
-    _, (again, mine) = twins(TorchGemm, **fields)
+    _, (again, mine) = twins(TorchGemm)
     again.model.load_state_dict(fused.model.state_dict())
     mine.load_state_dict(ours.state_dict(), 1)
     assert again.updates == fused.updates
@@ -99,14 +100,13 @@ def test_fp8_scales_travel_with_the_state():
 
 
 def test_fp8_state_without_fp8_starts_anew_and_damage_is_named():
-    fields = {"sequence_len": 32, "vocab_size": 128}
-    (truth, plain), (fused, ours) = twins(TorchGemm, **fields)
+    (truth, plain), (fused, ours) = twins(TorchGemm)
     steps(truth, plain, fused, ours, 1)
     state = ours.state_dict()
-    _, (again, mine) = twins(PlainGemm, **fields)
+    _, (again, mine) = twins(PlainGemm)
     mine.load_state_dict(state, 1)
     assert again.updates == 1
-    _, (again, mine) = twins(TorchGemm, **fields)
+    _, (again, mine) = twins(TorchGemm)
     for broken in ({"fp8.history": state["fp8.history"][:, 1:]}, {"fp8.scale": None}):
         damaged = {k: x for k, x in (state | broken).items() if x is not None}
         with pytest.raises(UserError, match=f"'{next(iter(broken))}' is missing or of another"):
