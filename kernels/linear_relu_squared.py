@@ -29,11 +29,11 @@ from kernels.tuning import sm_count, tuned
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Tile of rows x cols that advances by depth terms; its epilogue takes `part` rows at a time.
+    """Tile of rows x cols that advances by depth terms, and meanwhile finishes at least `part` rows
+    of the tile before it.
 
-    `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's. A part has at least 16 elements per thread
-    (kernels.fp8.store_scaled).
+    `group` tiles of a column follow each other; `programs` share an SM. A part has at least 16
+    elements per thread (kernels.fp8.store_scaled).
     """
 
     rows: int
@@ -44,10 +44,16 @@ class LinearTile:
     part: int
     group: int = 8
     programs: int = 1
-    registers: int | None = None
+
+    def rows_a_step(self, terms):
+        """Rows to finish in each step, so that the steps of `terms` terms finish a tile."""
+        part = self.part
+        while part * triton.cdiv(terms, self.depth) < self.rows:
+            part *= 2
+        return part
 
 
-TILE = LinearTile(rows=128, cols=128, depth=128, warps=4, stages=3, part=64, programs=2)
+TILE = LinearTile(rows=128, cols=256, depth=128, warps=8, stages=3, part=16)
 
 
 def linear_relu_squared_ref(
@@ -85,7 +91,8 @@ def _launch(op, factors, inverse_scales, scaling, y=None):
     config = tuned(op, TILE)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     programs = min(tiles, config.programs * sm_count(a.device))
-    scratch = torch.empty(programs, config.rows, config.cols, dtype=torch.bfloat16, device=a.device)
+    shape = programs, 2, config.rows, config.cols
+    scratch = torch.empty(shape, dtype=torch.bfloat16, device=a.device)
     linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
         TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
@@ -101,10 +108,9 @@ def _launch(op, factors, inverse_scales, scaling, y=None):
         BN=config.cols,
         BK=config.depth,
         GROUP=config.group,
-        PART=config.part,
+        PART=config.rows_a_step(a.size(1)),
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=config.registers,
     )
     return operand
 
