@@ -1,21 +1,16 @@
 """Kernel of linear_relu_squared, which has the maths, the bytes and the launchers.
 
-It is persistent, and the epilogue of a tile runs inside the product of the next one: each step over
-K starts the tensor cores on its terms and, while they multiply, handles `PART` rows of the tile
-before. The loop over tiles and the one over K are flattened, so that loads never pause.
-
-The epilogue never feeds the accumulator to store_scaled, which gave wrong bytes on an H200 with
-Triton 3.6. The product goes through memory instead: a program stores its tile in bf16 into a
-scratch of its own, which stays in the L2 cache, and reads it back in blocks of rows, in the layout
-of plain loads that kernels/relu_squared.py has. The scratch holds two tiles in turn, as the
-compiler may store a tile before the last rows of the one before it are read.
+It is persistent: a program computes one tile of the product after another, and the loop over tiles
+and the one over K are flattened, so that the next tile's loads are under way during an epilogue.
+The epilogue works on the accumulator and writes the row-major FP8 tile. For the transposed one it
+reads those bytes back from the L2 cache, in the layout of plain loads: fed with an accumulator
+store_scaled gave wrong bytes on an H200 with Triton 3.6, and bytes are the least to move.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, store_scaled
-from kernels.lanes import LANE, lane_maxima
+from kernels.fp8 import amax_bits, store_transposed
 from kernels.ptx import INTERPRETED
 
 
@@ -51,35 +46,27 @@ def _tile_corner(
 
 
 @triton.jit
-def _finish_rows(
-    product_ptr,  # (PART, BN) bf16, these rows of the tile in the scratch
-    y_ptr,
-    y_inverse,
-    data_ptr,
-    transposed_ptr,
-    scale,
-    peaks,  # (PART, BN / LANE) int32: bits of the largest magnitudes so far
+def _transpose(
+    data_ptr,  # (M, N) FP8
+    transposed_ptr,  # (N, M) FP8
     row,
     col,
     M,
     N,
-    PART: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The epilogue of PART rows from `row` on; returns the new peaks."""
-    m, n = tl.arange(0, PART)[:, None], tl.arange(0, BN)[None, :]
-    x = tl.load(product_ptr + m * BN + n).to(tl.float32)
-    if y_ptr is None:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        x *= x
-    else:
-        inside = (row + m < M) & (col + n < N)
-        # eight columns a thread, as in x: from loads of sixteen, ptxas crashes below
-        offsets = tl.max_contiguous(m * N + n, (1, 8))
-        y = tl.load(y_ptr + row.to(tl.int64) * N + col + offsets, mask=inside, other=0.0)
-        x *= 2 * tl.sqrt(y.to(tl.float32) * y_inverse)
-    store_scaled(x * scale, data_ptr, transposed_ptr, row, col, M, N, PART, BN)
-    return tl.maximum(peaks, lane_maxima(amax_bits(x), PART, BN))
+    """Copy BM x BN bytes of data into its transpose."""
+    i, n = tl.arange(0, BM // 4)[:, None], tl.arange(0, BN // 4)[None, :]
+    inside = (row // 4 + i < M // 4) & (col // 4 + n < N // 4)
+    words = data_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    words += row.to(tl.int64) * (N // 4) + col // 4
+    offsets, stride = i * N + n, N // 4
+    row0 = tl.load(words + offsets, mask=inside, other=0, cache_modifier=".cg")
+    row1 = tl.load(words + stride + offsets, mask=inside, other=0, cache_modifier=".cg")
+    row2 = tl.load(words + 2 * stride + offsets, mask=inside, other=0, cache_modifier=".cg")
+    row3 = tl.load(words + 3 * stride + offsets, mask=inside, other=0, cache_modifier=".cg")
+    store_transposed(row0, row1, row2, row3, transposed_ptr, row, col, M, N, BM, BN)
 
 
 @triton.jit
@@ -88,7 +75,6 @@ def linear_relu_squared_kernel(
     b_desc,  # (N, K) FP8 in blocks of BN x BK
     a_inverse_ptr,  # (1,) fp32
     b_inverse_ptr,  # (1,) fp32
-    scratch_ptr,  # (programs, 2, BM, BN) bf16
     y_ptr,  # (M, N) FP8 squared ReLU; None in the forward pass
     y_inverse_ptr,  # (1,) fp32, with y
     data_ptr,  # (M, N) FP8
@@ -102,25 +88,18 @@ def linear_relu_squared_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,  # rows that a step finishes: BM / PART steps are needed, so K >= BK * these
+    PART: tl.constexpr,  # rows that are transposed at once
 ):
     inverse = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
     scale = tl.load(scale_ptr)
-    y_inverse = 1.0
     if y_ptr is not None:
         y_inverse = tl.load(y_inverse_ptr)
-    first, stride = tl.program_id(0), tl.num_programs(0)
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    scratch_ptr += first * (2 * BM * BN)
+    first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    peaks = tl.zeros((PART, BN // LANE), tl.int32)
     tl.assume(K > 0)  # else the loops do not flatten
-    # what a step needs of the tile before is computed from `tile`: Triton 3.6 flattens loops that
-    # carry it from one tile to the next into wrong code
-    for tile in tl.range(first, tiles, stride, flatten=True):
+    peak = 0  # bits of the largest magnitude
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
-        before_row, before_col = _tile_corner(tile - stride, M, N, BM, BN, GROUP)
-        half = tile // stride % 2 * (BM * BN)
         product = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])
@@ -128,20 +107,24 @@ def linear_relu_squared_kernel(
             if INTERPRETED:  # its dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b.T, product)
-            if (k < BM // PART) & (tile >= stride):
-                peaks = _finish_rows(
-                    scratch_ptr + (BM * BN - half) + k * (PART * BN), y_ptr, y_inverse, data_ptr,
-                    transposed_ptr, scale, peaks, before_row + k * PART, before_col, M, N, PART, BN,
-                )  # fmt: skip
-        _barrier()  # every thread has read the tile before the last
-        tl.store(scratch_ptr + half + m * BN + n, (product * inverse).to(tl.bfloat16))
+        inside = (row + m < M) & (col + n < N)
+        corner = row.to(tl.int64) * N + col
+        offsets = m * N + n
+        if y_ptr is None:
+            x = tl.maximum(product * inverse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            x *= x
+            bits = amax_bits(x)
+        else:
+            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
+            x = product * (2 * inverse * tl.sqrt(y.to(tl.float32) * y_inverse))
+            # the compiler moves these to the layout of y: half of each is half as much
+            bits = (amax_bits(x) >> 16).to(tl.int16)
+        peak = tl.maximum(peak, tl.max(tl.max(bits, axis=1), axis=0))
+        q = (x * scale).to(data_ptr.dtype.element_ty)
+        tl.store(data_ptr + corner + offsets, q, mask=inside)
         _barrier()  # other threads read it back
-    last = first + (tiles - 1 - first) // stride * stride
-    row, col = _tile_corner(last, M, N, BM, BN, GROUP)
-    scratch_ptr += last // stride % 2 * (BM * BN)
-    for k in range(0, BM // PART):
-        peaks = _finish_rows(
-            scratch_ptr + k * (PART * BN), y_ptr, y_inverse, data_ptr, transposed_ptr, scale,
-            peaks, row + k * PART, col, M, N, PART, BN,
-        )  # fmt: skip
-    tl.atomic_max(amax_ptr, tl.max(tl.ravel(peaks), axis=0), sem="relaxed")
+        for i in tl.static_range(0, BM, PART):
+            _transpose(data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
+    if y_ptr is not None:
+        peak <<= 16
+    tl.atomic_max(amax_ptr, peak, sem="relaxed")  # the order does not show: deterministic
