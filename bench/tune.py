@@ -72,14 +72,12 @@ MATMUL = [
     MatmulTile(128, 256, 64, 8, 3, 1),
 ]
 LINEAR = [
-    LinearTile(128, 128, 128, 4, 3, part=64, programs=2),
-    LinearTile(128, 128, 128, 4, 3, part=128, programs=2),
-    LinearTile(128, 128, 128, 4, 3, part=64, group=16, programs=2),
+    LinearTile(128, 256, 128, 8, 3, part=32),
+    LinearTile(128, 256, 128, 8, 3, part=64),
+    LinearTile(256, 128, 128, 8, 3, part=64),
     LinearTile(128, 128, 64, 4, 4, part=64, programs=2),
-    LinearTile(128, 128, 64, 4, 3, part=64, programs=3, registers=168),
-    LinearTile(128, 128, 128, 8, 3, part=128, programs=2, registers=128),
-    LinearTile(128, 256, 128, 8, 3, part=128),
-    LinearTile(256, 128, 128, 8, 3, part=128),
+    LinearTile(128, 128, 128, 4, 3, part=32, programs=2),
+    LinearTile(128, 128, 128, 4, 3, part=64, programs=2),
 ]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)

@@ -164,28 +164,11 @@ def store_scaled(
     tl.store(
         base + m[:, None] * (N // 4) + n[None, :], words, mask=ok, eviction_policy="evict_first"
     )
+    # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
     rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
     even, odd = tl.split(rows)
     row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
     row1, row3 = tl.split(odd)
-    store_transposed(row0, row1, row2, row3, transposed_ptr, row, col, M, N, BM, BN)
-
-
-@triton.jit
-def store_transposed(
-    row0,  # (BM / 4, BN / 4) uint32: rows 0, 4, 8, ... of a block of bytes, four columns to a word
-    row1,  # rows 1, 5, 9, ...
-    row2,
-    row3,
-    transposed_ptr,  # (N, M) bytes
-    row,  # first row of the block
-    col,  # first column of the block
-    M,
-    N,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Store the transpose of a block of bytes, by transpositions of 4 x 4 bytes in registers."""
     low01 = permute_bytes(row0, row1, "5140")  # columns 0 and 1
     high01 = permute_bytes(row0, row1, "7362")  # columns 2 and 3
     low23 = permute_bytes(row2, row3, "5140")
@@ -194,7 +177,7 @@ def store_transposed(
     col1 = permute_bytes(low01, low23, "7632")
     col2 = permute_bytes(high01, high23, "5410")
     col3 = permute_bytes(high01, high23, "7632")
-    i, n = tl.arange(0, BM // 4), tl.arange(0, BN // 4)
+    i = tl.arange(0, BM // 4)
     ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
     transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     first = (row * 0 + col).to(tl.int64)  # col may be a Python integer
