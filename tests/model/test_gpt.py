@@ -122,6 +122,19 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_at_the_start_the_scales_of_the_stream_have_no_gradient():
+    """Every block puts out zero, so the stream is a multiple of x0, which the last norm takes out:
+    what a run in bf16 computes for these gradients is rounding (dev/LOG.md, 2026-11-23)."""
+    config = small_config()
+    model = GPT(config, torch.float64).double()
+    model.init_weights(seed=1)
+    tokens = torch.randint(config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(1))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    for name in ("resid_lambdas", "x0_lambdas", "backout_lambda"):
+        assert model.get_parameter(name).grad.abs().max() < 1e-9, name
+    assert model.smear_lambda.grad.abs() > 1e-6
+
+
 def test_gradient_against_finite_differences():
     config = small_config()
     model = random_model(config)
