@@ -104,7 +104,7 @@ class Contender:
         return figures
 
 
-def entries(device, attentions, fp8):
+def entries(device, attentions, fp8, config):
     """The contenders' Entries, the product first, and lines about baselines that are left out."""
     if device.type != "cuda":
         fused = [Entry("fused")] if kernels_are_interpreted() else []
@@ -112,7 +112,7 @@ def entries(device, attentions, fp8):
     found = [Entry("fused", fp8=fp8)]
     reasons, left_out = {}, []
     for attention in attentions:
-        backend, why = select_attention(attention, device.type, compiled=True)
+        backend, why = select_attention(attention, device.type, compiled=True, config=config)
         name = backend.name
         if name in reasons:
             left_out.append(f"baseline {attention} is {name} again ({reasons[name]}; {why})")
@@ -145,7 +145,7 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
     if ON_GPU:
         torch.cuda.empty_cache()
     batches = workload.batches(device)
-    found, left_out = entries(device, _listed(option("--baselines")), fp8)
+    found, left_out = entries(device, _listed(option("--baselines")), fp8, workload.config)
     contenders = [Contender(entry, workload, batches, device) for entry in found]
     product = contenders[0]
     for other in contenders[1:]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from model.config import GPTConfig
 from model.errors import UserError
 from model.flash_attention import (
     AttentionBackend,
@@ -17,6 +18,8 @@ from model.flash_attention import (
     FlashAttention4,
     TransformerEngineAttention,
 )
+
+CHECKED_BEYOND_WINDOW = 256  # rows of the self-check are this much longer than the window
 
 
 def window_mask(
@@ -137,21 +140,23 @@ def _distance(
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def self_check(backend, device):
+def self_check(backend, device, config):
     """Largest relative error of a small bf16 forward and backward pass; SDPA in fp64 is the truth.
 
-    Two cases: a window with as many key heads as query heads, and plain causal attention with half
-    of them; q, k, v are views of one buffer.
+    Two cases, the shortest window of a GPTConfig and plain causal attention, with its head size
+    and as many query heads to a key head; q, k, v are views of one buffer.
 
     Raises:
         RuntimeError: an error above twice that of SDPA in bf16, or NaN.
     """
-    batch, seq_len, heads, head_dim = 2, 384, 4, 128
+    batch, kv_heads, short = 2, 2, min(config.windows)
+    heads = kv_heads * config.n_head // config.n_kv_head
+    seq_len = min(config.sequence_len, short + CHECKED_BEYOND_WINDOW)
+    counts = (heads, kv_heads, kv_heads, heads)  # of q, k, v and grad_y
     worst = 0.0
-    for window, kv_heads in ((128, heads), (seq_len, heads // 2)):
-        counts = (heads, kv_heads, kv_heads, heads)  # of q, k, v and grad_y
+    for window in sorted({short, seq_len}):
         generator = torch.Generator(device).manual_seed(0)
-        shape = (batch, seq_len, sum(counts), head_dim)
+        shape = (batch, seq_len, sum(counts), config.head_dim)
         fused = torch.randn(shape, device=device, generator=generator).bfloat16()
         tensors = fused.split(counts, dim=2)
         backend.prepare(seq_len, [window], device)
@@ -191,7 +196,7 @@ def _line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _first_that_works(device_type, deterministic, compiled):
+def _first_that_works(device_type, deterministic, compiled, config):
     """The first of BACKENDS that runs and agrees with SDPA, and what became of those before it."""
     reasons = []
     for name, backend_class in BACKENDS.items():
@@ -202,7 +207,7 @@ def _first_that_works(device_type, deterministic, compiled):
         try:
             backend.load()
             _check_gpu(backend)
-            distance = self_check(backend, device_type)
+            distance = self_check(backend, device_type, config)
         except Exception as error:  # a foreign library may raise anything; the user is told
             missing = isinstance(error, ModuleNotFoundError) and backend.is_part(error.name)
             reasons.append(f"{name} is not installed" if missing else f"{name}: {_line(error)}")
@@ -212,12 +217,13 @@ def _first_that_works(device_type, deterministic, compiled):
     raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
-def select_attention(name, device_type, deterministic=False, compiled=False):
+def select_attention(name, device_type, deterministic=False, compiled=False, config=None):
     """Attention backend and the reason for it, as (object, str); name "auto" picks by device.
 
     Args:
         deterministic: ask it for a backward pass that gives the same bits every time.
         compiled: the model around it goes through torch.compile.
+        config: GPTConfig whose heads and windows "auto" tries; depth 4 of the recipe if None.
 
     Raises:
         UserError: an unknown name, or one that cannot run here.
@@ -225,7 +231,8 @@ def select_attention(name, device_type, deterministic=False, compiled=False):
     if name == "auto":
         if device_type != "cuda":
             return SDPAttention(deterministic), f"auto on {device_type}"
-        backend, why = _first_that_works(device_type, deterministic, compiled)
+        config = config or GPTConfig.from_depth(4)
+        backend, why = _first_that_works(device_type, deterministic, compiled, config)
         return backend, f"auto on {device_type}: {why}"
     if name not in BACKENDS:
         raise UserError(f"--attention {name!r} is unknown; choose from auto, {', '.join(BACKENDS)}")

@@ -9,6 +9,7 @@ import torch
 
 from model import attention
 from model.attention import BACKENDS, FlexAttention, SDPAttention, select_attention
+from model.config import GPTConfig
 from model.errors import UserError
 from model.flash_attention import FlashAttention4
 
@@ -81,7 +82,9 @@ def longhand_flash(q, k, v, causal, window_size, deterministic):
 def hopper(monkeypatch):
     """A machine that takes itself for a Hopper GPU, without libraries; hopper(f) installs fa3."""
     check = attention.self_check
-    monkeypatch.setattr(attention, "self_check", lambda backend, device: check(backend, "cpu"))
+    monkeypatch.setattr(
+        attention, "self_check", lambda backend, device, config: check(backend, "cpu", config)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     parts = ("flash_attn_interface", "flash_attn", "transformer_engine")
     for name in {n for n in sys.modules if n.split(".")[0] in parts} | set(parts):
@@ -124,9 +127,9 @@ def test_auto_takes_what_agrees_and_tells_what_does_not_run(hopper):
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (lambda y, q: y * 1.02, "y of window 128 is off by 0.02"),
-        (lambda y, q: y + 0.05 * (q - q.detach()), "grad_q of window 128 is off by "),
-        (lambda y, q: y * math.nan, "y of window 128 is off by nan"),
+        (lambda y, q: y * 1.02, "y of window 512 is off by 0.02"),
+        (lambda y, q: y + 0.05 * (q - q.detach()), "grad_q of window 512 is off by "),
+        (lambda y, q: y * math.nan, "y of window 512 is off by nan"),
     ],
 )
 def test_auto_refuses_wrong_values_and_says_where(hopper, break_it, reason):
@@ -140,13 +143,33 @@ def test_auto_refuses_a_wrong_window_and_another_gpu(hopper, monkeypatch):
         return longhand_flash(*tensors, window_size=(window_size[0] - 1, 0), **options)
 
     hopper(one_key_less)
-    assert "fa3: y of window 128 is off by 0.0" in select_attention("auto", "cuda")[1]
+    assert "fa3: y of window 512 is off by 0.0" in select_attention("auto", "cuda")[1]
     hopper(longhand_flash)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     why = select_attention("auto", "cuda")[1]
     assert "fa3: needs compute capability 9.0, this GPU has 10.0; fa4 is not" in why
     with pytest.raises(UserError, match="--attention fa3 needs compute capability 9.0"):
         select_attention("fa3", "cuda")
+
+
+def test_auto_tries_the_sizes_of_the_model(hopper):
+    """A library that has no kernels for them is passed over before the first step."""
+    seen = []
+
+    def narrow(q, k, v, window_size, **options):
+        seen.append((q.size(2) // k.size(2), q.size(3), window_size[0]))
+        if q.size(3) > 64:
+            raise RuntimeError("head_dim > 64")
+        return longhand_flash(q, k, v, window_size=window_size, **options)
+
+    hopper(narrow)
+    sizes = {"n_kv_head": 1, "sequence_len": 512}
+    small = GPTConfig.from_depth(4, aspect_ratio=32, head_dim=64, **sizes)
+    assert select_attention("auto", "cuda", config=small)[0].name == "fa3"
+    assert seen == [(2, 64, 128), (2, 64, -1)]
+    large = GPTConfig.from_depth(4, aspect_ratio=32, head_dim=128, **sizes)
+    backend, why = select_attention("auto", "cuda", config=large)
+    assert backend.name == "sdpa" and "fa3: head_dim > 64" in why
 
 
 def test_deterministic_reaches_the_library(hopper):
