@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.harness import CLOCK, ON_GPU
+from bench.harness import CLOCK, ON_GPU, listed
 from bench.roofline import floor_ms
 from bench.training import PhaseClock, gpu_workload, synchronize, tiny_workload, train_step
 from model.attention import select_attention
@@ -30,8 +30,8 @@ from train.loop import settle_garbage
 from train.optim import OptimConfig
 
 GIB = 2**30
-FIRST_STEPS = 2  # of each contender alone
-WARMUP_ROUNDS = CALIBRATED_STEPS - FIRST_STEPS + 1 if ON_GPU else 0  # the last records CUDA graphs
+FIRST_STEPS = CALIBRATED_STEPS + 1 if ON_GPU else 2  # of each contender alone: till graphs run
+WARMUP_ROUNDS = 1 if ON_GPU else 0
 CPU_ROUNDS = 2
 FIRST_LOSS_TOLERANCE = 0.02  # between contenders: same weights, same batch
 
@@ -50,9 +50,10 @@ class Contender:
 
     def __init__(self, entry, workload, batches, device):
         gc.collect()
-        before = torch.cuda.memory_allocated() if ON_GPU else 0
         if ON_GPU:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         started = time.perf_counter()
         machine = select_machine(device.type, entry.backend)
         fp8 = select_fp8(entry.fp8, machine, workload.config, workload.rows)
@@ -66,7 +67,10 @@ class Contender:
         self.first_step_seconds = time.perf_counter() - started
         for _ in range(FIRST_STEPS - 1):
             self.step()
-        self.peak_gib = (torch.cuda.max_memory_allocated() - before) / GIB if ON_GPU else None
+        self.peak_gib = self.reserved_gib = None
+        if ON_GPU:
+            self.peak_gib = (torch.cuda.max_memory_allocated() - before[0]) / GIB
+            self.reserved_gib = (torch.cuda.max_memory_reserved() - before[1]) / GIB
         expected = math.log(workload.config.vocab_size)  # logits are ~0 at the start
         assert abs(self.losses[0] - expected) < 0.05, f"{self.name}: {self.losses[0]}"
 
@@ -95,6 +99,7 @@ class Contender:
             "ms_range": [1e3 * min(totals), 1e3 * max(totals)],
             "tok_per_s": tokens / seconds,
             "peak_gib": self.peak_gib,
+            "reserved_gib": self.reserved_gib,  # CUDA graphs keep their memory
             "time_to_first_step_s": self.first_step_seconds,
             "losses": [self.losses[0], self.losses[1], self.losses[-1]],
             "facts": self.built.facts,
@@ -105,7 +110,8 @@ class Contender:
 
 
 def entries(device, attentions, fp8, config):
-    """The contenders' Entries, the product first, and lines about baselines that are left out."""
+    """The contenders' Entries of a GPTConfig, the product first, and lines about baselines that are
+    left out."""
     if device.type != "cuda":
         fused = [Entry("fused")] if kernels_are_interpreted() else []
         return [*fused, Entry("eager")], []
@@ -125,13 +131,9 @@ def entries(device, attentions, fp8, config):
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     if "depth" in metafunc.fixturenames:
-        depths = [int(depth) for depth in _listed(option("--depth"))] or [16 if ON_GPU else 2]
+        depths = [int(depth) for depth in listed(option("--depth"))] or [16 if ON_GPU else 2]
         metafunc.parametrize("depth", depths, ids=lambda depth: f"d{depth}")
-        metafunc.parametrize("fp8", _listed(option("--fp8")), ids=lambda fp8: f"fp8-{fp8}")
-
-
-def _listed(text):
-    return [part for part in text.split(",") if part]
+        metafunc.parametrize("fp8", listed(option("--fp8")), ids=lambda fp8: f"fp8-{fp8}")
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -145,7 +147,7 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
     if ON_GPU:
         torch.cuda.empty_cache()
     batches = workload.batches(device)
-    found, left_out = entries(device, _listed(option("--baselines")), fp8, workload.config)
+    found, left_out = entries(device, listed(option("--baselines")), fp8, workload.config)
     contenders = [Contender(entry, workload, batches, device) for entry in found]
     product = contenders[0]
     for other in contenders[1:]:

@@ -5,8 +5,9 @@ import subprocess
 import pytest
 import torch
 
-from bench.harness import copy_ceiling, matmul_ceiling
+from bench.harness import copy_ceiling, listed, matmul_ceiling
 from bench.report import step_table
+from model.gemm import PROVIDERS
 from train.device import device_name, select_device
 
 
@@ -17,6 +18,17 @@ def pytest_addoption(parser):
     group.addoption("--fp8", default="auto", help="as train.run's, comma-separated; off is bf16")
     group.addoption("--baselines", default="auto,flex", help="attention backends under compile")
     group.addoption("--bigram-factor", type=int, default=5, help="0 makes a dense model")
+
+
+def pytest_configure(config):
+    """Refuses options of bench_step before anything is collected."""
+    depths, providers = (listed(config.getoption(name)) for name in ("--depth", "--fp8"))
+    for depth in depths:
+        if not depth.isdecimal() or int(depth) < 1:
+            raise pytest.UsageError(f"--depth {depth}: give depths such as 4,8,16")
+    for fp8 in providers:
+        if fp8 not in ("auto", *PROVIDERS):
+            raise pytest.UsageError(f"--fp8 {fp8}: choose from auto, {', '.join(PROVIDERS)}")
 
 
 def _clocks():

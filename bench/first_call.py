@@ -10,12 +10,13 @@ import time
 import torch
 
 from bench.harness import ON_GPU
+from model.errors import UserError
+from train.command import run_command
 
 
 def main():
     if not ON_GPU:
-        print("bench.first_call needs a CUDA GPU")
-        return
+        raise UserError("bench.first_call needs a CUDA GPU")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # read by Triton when it compiles
         from bench.tune import CASES, WARM_ROWS
@@ -32,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,11 @@ ZIPF_OFFSET = 2.7  # Mandelbrot's
 ON_GPU = torch.cuda.is_available()
 
 
+def listed(text):
+    """Parts of a comma-separated option."""
+    return [part for part in text.split(",") if part]
+
+
 class OpClock:
     """Timer of pytest-benchmark that advances by the GPU time of each call of `timed`."""
 

@@ -12,7 +12,6 @@ bench.report) and trace.json.gz (for chrome://tracing or Perfetto).
 import datetime
 import gzip
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -99,18 +98,20 @@ def main(argv=None):
     args = parse(argv)
     if not torch.cuda.is_available():
         raise UserError("bench.profile needs a CUDA GPU")
-    out = args.out or Path("runs") / f"profile-d{args.depth}-{args.backend}"
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
     workload = gpu_workload(args.depth, args.bigram_factor, args.micro_steps)
     machine = select_machine("cuda", args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
-    built = assemble(workload.config, machine, OptimConfig(), fp8, attention=args.attention)
-    print("\n".join(built.facts))
+    out = args.out or Path("runs") / f"profile-d{args.depth}-{args.backend}"
+    out.mkdir(parents=True, exist_ok=True)
     trace = out / "trace.json.gz"
-    record(built, workload.batches(machine.device), trace)
+    try:
+        built = assemble(workload.config, machine, OptimConfig(), fp8, attention=args.attention)
+        print("\n".join(built.facts))
+        record(built, workload.batches(machine.device), trace)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--depth {args.depth} does not fit in the memory of {machine.name}; take a smaller one"
+        ) from None
     kernels = read_kernels(load_trace(trace))
     if not kernels:
         raise UserError("the profiler recorded no kernel; CUPTI may be missing or in use")

@@ -9,7 +9,6 @@ speedup.png, floor.png and breakdown.png (the last from the profiles).
 """
 
 import json
-import os
 from pathlib import Path
 
 from model.errors import UserError
@@ -225,10 +224,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     infos, profiles, date = load(args.files)
     out = args.out or Path("records") / f"{date}-step"
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
+    out.mkdir(parents=True, exist_ok=True)
     summaries = [summarize(info, args.commit) for info in infos]
     lines = []
     if infos:

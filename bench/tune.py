@@ -5,7 +5,6 @@
 Candidates are compiled by several processes first, on small inputs, then timed by one.
 """
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -28,6 +27,8 @@ from kernels.rotary_qk_norm import HeadTile
 from kernels.softcap_cross_entropy import LossTile
 from kernels.symmetric_matmul import MatmulTile
 from kernels.tuning import Tile
+from model.errors import UserError
+from train.command import CommandParser, run_command
 
 WARM_ROWS = 256
 JOBS = 12
@@ -180,8 +181,20 @@ def tune(op):
     return {"config": asdict(config), "us": round(1e6 * seconds, 1), "rows": ROWS}
 
 
+def _read(path):
+    """What the file at `path` holds; {} without one.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"--out {path} is no JSON ({error}); move it away") from error
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", default=[], help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--out", type=Path, default=tuning.TUNED)
     args = parser.parse_args()
@@ -189,16 +202,18 @@ def main():
     if unknown or not torch.cuda.is_available():
         parser.error(f"unknown op {unknown[0]!r}" if unknown else "tuning needs a CUDA GPU")
     ops = args.ops or list(CASES)
+    table = _read(args.out)
     jobs = [(op, index) for op in ops for index in range(len(CASES[op][1]))]
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
         for message in filter(None, pool.map(warm, jobs)):
             print(message)
-    table = json.loads(args.out.read_text()) if args.out.exists() else {}
     entries = table.setdefault(tuning.gpu_name(), {})
     for op in ops:
         entries[op] = tune(op)
-    args.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    half = args.out.with_name(f"{args.out.name}.half")
+    half.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    half.replace(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

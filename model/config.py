@@ -153,7 +153,7 @@ class GPTConfig:
         keys = sum(min(window, self.sequence_len) for window in self.windows)
         return 6 * self.num_scaling_params + 12 * self.n_embd * keys
 
-    def memory_estimate(self, batch_size, activation_bytes, fp8=False):
+    def memory_estimate(self, batch_size, activation_bytes, fp8=False, fused=False):
         """Rough peak bytes of a training micro-step of batch_size rows of sequence_len tokens.
 
         State is exact: fp32 weight, gradient and momentum for the matrices, a second moment more
@@ -162,7 +162,8 @@ class GPTConfig:
         two norms and the stream (7 widths), the MLP's pre-activation and activation (8 widths);
         under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead (the
         fused pass keeps no pre-activation, but the activation in two layouts: as many bytes).
-        Logits count in the activation type and twice in fp32.
+        Logits count in the activation type and twice in fp32; in the fused pass their gradients
+        are FP8 in two layouts, or take the place of the logits.
         """
         counts = self.param_counts()
         tables = counts["wte"] + counts.get("value_embeds", 0) + counts.get("bigram_embed", 0)
@@ -170,5 +171,6 @@ class GPTConfig:
         tokens = batch_size * self.sequence_len
         widths = (8 * activation_bytes + 7) if fp8 else 15 * activation_bytes
         blocks = tokens * self.n_layer * self.n_embd * widths
-        logits = tokens * self.padded_vocab_size * (activation_bytes + 8)
+        beside = (2 if fp8 else 0) if fused else 8
+        logits = tokens * self.padded_vocab_size * (activation_bytes + beside)
         return state + blocks + logits

@@ -162,7 +162,7 @@ class TransformerEngineGemm:
 
 
 PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
-MENDS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch"}
+MENDS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch", "torch": "use --fp8 off"}
 
 
 def make_gemm(provider):
@@ -171,8 +171,9 @@ def make_gemm(provider):
     Raises:
         UserError: its library is not installed, or does not load.
     """
+    products = PROVIDERS[provider]
     try:
-        return PROVIDERS[provider]()
+        return products()
     except Exception as error:  # a damaged library may raise anything; the user is told
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -63,9 +63,7 @@ def assemble(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
-    backend, why = select_attention(
-        attention, machine.device.type, deterministic, compiled, config
-    )
+    backend, why = select_attention(attention, machine.device.type, deterministic, compiled, config)
     backend.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
     raw_model = GPT(config, machine.dtype, backend, machine.device)

@@ -17,12 +17,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    """Call main(); a UserError, or a file or folder that cannot be read or written, becomes one
+    line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def add_data_argument(parser):

@@ -74,7 +74,8 @@ class Trainer:
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
     started: float  # time.perf_counter() at the start of the process
     progress: Progress
-    first_step_seconds: float | None = None
+    first_step_seconds: float | None = None  # since the start of the process
+    first_evaluation_seconds: float = 0.0  # of those, before the first step
     steady_seconds: float = 0.0  # of the steps after the first window
     steady_steps: int = 0
 
@@ -202,12 +203,15 @@ class Trainer:
         while True:
             if progress.step != resumed_at:  # a resumed step was evaluated before it was saved
                 if self.due(s.eval_every) or (progress.step == 0 and not s.skip_initial_eval):
+                    began = time.perf_counter()
                     try:
                         self.evaluate()
                     except UserError:
                         if progress.step > 0:  # the training so far must not be lost
                             self.save()
                         raise
+                    if self.first_step_seconds is None:
+                        self.first_evaluation_seconds = time.perf_counter() - began
                 if s.sample_every >= 0 and self.due(s.sample_every):
                     self.sample()
                 if self.due(s.save_every):
@@ -234,7 +238,9 @@ class Trainer:
                 progress.train_seconds += seconds
                 if first:
                     self.first_step_seconds = time.perf_counter() - self.started
-                    self.log.print(f"first step after {self.first_step_seconds:.1f} s")
+                    spent = self.first_evaluation_seconds
+                    note = f", {spent:.1f} s of them evaluation" if spent else ""
+                    self.log.print(f"first step after {self.first_step_seconds:.1f} s{note}")
                 else:
                     self.steady_seconds += seconds
                     self.steady_steps += window_steps
@@ -246,7 +252,7 @@ class Trainer:
 
     def summary(self):
         """The run in one JSON-able dict."""
-        progress = self.progress
+        progress, steps = self.progress, self.steady_steps
         peak = reserved = None
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -259,8 +265,9 @@ class Trainer:
             "val_bpb": progress.val_bpb,
             "best_bpb": progress.best_bpb,
             "train_seconds": round(progress.train_seconds, 3),
-            "ms_per_step": 1e3 * self.steady_seconds / max(self.steady_steps, 1),
+            "ms_per_step": 1e3 * self.steady_seconds / steps if steps else None,
             "time_to_first_step_s": self.first_step_seconds,
+            "first_evaluation_s": self.first_evaluation_seconds,
             "peak_gib": peak,
             "reserved_gib": reserved,
         }

@@ -39,7 +39,7 @@ from train.loop import Progress, Trainer
 from train.optim import OptimConfig
 from train.plan import make_plan
 from train.schedules import Schedule
-from train.settings import Settings, build_parser, resolve, resolve_resumed
+from train.settings import Settings, build_parser, flag_name, resolve, resolve_resumed
 from train.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 
 GIB = 2**30
@@ -95,7 +95,10 @@ def describe(start, plan, facts):
     settings, config, machine = start.settings, start.config, start.machine
     activation_bytes = machine.dtype.itemsize
     memory = config.memory_estimate(
-        settings.device_batch_size, activation_bytes, fp8=start.fp8[0] != "off"
+        settings.device_batch_size,
+        activation_bytes,
+        fp8=start.fp8[0] != "off",
+        fused=machine.backend == "fused",
     )
     counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
     mode = f", mode {settings.compile_mode}" if machine.backend == "compile" else ""
@@ -132,6 +135,20 @@ class Start:
     meta: dict | None = None  # the checkpoint's
 
 
+def check_backend_flags(given, machine):
+    """Refuse flags that were given and that another backend than this Machine's would read.
+
+    Raises:
+        UserError: naming the flag and its backend.
+    """
+    for field, backend in (("compile_mode", "compile"), ("cuda_graphs", "fused")):
+        if given.get(field) and machine.backend != backend:
+            raise UserError(
+                f"{flag_name(field)} needs --backend {backend}, and this run is {machine.backend}; "
+                "drop it"
+            )
+
+
 def start_new(given):
     """Start of a new run from the flags that were given ({field: value}).
 
@@ -141,6 +158,7 @@ def start_new(given):
     device_type = select_device(given.get("device_type", "auto")).type
     settings = resolve(given, device_type)
     machine = select_machine(settings.device_type, settings.backend)
+    check_backend_flags(given, machine)
     directory = new_run_dir(settings)
     config = GPTConfig.from_depth(
         settings.depth,
@@ -184,6 +202,7 @@ def start_resumed(given):
     config = config_of(meta, checkpoint)
     tokenizer = load_tokenizer(directory, config)
     machine = select_machine(settings.device_type, settings.backend)
+    check_backend_flags(given, machine)
     fp8 = select_fp8(settings.fp8, machine, config, settings.device_batch_size)
     return Start(settings, machine, corpus, tokenizer, config, fp8, directory, checkpoint, meta)
 

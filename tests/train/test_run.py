@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def test_trains_evaluates_samples_and_saves(data_dir, work_dir, capsys):
         assert fact in out
     summary = json.loads(out.splitlines()[-1])
     assert summary["steps"] == 20 and summary["val_bpb"] == bpbs[-1]
+    assert re.search(r"first step after \d+\.\d s, \d+\.\d s of them evaluation", out)
+    assert 0 < summary["first_evaluation_s"] < summary["time_to_first_step_s"]
     steps = sorted(folder.name for folder in run_dir("a").glob("step_*"))
     assert steps == ["step_000010", "step_000020"]
 
@@ -190,6 +193,8 @@ BAD = [
     (["--num-iterations", "0"], "--num-iterations"),
     (["--eval-tokens", "10"], "--eval-tokens 10"),
     (["--run", "../x"], "--run"),
+    (["--compile-mode", "max-autotune"], "--compile-mode needs --backend compile.* is eager"),
+    (["--cuda-graphs"], "--cuda-graphs needs --backend fused.* is eager"),
     (["--resume"], "no checkpoint in runs/bad"),
 ]
 
@@ -263,6 +268,7 @@ def command(*argv, cwd):
         (["train.data", "info", "--data", "absent"], "absent does not exist"),
         (["train.convert", "from-nanochat", "absent", "--run", "x"], "absent holds no model_"),
         (["model.generate", "--run", "x"], "no checkpoint in runs/x"),
+        (["bench.tune", "nonsense"], "unknown op 'nonsense'"),
     ],
 )
 def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
@@ -271,6 +277,32 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_in_the_way_ends_with_one_line(data_dir, tmp_path):
+    (tmp_path / "runs").write_text("")
+    flags = [*SMALL, "--num-iterations", "1", "--skip-initial-eval", "--data", str(data_dir)]
+    done = command("train.run", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and (tmp_path / "runs").read_text() == ""
+    assert re.fullmatch(r"error: runs\S*: (Not a directory|File exists)\n", done.stderr)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPU tests take larger models")
+def test_a_fused_run_continues_bit_for_bit(data_dir, work_dir):
+    """In Triton's interpreter, with the fused optimiser's state in the checkpoint."""
+    tiny = (
+        "--backend fused --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 32 "
+        "--device-batch-size 2 --total-batch-size 64 --bigram-embed-factor 1 --eval-tokens 64 "
+        "--skip-initial-eval --save-every 1 --train-log-every 1"
+    ).split()
+    whole = train(data_dir, "a", *tiny, "--num-iterations", 2)
+    files = {name: (run_dir("a") / "step_000002" / name).read_bytes() for name in (MODEL, OPTIM)}
+    shutil.rmtree(run_dir("a") / "step_000002")
+    main(["--run", "a", "--resume", "--data", str(data_dir)])
+    again = [json.loads(line) for line in (run_dir("a") / "metrics.jsonl").open()]
+    assert figures(again, "train", "loss")[-1] == figures(whole, "train", "loss")[-1]
+    for name, content in files.items():
+        assert (run_dir("a") / "step_000002" / name).read_bytes() == content, name
 
 
 def test_embedded_default_trains_on_the_standard_library(work_dir, capsys):
