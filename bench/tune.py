@@ -29,6 +29,7 @@ from kernels.symmetric_matmul import MatmulTile
 from kernels.tuning import Tile
 from model.errors import UserError
 from train.command import CommandParser, run_command
+from train.files import write_text_atomically
 
 WARM_ROWS = 256
 JOBS = 12
@@ -210,9 +211,7 @@ def main():
     entries = table.setdefault(tuning.gpu_name(), {})
     for op in ops:
         entries[op] = tune(op)
-    half = args.out.with_name(f"{args.out.name}.half")
-    half.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    half.replace(args.out)
+    write_text_atomically(args.out, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
