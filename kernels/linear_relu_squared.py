@@ -8,8 +8,9 @@ layouts (kernels/fp8.py) and nothing else: they feed products alone. h is not ke
 the root of y, to half of y's relative error: 3 % at most for normal e4m3 numbers, where dh is
 rounded to e5m2 by up to 12 %; y below half of the smallest e4m3 number, 2^-10 / scale, passes no
 gradient, and y clipped beyond its scale that of its clipped value.
-Products accumulate in fp32 (fast accumulation, as cuBLAS's with use_fast_accum) and are rounded to
-bf16 before the epilogue.
+Products accumulate in fp32 (fast accumulation, as cuBLAS's with use_fast_accum). What the epilogue
+makes of them is rounded to bf16 and then to FP8: one value in 30 that lies next to the middle
+between two e4m3 numbers goes the other way. The amax of dh is that of the bf16 values.
 
 FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 2 per element of y, 3 per
 element of dh, where a product and kernels/relu_squared.py move 6 and 8.
@@ -17,7 +18,6 @@ element of dh, where a product and kernels/relu_squared.py move 6 and 8.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -29,10 +29,10 @@ from kernels.tuning import sm_count, tuned
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Tile of rows x cols that advances by depth terms; its epilogue takes `part` rows at a time.
+    """Tile of rows x cols that advances by depth terms.
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies. A part has at least 16 elements per thread (kernels.fp8.store_scaled).
+    another multiplies.
     """
 
     rows: int
@@ -40,12 +40,11 @@ class LinearTile:
     depth: int
     warps: int
     stages: int
-    part: int
     group: int = 8
     programs: int = 1
 
 
-TILE = LinearTile(rows=128, cols=128, depth=128, warps=4, stages=3, part=64, programs=2)
+TILE = LinearTile(rows=128, cols=128, depth=128, warps=4, stages=3, programs=2)
 
 
 def linear_relu_squared_ref(
@@ -83,12 +82,10 @@ def _launch(op, factors, inverse_scales, scaling, y=None):
     config = tuned(op, TILE)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     programs = min(tiles, config.programs * sm_count(a.device))
-    scratch = torch.empty(programs, config.rows, config.cols, dtype=torch.bfloat16, device=a.device)
     linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
         TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
         *inverse_scales,
-        scratch,
         None if y is None else y.data,
         None if y is None else y.inverse_scale,
         *operand_args(operand, scaling),
@@ -99,7 +96,6 @@ def _launch(op, factors, inverse_scales, scaling, y=None):
         BN=config.cols,
         BK=config.depth,
         GROUP=config.group,
-        PART=config.part,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -2,31 +2,19 @@
 
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue never feeds the accumulator to store_scaled, which gave wrong bytes on an H200 with Triton
-3.6. The product goes through memory instead: a program stores its tile in bf16 into a scratch of
-its own, which stays in the L2 cache, and reads it back in blocks of rows, in the layout of plain
-loads that kernels/relu_squared.py has.
+epilogue works on the accumulator. Its result changes threads as bf16, which stmatrix transposes on
+the way through shared memory, and is cast to FP8 where it is stored. The detour over fp32 in
+_cast is what makes Triton 3.6 do it in that order: it moves a change of layout before a widening,
+and never before a narrowing cast.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, larger_magnitude, store_scaled
-from kernels.ptx import INTERPRETED
+from kernels.fp8 import amax_bits
+from kernels.ptx import INTERPRETED, fast_sqrt
 
-
-@triton.jit
-def _barrier():
-    """tl.debug_barrier, which keeps Triton 3.6 from pipelining the loop that it stands in."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "bar.sync 0; mov.b32 $0, 0;",
-            "=r,~{memory}",
-            [],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+LANE = tl.constexpr(16)  # neighbours of a row that one thread stores
 
 
 @triton.jit
@@ -47,12 +35,20 @@ def _tile_corner(
 
 
 @triton.jit
+def _cast(
+    x,  # bf16 block, in the layout that made it
+    dtype: tl.constexpr,
+):
+    """x in an FP8 dtype, cast in the layout in which it is stored."""
+    return x.to(tl.float32).to(dtype)
+
+
+@triton.jit
 def linear_relu_squared_kernel(
     a_desc,  # (M, K) FP8 in blocks of BM x BK
     b_desc,  # (N, K) FP8 in blocks of BN x BK
     a_inverse_ptr,  # (1,) fp32
     b_inverse_ptr,  # (1,) fp32
-    scratch_ptr,  # (programs, BM, BN) bf16
     y_ptr,  # (M, N) FP8 squared ReLU; None in the forward pass
     y_inverse_ptr,  # (1,) fp32, with y
     data_ptr,  # (M, N) FP8
@@ -66,18 +62,19 @@ def linear_relu_squared_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,  # rows that the epilogue handles at once
 ):
-    inverse = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
+    factor = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)  # of the accumulator
     scale = tl.load(scale_ptr)
-    if y_ptr is not None:
-        y_inverse = tl.load(y_inverse_ptr)
-    scratch_ptr += tl.program_id(0) * (BM * BN)
+    # the largest magnitudes are kept apart along the dimension whose reduction stays in a thread
+    if y_ptr is None:
+        factor *= tl.sqrt(scale)
+        peaks = tl.zeros((BM, LANE), tl.int32)  # an accumulator's thread has far columns of a row
+    else:
+        factor *= 2 * scale * tl.sqrt(tl.load(y_inverse_ptr))
+        peaks = tl.zeros((BM, BN // LANE), tl.int32)  # one that loads y has neighbours
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    part = tl.arange(0, PART)[:, None]
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # else the loops do not flatten
-    peak = 0  # bits of the largest magnitude
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
@@ -87,24 +84,25 @@ def linear_relu_squared_kernel(
             if INTERPRETED:  # its dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b.T, product)
-        _barrier()  # every thread has read the last tile
-        tl.store(scratch_ptr + m * BN + n, (product * inverse).to(tl.bfloat16))
-        _barrier()  # other threads read it back
-        amax = tl.zeros((PART, BN), tl.float32)
-        for i in tl.static_range(0, BM, PART):
-            x = tl.load(scratch_ptr + (i + part) * BN + n).to(tl.float32)
-            if y_ptr is None:
-                x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                x *= x
-            else:
-                inside = (row + i + part < M) & (col + n < N)
-                # eight columns a thread, as in x: from loads of sixteen, ptxas crashes below
-                offsets = tl.max_contiguous(part * N + n, (1, 8))
-                y = tl.load(
-                    y_ptr + (row + i).to(tl.int64) * N + col + offsets, mask=inside, other=0.0
-                )
-                x *= 2 * tl.sqrt(y.to(tl.float32) * y_inverse)
-            amax = larger_magnitude(amax, x)
-            store_scaled(x * scale, data_ptr, transposed_ptr, row + i, col, M, N, PART, BN)
-        peak = tl.maximum(peak, tl.max(tl.ravel(amax_bits(amax)), axis=0))
-    tl.atomic_max(amax_ptr, peak, sem="relaxed")  # the order does not show: deterministic
+        inside = (row + m < M)[:, None] & (col + n < N)[None, :]
+        corner, offsets = row.to(tl.int64) * N + col, m[:, None] * N + n[None, :]
+        if y_ptr is None:
+            x = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor
+            x *= x
+        else:
+            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
+            x = product * fast_sqrt(y.to(tl.float32)) * factor
+        narrow = x.to(tl.bfloat16)
+        if y_ptr is not None:
+            x = narrow.to(tl.float32)  # in the layout of y and of the stores
+        bits = tl.reshape(amax_bits(x), (BM, BN // LANE, LANE))
+        peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
+        dtype: tl.constexpr = data_ptr.dtype.element_ty
+        tl.store(data_ptr + corner + offsets, _cast(narrow, dtype), mask=inside)
+        inside = (col + n < N)[:, None] & (row + m < M)[None, :]
+        corner, offsets = col.to(tl.int64) * M + row, n[:, None] * M + m[None, :]
+        tl.store(transposed_ptr + corner + offsets, _cast(tl.trans(narrow), dtype), mask=inside)
+    peak = tl.max(tl.ravel(peaks), axis=0).to(tl.float32, bitcast=True) / scale
+    tl.atomic_max(
+        amax_ptr, amax_bits(peak), sem="relaxed"
+    )  # the order does not show: deterministic

@@ -1,8 +1,8 @@
 """Single instructions that Triton has no word for, or wraps in code that is not needed here.
 
-Relative errors: exp2 2^-22, reciprocal 2^-23 (PTX ISA, https://docs.nvidia.com/cuda/parallel-
-thread-execution: ex2.approx.ftz, rcp.approx.ftz, prmt). Under the interpreter,
-which takes no PTX, the same is done in plain Triton, the first two exactly.
+Relative errors: exp2 2^-22, reciprocal and square root 2^-23 (PTX ISA, https://docs.nvidia.com/
+cuda/parallel-thread-execution: ex2.approx.ftz, rcp.approx.ftz, sqrt.approx.ftz, prmt). Under the
+interpreter, which takes no PTX, the same is done in plain Triton, the first three exactly.
 """
 
 import os
@@ -36,6 +36,19 @@ def fast_reciprocal(
     else:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def fast_sqrt(
+    x,  # fp32 block
+):
+    """Square root; of a denormal it is 0, NaN stays NaN."""
+    if INTERPRETED:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 

@@ -36,14 +36,17 @@ def fp8_steps(a, b):
     return (ordinal(a) - ordinal(b)).abs()
 
 
-def assert_fp8(name, operand, exact, scaling):
+def assert_fp8(name, operand, exact, scaling, through=torch.float32):
     """An FP8Operand against the exactly rounded `exact`, (M, K) fp32 or wider.
 
     At most 0.5 % of the values may be one step off: the fp32 arithmetic before the cast may land
     on the other side of a tie. The layouts must agree bit for bit, and amax must be the maximum.
+    A kernel may round `through` another dtype first.
     """
     limit = torch.finfo(scaling.dtype).max
-    rounded = (exact.float() * scaling.scale).clamp(-limit, limit).to(scaling.dtype)
+    rounded = (
+        (exact.float() * scaling.scale).to(through).float().clamp(-limit, limit).to(scaling.dtype)
+    )
     steps = fp8_steps(operand.data, rounded)
     off = (steps > 0).float().mean().item()
     print(f"{name}: {100 * off:.2f} % of FP8 values one step off")
@@ -51,7 +54,11 @@ def assert_fp8(name, operand, exact, scaling):
     assert off <= 0.005 or steps.sum() <= 1, f"{name}: {100 * off:.2f} % off"
     assert torch.equal(operand.data.t().view(torch.uint8), operand.transposed.view(torch.uint8))
     torch.testing.assert_close(
-        scaling.amax[0], exact.abs().max().float(), rtol=1e-3, atol=1e-6, equal_nan=True
+        scaling.amax[0],
+        exact.abs().max().float(),
+        rtol=max(1e-3, torch.finfo(through).eps),
+        atol=1e-6,
+        equal_nan=True,
     )
 
 
