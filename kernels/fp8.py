@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ptx import permute_bytes
-
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients
 MULTIPLE = 16  # what FP8 matrix products ask of both sizes
@@ -133,6 +131,21 @@ def record_amax(
 
 
 @triton.jit
+def cast_stored(
+    x,  # bf16 or fp16 block
+    dtype: tl.constexpr,
+):
+    """x in an FP8 dtype, cast where it is stored: on the way there 16 bits a value change threads.
+
+    stmatrix transposes 16-bit values on their way through shared memory; FP8 bytes would be moved
+    one by one, and Triton 3.6 moves them wrongly in some layouts (dev/LOG.md, 2026-11-22). The
+    detour over fp32 makes it so: Triton changes layouts before a widening cast, and after a
+    narrowing one.
+    """
+    return x.to(tl.float32).to(dtype)
+
+
+@triton.jit
 def store_scaled(
     x,  # (BM, BN) fp32, already times the scale
     data_ptr,  # (M, N) FP8
@@ -144,49 +157,21 @@ def store_scaled(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Cast one block of a matrix to FP8 and store it in both layouts, four bytes at a time.
+    """Cast one block of a matrix to FP8 and store it in both layouts.
 
-    Bytes are packed and transposed by hand: a tl.trans of an FP8 block, or of its bytes, is
-    compiled wrongly by Triton 3.6 in some layouts (dev/LOG.md, 2026-11-22).
-    A program may have at most BM * BN / 16 threads: with fewer 4 x 4 blocks than threads the
-    compiler crashes or gives wrong bytes too. What x is computed from must pass check_alignment,
-    and a thread may load eight neighbours at most: behind FP8 loads of sixteen ptxas crashes.
+    What x is computed from must pass check_alignment.
     """
-    # the cast saturates (cvt.rn.satfinite) and keeps NaN
-    q = x.to(data_ptr.dtype.element_ty).to(tl.uint8, bitcast=True).to(tl.uint32)
-    even, odd = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))
-    low, high = tl.split(even | (odd << 8))  # four neighbouring columns to a word
-    words = low | (high << 16)  # (BM, BN / 4)
-    m, n = tl.arange(0, BM), tl.arange(0, BN // 4)
-    ok = (row + m < M)[:, None] & (col // 4 + n < N // 4)[None, :]
-    data_ptr = data_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-    base = data_ptr + row.to(tl.int64) * (N // 4) + col // 4
-    tl.store(
-        base + m[:, None] * (N // 4) + n[None, :], words, mask=ok, eviction_policy="evict_first"
-    )
-    # four rows of words, then a transposition of 4 x 4 bytes: words of four rows
-    rows = tl.permute(tl.reshape(words, (BM // 4, 2, 2, BN // 4)), (0, 3, 1, 2))
-    even, odd = tl.split(rows)
-    row0, row2 = tl.split(even)  # (BM / 4, BN / 4) each
-    row1, row3 = tl.split(odd)
-    low01 = permute_bytes(row0, row1, "5140")  # columns 0 and 1
-    high01 = permute_bytes(row0, row1, "7362")  # columns 2 and 3
-    low23 = permute_bytes(row2, row3, "5140")
-    high23 = permute_bytes(row2, row3, "7362")
-    col0 = permute_bytes(low01, low23, "5410")
-    col1 = permute_bytes(low01, low23, "7632")
-    col2 = permute_bytes(high01, high23, "5410")
-    col3 = permute_bytes(high01, high23, "7632")
-    i = tl.arange(0, BM // 4)
-    ok = (col // 4 + n < N // 4)[:, None] & (row // 4 + i < M // 4)[None, :]
-    transposed_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    dtype: tl.constexpr = data_ptr.dtype.element_ty
+    q = x.to(dtype)  # saturates (cvt.rn.satfinite) and keeps NaN
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    inside = (row + m < M)[:, None] & (col + n < N)[None, :]
+    offsets = row.to(tl.int64) * N + col + (m[:, None] * N + n[None, :])
+    tl.store(data_ptr + offsets, q, mask=inside, eviction_policy="evict_first")
+    q = cast_stored(tl.trans(q.to(tl.float16)), dtype)  # fp16 holds every FP8 value
+    inside = (col + n < N)[:, None] & (row + m < M)[None, :]
     first = (row * 0 + col).to(tl.int64)  # col may be a Python integer
-    base = transposed_ptr + first * (M // 4) + row // 4
-    offsets = n[:, None] * M + i[None, :]
-    tl.store(base + offsets, tl.trans(col0), mask=ok)
-    tl.store(base + M // 4 + offsets, tl.trans(col1), mask=ok)
-    tl.store(base + 2 * (M // 4) + offsets, tl.trans(col2), mask=ok)
-    tl.store(base + 3 * (M // 4) + offsets, tl.trans(col3), mask=ok)
+    offsets = first * M + row + (n[:, None] * M + m[None, :])
+    tl.store(transposed_ptr + offsets, q, mask=inside)
 
 
 @triton.jit

@@ -2,16 +2,13 @@
 
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue works on the accumulator. Its result changes threads as bf16, which stmatrix transposes on
-the way through shared memory, and is cast to FP8 where it is stored. The detour over fp32 in
-_cast is what makes Triton 3.6 do it in that order: it moves a change of layout before a widening,
-and never before a narrowing cast.
+epilogue works on the accumulator. Its result changes threads as bf16 (kernels.fp8.cast_stored).
 """
 
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits
+from kernels.fp8 import amax_bits, cast_stored
 from kernels.ptx import INTERPRETED, fast_sqrt
 
 LANE = tl.constexpr(16)  # neighbours of a row that one thread stores
@@ -32,15 +29,6 @@ def _tile_corner(
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     inner = tile % (GROUP * tiles_n)
     return (group * GROUP + inner % height) * BM, (inner // height) * BN
-
-
-@triton.jit
-def _cast(
-    x,  # bf16 block, in the layout that made it
-    dtype: tl.constexpr,
-):
-    """x in an FP8 dtype, cast in the layout in which it is stored."""
-    return x.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -98,10 +86,12 @@ def linear_relu_squared_kernel(
         bits = tl.reshape(amax_bits(x), (BM, BN // LANE, LANE))
         peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
         dtype: tl.constexpr = data_ptr.dtype.element_ty
-        tl.store(data_ptr + corner + offsets, _cast(narrow, dtype), mask=inside)
+        tl.store(data_ptr + corner + offsets, cast_stored(narrow, dtype), mask=inside)
         inside = (col + n < N)[:, None] & (row + m < M)[None, :]
         corner, offsets = col.to(tl.int64) * M + row, n[:, None] * M + m[None, :]
-        tl.store(transposed_ptr + corner + offsets, _cast(tl.trans(narrow), dtype), mask=inside)
+        tl.store(
+            transposed_ptr + corner + offsets, cast_stored(tl.trans(narrow), dtype), mask=inside
+        )
     peak = tl.max(tl.ravel(peaks), axis=0).to(tl.float32, bitcast=True) / scale
     tl.atomic_max(
         amax_ptr, amax_bits(peak), sem="relaxed"

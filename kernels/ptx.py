@@ -1,8 +1,8 @@
 """Single instructions that Triton has no word for, or wraps in code that is not needed here.
 
 Relative errors: exp2 2^-22, reciprocal and square root 2^-23 (PTX ISA, https://docs.nvidia.com/
-cuda/parallel-thread-execution: ex2.approx.ftz, rcp.approx.ftz, sqrt.approx.ftz, prmt). Under the
-interpreter, which takes no PTX, the same is done in plain Triton, the first three exactly.
+cuda/parallel-thread-execution: ex2.approx.ftz, rcp.approx.ftz, sqrt.approx.ftz). Under the
+interpreter, which takes no PTX, the same is done in plain Triton, exactly.
 """
 
 import os
@@ -49,29 +49,4 @@ def fast_sqrt(
     else:
         return tl.inline_asm_elementwise(
             "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def permute_bytes(
-    a,  # uint32 block, bytes 0 to 3
-    b,  # uint32 block, bytes 4 to 7
-    selector: tl.constexpr,
-):
-    """The bytes that the hexadecimal digits of `selector`, a string, name, last digit lowest."""
-    if INTERPRETED:
-        word = a & 0
-        for i in tl.static_range(4):
-            source = int(selector[-1 - i])
-            byte = ((a if source < 4 else b) >> (8 * (source % 4))) & 0xFF
-            word |= byte << (8 * i)
-        return word
-    else:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x" + selector + ";",
-            "=r,r,r",
-            [a, b],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
         )

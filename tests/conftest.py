@@ -42,25 +42,31 @@ def work_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_casts():
-    """Casts from fp32 as the GPU does them: to nearest, FP8 saturating, NaN kept.
+    """Casts from fp32 and from FP8 to fp16 as the GPU does them: to nearest, FP8 saturating, NaN
+    and denormal numbers kept.
 
-    The interpreter's own truncate and lose NaN.
+    The interpreter's own truncate and lose both.
     """
-    casts = {
-        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
-        tl.float8e5: (torch.float8_e5m2, torch.uint8),
-        tl.bfloat16: (torch.bfloat16, torch.int16),
+    dtypes = {
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e5: torch.float8_e5m2,
+        tl.bfloat16: torch.bfloat16,
+        tl.float16: torch.float16,
+        tl.float32: torch.float32,
     }
+    bits = {1: torch.uint8, 2: torch.int16}
     convert = interpreter._convert_float
 
     def exact(data, source, target, rounding_mode):
-        if source != tl.float32 or target not in casts:
+        if source not in dtypes or target not in dtypes:
             return convert(data, source, target, rounding_mode)
-        dtype, bits = casts[target]
-        values = torch.tensor(data)
+        values, dtype = torch.tensor(data).view(dtypes[source]), dtypes[target]
         if dtype.itemsize == 1:
-            values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-        return values.to(dtype).view(bits).numpy()
+            values = values.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+        values = values.to(dtype)
+        return (
+            values.view(bits[dtype.itemsize]).numpy() if dtype.itemsize in bits else values.numpy()
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact)
