@@ -1,12 +1,12 @@
 """Whole training steps: the fused path against compiled baselines, in one process.
 
-On a GPU, for every --depth and --fp8: 524,288 tokens a step in micro-steps of 32 x 2048. The
-baselines (--baselines, attention backends) are torch.compile with FP8 through torch._scaled_mm.
-Every contender is built and takes its first steps alone, which gives its time to the first step
-(imports not included, compile caches as they are) and its own peak memory. Then they take turns,
-one step each on the same batches, until every one has --rounds timed steps; medians are reported.
-Tokens come from a Zipf law. On a CPU the same code runs a tiny model, eager and in Triton's
-interpreter. `python -m bench.report` reads what --benchmark-json saves.
+On a GPU, for every --depth and --fp8: 524,288 tokens a step in micro-steps of 32 x 2048 (or
+--device-batch-size rows). The baselines (--baselines, attention backends) are torch.compile with
+FP8 through torch._scaled_mm. Every contender is built and takes its first steps alone, which gives
+its time to the first step (imports not included, compile caches as they are) and its own peak
+memory. Then they take turns, one step each on the same batches, until every one has --rounds timed
+steps; medians are reported. Tokens come from a Zipf law. On a CPU the same code runs a tiny model,
+eager and in Triton's interpreter. `python -m bench.report` reads what --benchmark-json saves.
 """
 
 import gc
@@ -43,6 +43,7 @@ class Entry:
     backend: str
     attention: str = "auto"
     fp8: str = "auto"
+    cuda_graphs: bool = True
 
 
 class Contender:
@@ -59,7 +60,12 @@ class Contender:
         fp8 = select_fp8(entry.fp8, machine, workload.config, workload.rows)
         self.backend, self.fp8, self.batches = entry.backend, fp8[0], batches
         self.built = assemble(
-            workload.config, machine, OptimConfig(), fp8, attention=entry.attention
+            workload.config,
+            machine,
+            OptimConfig(),
+            fp8,
+            attention=entry.attention,
+            cuda_graphs=entry.cuda_graphs,
         )
         self.attention = self.built.raw_model.attention.name
         self.times, self.losses = [], []
@@ -109,13 +115,13 @@ class Contender:
         return figures
 
 
-def entries(device, attentions, fp8, config):
+def entries(device, attentions, fp8, config, cuda_graphs=True):
     """The contenders' Entries of a GPTConfig, the product first, and lines about baselines that are
     left out."""
     if device.type != "cuda":
         fused = [Entry("fused")] if kernels_are_interpreted() else []
         return [*fused, Entry("eager")], []
-    found = [Entry("fused", fp8=fp8)]
+    found = [Entry("fused", fp8=fp8, cuda_graphs=cuda_graphs)]
     reasons, left_out = {}, []
     for attention in attentions:
         backend, why = select_attention(attention, device.type, compiled=True, config=config)
@@ -140,14 +146,19 @@ def pytest_generate_tests(metafunc):
 def bench_step(benchmark, device, request, rounds, depth, fp8):
     option = request.config.getoption
     bigram_factor = option("--bigram-factor")
-    workload = (gpu_workload if ON_GPU else tiny_workload)(depth, bigram_factor)
+    if ON_GPU:
+        workload = gpu_workload(depth, bigram_factor, option("--device-batch-size"))
+    else:
+        workload = tiny_workload(depth, bigram_factor)
     rounds = rounds if ON_GPU else min(rounds, CPU_ROUNDS)
     torch._dynamo.reset()
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
     batches = workload.batches(device)
-    found, left_out = entries(device, listed(option("--baselines")), fp8, workload.config)
+    found, left_out = entries(
+        device, listed(option("--baselines")), fp8, workload.config, not option("--no-cuda-graphs")
+    )
     contenders = [Contender(entry, workload, batches, device) for entry in found]
     product = contenders[0]
     for other in contenders[1:]:
@@ -173,6 +184,7 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
         "bigram_factor": bigram_factor,
         "tokens": workload.tokens,
         "micro_steps": workload.micro_steps,
+        "cuda_graphs": not option("--no-cuda-graphs"),
         "contenders": figures,
         "left_out": left_out,
         "allocation_retries": retries,  # above 0 the contenders crowd each other's memory

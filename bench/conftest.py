@@ -7,6 +7,7 @@ import torch
 
 from bench.harness import copy_ceiling, listed, matmul_ceiling
 from bench.report import step_table
+from bench.training import STEP_ROWS
 from model.gemm import PROVIDERS
 from train.device import device_name, select_device
 
@@ -18,6 +19,12 @@ def pytest_addoption(parser):
     group.addoption("--fp8", default="auto", help="as train.run's, comma-separated; off is bf16")
     group.addoption("--baselines", default="auto,flex", help="attention backends under compile")
     group.addoption("--bigram-factor", type=int, default=5, help="0 makes a dense model")
+    group.addoption("--device-batch-size", type=int, default=32, help="rows of a micro-step")
+    group.addoption(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="the fused path without graphs, whose memory no baseline can use: d16 on 80 GB",
+    )
 
 
 def pytest_configure(config):
@@ -26,6 +33,9 @@ def pytest_configure(config):
     for depth in depths:
         if not depth.isdecimal() or int(depth) < 1:
             raise pytest.UsageError(f"--depth {depth}: give depths such as 4,8,16")
+    rows = config.getoption("--device-batch-size")
+    if rows < 1 or STEP_ROWS % rows:
+        raise pytest.UsageError(f"--device-batch-size {rows}: give a divisor of {STEP_ROWS}")
     for fp8 in providers:
         if fp8 not in ("auto", *PROVIDERS):
             raise pytest.UsageError(f"--fp8 {fp8}: choose from auto, {', '.join(PROVIDERS)}")

@@ -98,7 +98,7 @@ def main(argv=None):
     args = parse(argv)
     if not torch.cuda.is_available():
         raise UserError("bench.profile needs a CUDA GPU")
-    workload = gpu_workload(args.depth, args.bigram_factor, args.micro_steps)
+    workload = gpu_workload(args.depth, args.bigram_factor, micro_steps=args.micro_steps)
     machine = select_machine("cuda", args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
     out = args.out or Path("runs") / f"profile-d{args.depth}-{args.backend}"

@@ -9,6 +9,8 @@ import torch
 from bench.harness import ON_GPU, zipf_tokens
 from model.config import GPTConfig
 
+STEP_ROWS = 256  # of 2,048 tokens each, in an optimiser step
+
 # at the full rate the lambdas' first steps, made of rounding (dev/LOG.md), set contenders apart
 LR_MULT, MOMENTUM, WEIGHT_DECAY = 0.1, 0.95, 0.1
 
@@ -35,9 +37,11 @@ class Workload:
         return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in tokens]
 
 
-def gpu_workload(depth, bigram_factor=5, micro_steps=8):
-    """The recipe's model of a depth on micro-batches of 32 x 2048; 8 make 524,288 tokens."""
-    return Workload(GPTConfig.from_depth(depth, bigram_embed_factor=bigram_factor), 32, micro_steps)
+def gpu_workload(depth, bigram_factor=5, rows=32, micro_steps=None):
+    """The recipe's model of a depth on micro-batches of `rows` x 2048, by default as many as make
+    524,288 tokens."""
+    config = GPTConfig.from_depth(depth, bigram_embed_factor=bigram_factor)
+    return Workload(config, rows, micro_steps or STEP_ROWS // rows)
 
 
 def tiny_workload(depth, bigram_factor=5):

@@ -44,8 +44,7 @@ class RowTile:
     registers: int | None = None
 
 
-FORWARD_TILE = RowTile(rows=32, cols=128, warps=4, stages=2)
-BACKWARD_TILE = RowTile(rows=32, cols=128, warps=4)
+TILE = RowTile(rows=32, cols=256, warps=8)
 
 
 def bigram_residual_ref(
@@ -75,15 +74,13 @@ def _check_matrices(op, **tensors):
             )
 
 
-def _tile(op, default, x):
-    """Tile for x's dtype: the winners are bf16's, shared memory and registers are counted in bytes,
-    and store_scaled wants a thread for 4 x 4 elements at most."""
-    config = tuned(op, default)
+def _tile(op, x):
+    """Tile for x's dtype: the winners are bf16's, shared memory and registers are counted in
+    bytes."""
+    config = tuned(op, TILE)
     if x.element_size() == 2:
         return config
-    cols = config.cols // 2
-    warps = min(config.warps, config.rows * cols // (16 * 32))
-    return replace(config, cols=cols, warps=warps, registers=None)
+    return replace(config, cols=config.cols // 2, registers=None)
 
 
 def bigram_residual_fwd(
@@ -130,7 +127,7 @@ def bigram_residual_fwd(
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
     op = "residual_norm_fwd" if x0 is None else "bigram_residual_fwd"
-    config = _tile(op, FORWARD_TILE, x)
+    config = _tile(op, x)
     bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
@@ -190,7 +187,7 @@ def bigram_residual_bwd(
         check_alignment("bigram_residual", **tensors)
     n, c = y.shape
     op = "residual_norm_bwd" if x is None else "bigram_residual_bwd"
-    config = _tile(op, BACKWARD_TILE, y)
+    config = _tile(op, y)
     programs = triton.cdiv(n, config.rows)
     grad_y = torch.empty_like(y) if out is None else out
     partial = None

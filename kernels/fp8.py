@@ -78,8 +78,8 @@ def empty_operand(rows, cols, scaling, device):
 def check_alignment(op, **tensors):
     """Refuse what a kernel that writes FP8 may not read; None is skipped.
 
-    Where Triton does not know addresses and row strides as multiples of 16, loads are scalar, and
-    Triton 3.6 compiles store_scaled wrongly in the layout that follows: other bytes, no error.
+    Where Triton does not know addresses and row strides as multiples of 16, it loads value by
+    value, several times slower, and products refuse such operands.
 
     Raises:
         ValueError: a tensor that starts elsewhere, or rows at another stride.

@@ -129,17 +129,14 @@ def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
     return kv_heads
 
 
-def _launch_sizes(config, head_dim, fp8=False):
-    warps = config.warps
-    if fp8:  # every thread needs 4 x 4 bytes of half a head: see store_scaled
-        warps = min(warps, max(config.rows * head_dim // (2 * 16 * 32), 1))
+def _launch_sizes(config, head_dim):
     return {
         "D": head_dim,
         "BM": config.rows,
         "HALF": triton.next_power_of_2(head_dim // 2),
         "HEADS": config.heads,
         "STAGES": config.stages,
-        "num_warps": warps,
+        "num_warps": config.warps,
     }
 
 
@@ -260,7 +257,7 @@ def rotary_qk_norm_bwd(
         g_k.stride(0),
         g_v.stride(0),
         qkv.stride(0),
-        **_launch_sizes(config, head_dim, scaling is not None),
+        **_launch_sizes(config, head_dim),
     )
     return g_qkv, operand, g_gate, g_values
 

@@ -20,7 +20,7 @@ from tests.kernels.checks import ON_GPU, assert_fp8, fp8_steps, relative_error, 
 
 FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N
-# the interpreter's dot is slow; a GPU takes the tuner's sizes, in whose layouts FP8 comes out right
+# the interpreter's dot is slow; a GPU takes the tuner's sizes
 SMALL = LinearTile(*((128, 256, 128) if ON_GPU else (64, 64, 32)), warps=8, stages=3)
 TILES = [
     SMALL,

@@ -16,7 +16,7 @@ from kernels.rotary_qk_norm import (
     value_gate_ref,
 )
 from kernels.tuning import forced
-from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
+from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
 
 VOCAB = 11
 # B, T, H, K, D: single heads and rows, ragged tiles and groups, odd halves, a prime, GQA
@@ -188,7 +188,8 @@ def test_gradient_operand_in_both_layouts(shape, value, device):
     assert_fp8("g_qkv", operand, exact[0], scaling)
     plain, both, _, _ = case.backward(*saved, scaling)
     assert torch.equal(both.data.view(torch.uint8), operand.data.view(torch.uint8))
-    assert torch.equal(plain, case.backward(*saved)[0])
+    alone = case.backward(*saved)[0]  # another kernel, which may add in another order
+    torch.testing.assert_close(plain, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_v_without_an_embedding_is_untouched(device):
@@ -353,7 +354,8 @@ def test_more_than_two_to_the_31_elements(device):
     scaling = Scaling.from_bound(16.0, E5M2, device)
     g_qkv, operand, g_gate, g_values = big.backward(big.qkv, big_rstd, scaling)
     for got, want in ((g_qkv, expected[0]), (g_gate, expected[2]), (g_values, expected[3])):
-        assert torch.equal(got[-T:], want) and torch.equal(got[:T], want)
+        assert torch.equal(got[-T:], got[:T])
+        assert relative_error(got[:T], want) < 1e-3  # by another kernel, which writes no FP8
     rows = slice(-T, None)
     data = operand.data[rows].view(torch.uint8)
     assert torch.equal(data, operand.data[:T].view(torch.uint8))
