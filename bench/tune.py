@@ -73,11 +73,12 @@ MATMUL = [
     MatmulTile(128, 128, 64, 8, 3, 1),
     MatmulTile(128, 256, 64, 8, 3, 1),
 ]
-LINEAR = (
-    [LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8)]
-    + [LinearTile(128, 256, 128, 8, 3, group) for group in (4, 8)]
-    + [LinearTile(128, 256, 128, 8, 4, 8), LinearTile(256, 128, 128, 8, 3, 8)]
-)
+LINEAR = [
+    *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8)),
+    *(LinearTile(128, 128, 128, 8, 3, group, programs=2, registers=128) for group in (4, 8)),
+    *(LinearTile(128, 256, 128, 8, stages) for stages in (3, 4)),
+    LinearTile(256, 128, 128, 8, 3),
+]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
     for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))

@@ -32,7 +32,7 @@ class LinearTile:
     """Tile of rows x cols that advances by depth terms.
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies.
+    another multiplies; `registers` caps a thread's.
     """
 
     rows: int
@@ -42,6 +42,7 @@ class LinearTile:
     stages: int
     group: int = 8
     programs: int = 1
+    registers: int | None = None
 
 
 FORWARD_TILE = LinearTile(rows=128, cols=256, depth=128, warps=8, stages=4)
@@ -99,6 +100,7 @@ def _launch(op, factors, inverse_scales, scaling, y=None):
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
     )
     return operand
 
