@@ -47,12 +47,13 @@ NORMS = [
     RowTile(32, 128, 8),
     RowTile(32, 256, 4),
     RowTile(32, 512, 8),
+    RowTile(32, 512, 16),
     RowTile(64, 64, 4),
     RowTile(64, 64, 8),
     RowTile(64, 128, 8),
     RowTile(16, 256, 4),
 ]
-NORMS_FORWARD = [*NORMS, RowTile(32, 512, 16), RowTile(64, 64, 4, 2), RowTile(64, 128, 8, 2)]
+NORMS_FORWARD = [*NORMS, RowTile(64, 64, 4, 2), RowTile(64, 128, 8, 2)]
 NORMS_BACKWARD = [
     *NORMS,
     RowTile(32, 128, 4, 1, 96),

@@ -44,7 +44,8 @@ class RowTile:
     registers: int | None = None
 
 
-TILE = RowTile(rows=32, cols=256, warps=8)
+FORWARD_TILE = RowTile(rows=32, cols=256, warps=8)
+BACKWARD_TILE = RowTile(rows=32, cols=512, warps=16)
 
 
 def bigram_residual_ref(
@@ -74,13 +75,15 @@ def _check_matrices(op, **tensors):
             )
 
 
-def _tile(op, x):
-    """Tile for x's dtype: the winners are bf16's, shared memory and registers are counted in
-    bytes."""
-    config = tuned(op, TILE)
-    if x.element_size() == 2:
-        return config
-    return replace(config, cols=config.cols // 2, registers=None)
+def _tile(op, default, x):
+    """Tile for x: the winners are those of wide rows of bf16. Shared memory and registers are
+    counted in bytes, and a block as wide as two rows would leave half of its threads idle."""
+    config = tuned(op, default)
+    if x.element_size() == 4:
+        config = replace(config, cols=config.cols // 2, registers=None)
+    while config.cols // 2 >= x.size(1) and config.warps > 1:
+        config = replace(config, cols=config.cols // 2, warps=config.warps // 2)
+    return config
 
 
 def bigram_residual_fwd(
@@ -127,7 +130,7 @@ def bigram_residual_fwd(
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
     op = "residual_norm_fwd" if x0 is None else "bigram_residual_fwd"
-    config = _tile(op, x)
+    config = _tile(op, FORWARD_TILE, x)
     bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
@@ -187,7 +190,7 @@ def bigram_residual_bwd(
         check_alignment("bigram_residual", **tensors)
     n, c = y.shape
     op = "residual_norm_bwd" if x is None else "bigram_residual_bwd"
-    config = _tile(op, y)
+    config = _tile(op, BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
     grad_y = torch.empty_like(y) if out is None else out
     partial = None

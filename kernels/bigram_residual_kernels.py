@@ -3,7 +3,7 @@
 Both walk twice over their rows: once for the sum that a row's norm needs, once to write what
 depends on it. The second walk reads y (and the gradient) back from the L2 cache, which holds the
 rows of about two programs a multiprocessor. Sums and maxima are kept for eight elements together
-(kernels/lanes.py): half of the registers, and two programs with twice as many warps.
+(kernels/lanes.py), at half of the registers, so that these programs may have 16 warps.
 """
 
 import triton
@@ -25,6 +25,15 @@ def _load_scalar(
 
 
 @triton.jit
+def _load_once(
+    ptr,  # block
+    ok,  # bool block
+):
+    """What is not read again, so that the cache keeps the rest; 0 where not ok."""
+    return tl.load(ptr, mask=ok, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _mix(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
@@ -40,15 +49,13 @@ def _mix(
     bigram,
 ):
     """One (BM, BC) fp32 block of y."""
-    # evict_first: the cache is for y, which is read back, and for table rows
-    y = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    # the cache is for y, which is read back, and for table rows
+    y = _load_once(x_ptr + offsets, ok).to(tl.float32)
     if branch_ptr is not None:
-        branch = tl.load(branch_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y += branch.to(tl.float32)
+        y += _load_once(branch_ptr + offsets, ok).to(tl.float32)
     y *= resid
     if x0_ptr is not None:
-        x0 = tl.load(x0_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y += x0_scale * x0.to(tl.float32)
+        y += x0_scale * _load_once(x0_ptr + offsets, ok).to(tl.float32)
     if table_ptr is not None:
         e = tl.load(table_ptr + table_rows[:, None] * C + cols[None, :], mask=ok, other=0.0)
         y += bigram * e.to(tl.float32)
@@ -128,8 +135,7 @@ def bigram_residual_fwd_kernel(
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        normed = y.to(tl.float32) * rstd[:, None]
+        normed = _load_once(y_ptr + offsets, ok).to(tl.float32) * rstd[:, None]
         if normed_ptr is not None:
             tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
@@ -189,26 +195,28 @@ def bigram_residual_bwd_kernel(
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         peak = tl.zeros((BM, BC // LANE), tl.int32)
+    n = tl.arange(0, BC)
+    if grad_stream_ptr is not None:  # comes from memory: a block ahead of what the cache holds
+        ok = row_ok[:, None] & (n < C)[None, :]
+        following = _load_once(grad_stream_ptr + m[:, None] * C + n[None, :], ok)
     # not pipelined by the compiler, as above
     for col in tl.range(0, C, BC, num_stages=1):
-        cols = col + tl.arange(0, BC)
+        cols = col + n
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
-        h = tl.load(grad_normed_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y = tl.load(y_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-        y = y.to(tl.float32)
-        g = h.to(tl.float32) * rstd[:, None] - y * y_scale[:, None]
+        h = _load_once(grad_normed_ptr + offsets, ok).to(tl.float32)
+        y = _load_once(y_ptr + offsets, ok).to(tl.float32)
+        g = h * rstd[:, None] - y * y_scale[:, None]
         if grad_stream_ptr is not None:
-            stream = tl.load(
-                grad_stream_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first"
-            )
-            g += stream_scale * stream.to(tl.float32)
+            g += stream_scale * following.to(tl.float32)
+            ahead = row_ok[:, None] & (cols + BC < C)[None, :]
+            following = _load_once(grad_stream_ptr + offsets + BC, ahead)
         tl.store(grad_y_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
         if WITH_Y:
             products += lane_sums(g * y, BM, BC)
         elif x_ptr is not None:
-            x = tl.load(x_ptr + offsets, mask=ok, other=0.0, eviction_policy="evict_first")
-            products += lane_sums(g * x.to(tl.float32), BM, BC)
+            x = _load_once(x_ptr + offsets, ok).to(tl.float32)
+            products += lane_sums(g * x, BM, BC)
         if data_ptr is not None:
             g *= resid
             peak = tl.maximum(peak, lane_maxima(amax_bits(g), BM, BC))

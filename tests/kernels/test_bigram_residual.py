@@ -3,6 +3,8 @@ import torch
 
 from kernels.bigram_hash import bigram_embedding_ref
 from kernels.bigram_residual import (
+    RowTile,
+    _tile,
     bigram_residual,
     bigram_residual_bwd,
     bigram_residual_fwd,
@@ -10,6 +12,7 @@ from kernels.bigram_residual import (
 )
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.rms_norm import rms_norm_ref
+from kernels.tuning import forced
 from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
 
 ROWS_OF_TABLE = 23
@@ -104,6 +107,18 @@ def test_all_gradients_with_bigram(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_the_bigram_term(dtype, x0, branch, device):
     compare(Case((2, 19, 130), dtype, device, branch=branch, bigram=False, x0=x0), dtype)
+
+
+@pytest.mark.parametrize(
+    ("width", "cols", "warps"), [(1280, 512, 16), (512, 512, 16), (256, 256, 8), (1, 32, 1)]
+)
+def test_narrow_rows_take_narrow_tiles(width, cols, warps):
+    tile, op = RowTile(32, 512, 16), "residual_norm_bwd"
+    with forced(op, tile):
+        narrow = _tile(op, tile, torch.empty(1, width, dtype=torch.bfloat16))
+        wide = _tile(op, tile, torch.empty(1, 1280))
+    assert (narrow.cols, narrow.warps) == (cols, warps)
+    assert (wide.cols, wide.warps) == (256, 16)
 
 
 def test_reserved_row_serves_position_zero_only(device):
