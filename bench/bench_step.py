@@ -184,7 +184,6 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
         "bigram_factor": bigram_factor,
         "tokens": workload.tokens,
         "micro_steps": workload.micro_steps,
-        "cuda_graphs": not option("--no-cuda-graphs"),
         "contenders": figures,
         "left_out": left_out,
         "allocation_retries": retries,  # above 0 the contenders crowd each other's memory

@@ -63,6 +63,8 @@ def step_table(infos):
     for info in infos:
         for line in info["left_out"]:
             yield f"d{info['depth']}: {line}"
+        if any("CUDA graphs: off" in fact for fact in info["contenders"][0].get("facts", ())):
+            yield f"d{info['depth']}: fused without CUDA graphs"
         if info["allocation_retries"]:
             yield (
                 f"d{info['depth']}: torch ran out of memory {info['allocation_retries']} times "

@@ -27,6 +27,7 @@ from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS
 from kernels.bigram_residual_kernels import bigram_residual_bwd_kernel, bigram_residual_fwd_kernel
 from kernels.embedding_grad import bigram_table_grad
 from kernels.fp8 import check_alignment, empty_operand, operand_args
+from kernels.lanes import LANE
 from kernels.residual_gradients import residual_gradients
 from kernels.rms_norm import RMS_NORM_EPS
 from kernels.tuning import tuned
@@ -81,7 +82,7 @@ def _tile(op, default, x):
     config = tuned(op, default)
     if x.element_size() == 4:
         config = replace(config, cols=config.cols // 2, registers=None)
-    while config.cols // 2 >= x.size(1) and config.warps > 1:
+    while config.cols // 2 >= max(x.size(1), LANE.value) and config.warps > 1:
         config = replace(config, cols=config.cols // 2, warps=config.warps // 2)
     return config
 

@@ -8,10 +8,10 @@ epilogue works on the accumulator. Its result changes threads as bf16 (kernels.f
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, cast_stored
+from kernels.fp8 import amax_bits, cast_stored, record_amax
 from kernels.ptx import INTERPRETED, fast_sqrt
 
-LANE = tl.constexpr(16)  # neighbours of a row that one thread stores
+FOLD = tl.constexpr(16)  # columns: maxima are kept of each so many, or of every 16th column
 
 
 @triton.jit
@@ -56,10 +56,10 @@ def linear_relu_squared_kernel(
     # the largest magnitudes are kept apart along the dimension whose reduction stays in a thread
     if y_ptr is None:
         factor *= tl.sqrt(scale)
-        peaks = tl.zeros((BM, LANE), tl.int32)  # an accumulator's thread has far columns of a row
+        peaks = tl.zeros((BM, FOLD), tl.int32)  # an accumulator's thread has far columns of a row
     else:
         factor *= 2 * scale * tl.sqrt(tl.load(y_inverse_ptr))
-        peaks = tl.zeros((BM, BN // LANE), tl.int32)  # one that loads y has neighbours
+        peaks = tl.zeros((BM, BN // FOLD), tl.int32)  # one that loads y has neighbours
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # else the loops do not flatten
@@ -83,16 +83,12 @@ def linear_relu_squared_kernel(
         narrow = x.to(tl.bfloat16)
         if y_ptr is not None:
             x = narrow.to(tl.float32)  # in the layout of y and of the stores
-        bits = tl.reshape(amax_bits(x), (BM, BN // LANE, LANE))
+        bits = tl.reshape(amax_bits(x), (BM, BN // FOLD, FOLD))
         peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
         dtype: tl.constexpr = data_ptr.dtype.element_ty
         tl.store(data_ptr + corner + offsets, cast_stored(narrow, dtype), mask=inside)
         inside = (col + n < N)[:, None] & (row + m < M)[None, :]
-        corner, offsets = col.to(tl.int64) * M + row, n[:, None] * M + m[None, :]
-        tl.store(
-            transposed_ptr + corner + offsets, cast_stored(tl.trans(narrow), dtype), mask=inside
-        )
-    peak = tl.max(tl.ravel(peaks), axis=0).to(tl.float32, bitcast=True) / scale
-    tl.atomic_max(
-        amax_ptr, amax_bits(peak), sem="relaxed"
-    )  # the order does not show: deterministic
+        lines = (col + n).to(tl.int64) * M + row
+        transposed = cast_stored(tl.trans(narrow), dtype)
+        tl.store(transposed_ptr + lines[:, None] + m[None, :], transposed, mask=inside)
+    record_amax(amax_ptr, peaks.to(tl.float32, bitcast=True) / scale)

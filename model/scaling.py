@@ -16,7 +16,7 @@ from kernels.fp8 import Scaling
 HISTORY = 16  # optimiser steps
 MARGIN = 2.0  # room for growth between two updates; a power of two costs no precision
 CALIBRATED_STEPS = 4  # output projections start at zero: some gradients appear steps later
-LARGEST_SCALE = 2.0**100  # an infinite one would turn zeros into NaN
+LARGEST_SCALE = 2.0**64  # an infinite one would turn zeros into NaN, this leaves room in fp32
 SLOT = 4  # floats a scale: cuBLAS refuses scales that do not lie at a multiple of 16 bytes
 
 

@@ -45,7 +45,7 @@ def work_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_casts():
-    """Casts from fp32 and from FP8 to fp16 as the GPU does them: to nearest, FP8 saturating, NaN
+    """Casts between floating-point formats as the GPU does them: to nearest, FP8 saturating, NaN
     and denormal numbers kept.
 
     The interpreter's own truncate and lose both.

@@ -11,6 +11,7 @@ from kernels.bigram_residual import (
     bigram_residual_ref,
 )
 from kernels.fp8 import E4M3, E5M2, Scaling
+from kernels.lanes import LANE
 from kernels.rms_norm import rms_norm_ref
 from kernels.tuning import forced
 from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
@@ -119,6 +120,8 @@ def test_narrow_rows_take_narrow_tiles(width, cols, warps):
         wide = _tile(op, tile, torch.empty(1, 1280))
     assert (narrow.cols, narrow.warps) == (cols, warps)
     assert (wide.cols, wide.warps) == (256, 16)
+    with forced(op, RowTile(64, 64, 8)):
+        assert _tile(op, tile, torch.empty(1, 1)).cols == LANE.value
 
 
 def test_reserved_row_serves_position_zero_only(device):
@@ -130,31 +133,42 @@ def test_reserved_row_serves_position_zero_only(device):
     assert big[:, 0].all() and not big[:, 1:].any()
 
 
+# fp32 takes half of the columns: a row in one block, in five
+BLOCKS = pytest.mark.parametrize("tile", [RowTile(32, 512, 8), RowTile(32, 64, 4)], ids=str)
+
+
 def operand_case(device, dtype=torch.float32):
     """48 x 144: ragged in rows and columns."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(48, 144, generator=generator).to(device, dtype) for _ in range(5)]
 
 
-def test_fp8_forward_is_the_rounded_norm(device):
+@BLOCKS
+def test_fp8_forward_is_the_rounded_norm(tile, device):
     x, branch, *_ = operand_case(device)
     scaling = Scaling.from_bound(12.0, E4M3, device)
-    y, rstd, normed, operand = bigram_residual_fwd(x, branch, scaling=scaling)
+    with forced("residual_norm_fwd", tile):
+        y, rstd, normed, operand = bigram_residual_fwd(x, branch, scaling=scaling)
     torch.testing.assert_close(y, x + branch)
     torch.testing.assert_close(normed, rms_norm_ref(x + branch))
     assert_fp8("normed", operand, normed, scaling)
-    without = bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
+    with forced("residual_norm_fwd", tile):
+        without = bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
     assert without[2] is None and torch.equal(without[0], y) and torch.equal(without[1], rstd)
 
 
-def test_fp8_backward_is_the_branch_gradient(device):
+@BLOCKS
+@pytest.mark.parametrize("x_is_y", [False, True])
+def test_fp8_backward_is_the_branch_gradient(x_is_y, tile, device):
     y, h, stream, x, out = operand_case(device)
+    x = y if x_is_y else x
     rstd = y.square().mean(dim=-1).add(2.0**-23).rsqrt()
     resid, stream_scale = (torch.tensor([v], device=device) for v in (1.3, 0.7))
     scaling = Scaling.from_bound(40.0, E5M2, device)
-    grad, of_resid, operand = bigram_residual_bwd(
-        h, y, rstd, stream, stream_scale, x, resid, scaling, out
-    )
+    with forced("bigram_residual_bwd", tile):
+        grad, of_resid, operand = bigram_residual_bwd(
+            h, y, rstd, stream, stream_scale, x, resid, scaling, out
+        )
     assert grad.data_ptr() == out.data_ptr()
     leaf = y.double().requires_grad_()
     (expected,) = torch.autograd.grad(rms_norm_ref(leaf), leaf, h.double())

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -260,33 +259,24 @@ def command(*argv, cwd):
     )
 
 
-COMMANDS = [
-    (["train.run", "--backend", "warp"], "--backend"),
-    (["train.run", "--data", "absent"], "data directory absent does not exist"),
-    (["train.run", "--resume", "--run", "x"], "no checkpoint in runs/x"),
-    (["train.data", "info", "--data", "absent"], "absent does not exist"),
-    (["train.convert", "from-nanochat", "absent", "--run", "x"], "absent holds no model_"),
-    (["model.generate", "--run", "x"], "no checkpoint in runs/x"),
-    (["bench.tune", "nonsense"], "unknown op 'nonsense'"),
-]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Directory and outcome of each of COMMANDS, in processes beside each other."""
-    folders = [tmp_path_factory.mktemp("command") for _ in COMMANDS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = pool.map(lambda row, cwd: command(*row[0], cwd=cwd), COMMANDS, folders)
-        return list(zip(folders, outcomes, strict=True))
-
-
-@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][0]))
-def test_commands_end_with_one_line_and_code_2(finished, index):
-    folder, done = finished[index]
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train.run", "--backend", "warp"], "--backend"),
+        (["train.run", "--data", "absent"], "data directory absent does not exist"),
+        (["train.run", "--resume", "--run", "x"], "no checkpoint in runs/x"),
+        (["train.data", "info", "--data", "absent"], "absent does not exist"),
+        (["train.convert", "from-nanochat", "absent", "--run", "x"], "absent holds no model_"),
+        (["model.generate", "--run", "x"], "no checkpoint in runs/x"),
+        (["bench.tune", "nonsense"], "unknown op 'nonsense'"),
+    ],
+)
+def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
+    done = command(*argv, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert COMMANDS[index][1] in done.stderr
-    assert not (folder / "runs").exists()
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_file_in_the_way_ends_with_one_line(data_dir, tmp_path):
