@@ -125,12 +125,14 @@ def test_default_folder_and_a_product_without_baseline(save, tmp_path, monkeypat
 
 
 def test_what_crowded_or_is_missing_is_said(save, tmp_path, capsys):
-    crowded = info(20, *D4["contenders"], left_out=["baseline auto is flex"], allocation_retries=3)
-    crowded["contenders"][0] |= {"facts": ["fp8: te", "kernels: on: all; CUDA graphs: off"]}
+    product = contender("fused", "fa4", 9.0) | {"facts": ["kernels: on: all; CUDA graphs: off"]}
+    others = contender("compile", "flex", 12.0) | {"facts": ["attention: flex"]}
+    crowded = info(20, product, others, left_out=["baseline auto is flex"], allocation_retries=3)
     main([save(results(crowded)), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "d20: baseline auto is flex" in said
     assert "d20: torch ran out of memory 3 times" in said
+    assert "d20: fused without CUDA graphs" in said
 
 
 @pytest.mark.parametrize(
