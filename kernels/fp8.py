@@ -79,7 +79,7 @@ def check_alignment(op, **tensors):
     """Refuse what a kernel that writes FP8 may not read; None is skipped.
 
     Where Triton does not know addresses and row strides as multiples of 16, it loads value by
-    value, several times slower, and products refuse such operands.
+    value, and products refuse such operands.
 
     Raises:
         ValueError: a tensor that starts elsewhere, or rows at another stride.
