@@ -11,7 +11,7 @@ gradient, and y clipped beyond its scale that of its clipped value.
 Products accumulate in fp32 (fast accumulation, as cuBLAS's with use_fast_accum). What the epilogue
 makes of them is rounded to bf16 and then to FP8: one value in 30, next to the middle between two
 e4m3 numbers, goes the other way (e5m2: one in 60). The amax of dh is that of the bf16 values.
-Maxima are taken of scaled values, so amax is NaN where value times scale leaves fp32.
+Maxima are taken of scaled values, so amax is not finite where value times scale leaves fp32.
 
 FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 2 per element of y, 3 per
 element of dh, where a product and kernels/relu_squared.py move 6 and 8.
