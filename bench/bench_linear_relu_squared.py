@@ -1,12 +1,13 @@
-"""linear_relu_squared at the MLP of depth 16, forward and backward, against a product by a library
-and a kernel for the rest: relu_squared, which keeps or reads the hidden layer in bf16."""
+"""linear_relu_squared at the MLP of depth 16, in FP8 and bf16, forward and backward, against a
+product by a library and a kernel for the rest: relu_squared, which keeps or reads the hidden layer
+in bf16."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from bench.harness import ON_GPU, measure, op_benchmark
+from bench.harness import ON_GPU, compiled, measure, op_benchmark
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.linear_relu_squared import (
     linear_relu_squared_bwd,
@@ -69,6 +70,24 @@ def backward_case(device):
     return fused, unfused, partial(linear_relu_squared_bwd_ref, *tensors)
 
 
+def plain_case(device, backward):
+    """In bf16: the op, a product and a kernel, and the reference, which the compiler may fuse."""
+    x, h = (torch.randn(M, n, device=device).bfloat16() for n in (K, N))
+    w = torch.randn((K, N) if backward else (N, K), device=device) / K**0.5
+    w, y = w.bfloat16(), h.relu().square()
+
+    def unfused():
+        if backward:
+            return relu_squared_bwd(x @ w, h)[0]
+        return relu_squared_fwd(x @ w.t())[0]
+
+    if backward:
+        op, reference = linear_relu_squared_bwd, linear_relu_squared_bwd_ref
+        return partial(op, x, w, y), unfused, partial(reference, x, w, y)
+    op, reference = linear_relu_squared_fwd, linear_relu_squared_ref
+    return partial(op, x, w), unfused, partial(reference, x, w)
+
+
 @op_benchmark
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def bench_linear_relu_squared(benchmark, device, backward):
@@ -87,5 +106,21 @@ def bench_linear_relu_squared(benchmark, device, backward):
         bytes_moved=(M + N) * K + (3 if backward else 2) * M * N,
         flops=2 * M * N * K,
         alternatives=alternatives,
+        shape=(M, K, N),
+    )
+
+
+@op_benchmark
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def bench_linear_relu_squared_plain(benchmark, device, backward):
+    op, unfused, reference = plain_case(device, backward)
+    if ON_GPU:
+        assert relative_error(op(), unfused()) < 0.01  # twice the rounding of bf16, and of h
+    measure(
+        benchmark,
+        op if ON_GPU else reference,
+        bytes_moved=2 * (M + N) * K + (4 if backward else 2) * M * N,
+        flops=2 * M * N * K,
+        alternatives={"product and kernel": unfused, "compile": compiled(reference)},
         shape=(M, K, N),
     )

@@ -7,8 +7,8 @@ The parts are those of the project's floor table, from rates that were measured 
     attention    FlashAttention 4, B 32, H 8, T 2048, D 128, forward + backward: 1.256 ms with a
                  window of 512, 2.045 ms without; linear in the keys that a query sees
     elementwise  passes over N x C bf16 values per layer, at the copy bandwidth of 4.27 TB/s: 25
-                 forward and 42 backward; in FP8, where the MLP's products quantise what they write,
-                 17 and 32 (8 and 12 fewer, and the activation is read once more)
+                 forward and 42 backward, less what the MLP's products do in their epilogues, 8 and
+                 12; the activation is read once more (2 in FP8, 4 in bf16): 17 and 32 or 34
     loss         cross-entropy and embedding gradients, 3 ms for 65,536 x 32,768 logits
 
 The optimiser has no part in it. At other widths the products' rate is an extrapolation: narrow
@@ -17,7 +17,7 @@ ones run slower, so the floor of a small model is lower than what can be reached
 
 GEMM_RATES = {True: 1338e12, False: 690e12}  # FLOP/s, by FP8 or not
 COPY_RATE = 4.27e12  # bytes/s, read + written
-UNITS = {True: 17 + 32, False: 25 + 42}  # passes over (N, C) bf16 of a layer, by FP8 or not
+UNITS = {True: 17 + 32, False: 17 + 34}  # passes over (N, C) bf16 of a layer, by FP8 or not
 LOSS_MS, LOSS_LOGITS = 3.0, 65536 * 32768
 ATTENTION_SHAPE = 32 * 8 * 2048 * 128  # B * H * T * D of the two measurements
 ATTENTION_MS = {512: 1.256, 2048: 2.045}  # by window

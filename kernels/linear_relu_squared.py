@@ -1,24 +1,28 @@
-"""A linear layer and its squared ReLU, or the backward of both, in one kernel on FP8 operands.
+"""A linear layer and its squared ReLU, or the backward of both, in one kernel, in FP8 or bf16.
 
     forward     y = max(h, 0)^2,        h = x w^T       x (M, K), w (N, K)
     backward    dh = 2 max(h, 0) g,     g = dz v        dz (M, K), v (K, N), max(h, 0) = sqrt(y)
 
-v is the weight of the layer that follows, z = y v^T. y and dh are written as FP8 operands in both
-layouts (kernels/fp8.py) and nothing else: they feed products alone. h is not kept. max(h, 0) is
-the root of y, to half of y's relative error: 3 % at most for normal e4m3 numbers, where dh is
-rounded to e5m2 by up to 12 %; y below half of the smallest e4m3 number, 2^-10 / scale, passes no
-gradient, and y clipped beyond its scale that of its clipped value.
-Products accumulate in fp32 (fast accumulation, as cuBLAS's with use_fast_accum). What the epilogue
-makes of them is rounded to bf16 and then to FP8: one value in 30, next to the middle between two
-e4m3 numbers, goes the other way (e5m2: one in 60). The amax of dh is that of the bf16 values.
-Maxima are taken of scaled values, so amax is not finite where value times scale leaves fp32.
+v is the weight of the layer that follows, z = y v^T. y and dh are all that is written: in FP8 as
+operands in both layouts (kernels/fp8.py), as they feed products alone. h is not kept. max(h, 0) is
+the root of y, to half of y's relative error: in bf16 2^-10, less than that of h rounded to bf16; in
+FP8 3 % at most for normal e4m3 numbers, where dh is rounded to e5m2 by up to 12 %; there y below
+half of the smallest e4m3 number, 2^-10 / scale, passes no gradient, and y clipped beyond its scale
+that of its clipped value.
+Products accumulate in fp32 (FP8: fast accumulation, as cuBLAS's with use_fast_accum). What the
+epilogue makes of them is rounded to bf16 and then to FP8: one value in 30, next to the middle
+between two e4m3 numbers, goes the other way (e5m2: one in 60). The amax of dh is that of the bf16
+values. Maxima are taken of scaled values, so amax is not finite where value times scale leaves
+fp32. fp32 tensors are multiplied without tensor cores, for tests.
 
 FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 2 per element of y, 3 per
-element of dh, where a product and kernels/relu_squared.py move 6 and 8.
+element of dh, where a product and kernels/relu_squared.py move 6 and 8; in bf16 2*(M + N)*K, 2 and
+4, where they move 6 and 8.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -30,7 +34,7 @@ from kernels.tuning import sm_count, tuned
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Tile of rows x cols that advances by depth terms.
+    """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
     another multiplies; `registers` caps a thread's.
@@ -47,6 +51,7 @@ class LinearTile:
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
+PLAIN_TILE = LinearTile(128, 128, 128, warps=4, stages=3, programs=2)  # with 8 only one fits an SM
 
 
 def linear_relu_squared_ref(
@@ -66,72 +71,91 @@ def linear_relu_squared_bwd_ref(
     return 2 * y.sqrt() * (dz @ v)
 
 
-def _launch(op, factors, inverse_scales, scaling, y=None):
-    """FP8Operand of the epilogue of a b^T; factors is {name of a: a, name of b: b}, and y the
-    FP8Operand that backward reads."""
-    matrices = factors if y is None else factors | {"y": y.data}
+def _launch(op, factors, y, inverse_scales, scaling):
+    """The epilogue of a b^T, or of a b for a backward pass without FP8: an FP8Operand under
+    `scaling`, or a tensor without one. factors is {name of a: a, name of b: b}; backward reads y;
+    inverse_scales are those of a, b and y."""
+    matrices = factors if y is None else factors | {"y": y}
+    a, b = factors.values()
     for name, matrix in matrices.items():
         if matrix.dim() != 2 or not matrix.is_contiguous() or not matrix.numel():
             raise ValueError(f"{op}: {name} must be a contiguous matrix, and not empty")
-    a, b = factors.values()
-    if a.size(1) != b.size(1):
-        raise ValueError(f"{op}: factors of {a.size(1)} and {b.size(1)} terms")
-    rows, cols = a.size(0), b.size(0)
-    if y is not None and y.data.shape != (rows, cols):
-        raise ValueError(f"{op}: y is {tuple(y.data.shape)}, the product {rows} x {cols}")
+        if scaling is None and matrix.dtype != a.dtype:
+            raise ValueError(f"{op}: {name} is {matrix.dtype}, not {a.dtype} as the first factor")
+    by_terms = scaling is None and y is not None  # b is (K, N), else (N, K)
+    cols, terms = reversed(b.shape) if by_terms else b.shape
+    rows = a.size(0)
+    if a.size(1) != terms:
+        raise ValueError(f"{op}: factors of {a.size(1)} and {terms} terms")
+    if y is not None and y.shape != (rows, cols):
+        raise ValueError(f"{op}: y is {tuple(y.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
-    operand = empty_operand(rows, cols, scaling, a.device)
-    config = tuned(op, TILE)
+    if scaling is None:
+        operand, config = None, tuned(f"{op}_plain", PLAIN_TILE)
+        out = torch.empty(rows, cols, dtype=a.dtype, device=a.device)
+        written = out, None, None, None
+    else:
+        operand, config = empty_operand(rows, cols, scaling, a.device), tuned(op, TILE)
+        written = operand_args(operand, scaling)
+    depth = config.depth // a.element_size()
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     programs = min(tiles, config.programs * sm_count(a.device))
+    a_inverse, b_inverse, y_inverse = inverse_scales
     linear_relu_squared_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [config.rows, config.depth]),
-        TensorDescriptor.from_tensor(b, [config.cols, config.depth]),
-        *inverse_scales,
-        None if y is None else y.data,
-        None if y is None else y.inverse_scale,
-        *operand_args(operand, scaling),
+        TensorDescriptor.from_tensor(a, [config.rows, depth]),
+        TensorDescriptor.from_tensor(b, [depth, config.cols] if by_terms else [config.cols, depth]),
+        a_inverse,
+        b_inverse,
+        y,
+        y_inverse,
+        *written,
         rows,
         cols,
-        a.size(1),
+        terms,
         BM=config.rows,
         BN=config.cols,
-        BK=config.depth,
+        BK=depth,
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
     )
-    return operand
+    return out if operand is None else operand
 
 
 def linear_relu_squared_fwd(
-    x,  # FP8Operand (M, K)
-    w,  # FP8Operand (N, K)
-    scaling,
+    x,  # FP8Operand (M, K); (M, K) bf16 or fp32 without scaling
+    w,  # FP8Operand (N, K); (N, K) in x's dtype
+    scaling=None,
 ):
-    """max(x w^T, 0)^2 as an FP8Operand (M, N) under `scaling`; reads x.data and w.data.
+    """max(x w^T, 0)^2, (M, N): an FP8Operand under `scaling`, from x.data and w.data; without
+    scaling a tensor in x's dtype.
 
     Raises:
-        ValueError: shapes disagree, are empty or no multiples of 16, or the data is not contiguous
-            and aligned (kernels.fp8.check_alignment).
+        ValueError: shapes disagree, are empty or no multiples of 16, dtypes differ, or the data is
+            not contiguous and aligned (kernels.fp8.check_alignment).
     """
-    op = "linear_relu_squared"
-    return _launch(op, {"x": x.data, "w": w.data}, (x.inverse_scale, w.inverse_scale), scaling)
+    op, scales = "linear_relu_squared", (None, None, None)
+    if scaling is not None:
+        scales = x.inverse_scale, w.inverse_scale, None
+        x, w = x.data, w.data
+    return _launch(op, {"x": x, "w": w}, None, scales, scaling)
 
 
 def linear_relu_squared_bwd(
-    dz,  # FP8Operand (M, K), gradient of y v^T
-    v,  # FP8Operand (K, N)
-    y,  # FP8Operand (M, N), from linear_relu_squared_fwd
-    scaling,
+    dz,  # FP8Operand (M, K), gradient of y v^T; (M, K) bf16 or fp32 without scaling
+    v,  # FP8Operand (K, N); (K, N) in dz's dtype
+    y,  # FP8Operand (M, N), from linear_relu_squared_fwd; (M, N) in dz's dtype
+    scaling=None,
 ):
-    """The gradient 2 sqrt(y) (dz v) of h as an FP8Operand (M, N) under `scaling`; reads dz.data,
-    v.transposed and y.data.
+    """The gradient 2 sqrt(y) (dz v) of h, (M, N): an FP8Operand under `scaling`, from dz.data,
+    v.transposed and y.data; without scaling a tensor in dz's dtype.
 
     Raises:
         ValueError: as linear_relu_squared_fwd.
     """
     op = "linear_relu_squared_bwd"
-    factors = {"dz": dz.data, "v transposed": v.transposed}
-    return _launch(op, factors, (dz.inverse_scale, v.inverse_scale), scaling, y)
+    if scaling is None:
+        return _launch(op, {"dz": dz, "v": v}, y, (None, None, None), None)
+    scales = dz.inverse_scale, v.inverse_scale, y.inverse_scale
+    return _launch(op, {"dz": dz.data, "v transposed": v.transposed}, y.data, scales, scaling)

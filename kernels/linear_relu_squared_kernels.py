@@ -2,7 +2,8 @@
 
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue works on the accumulator. Its result changes threads as bf16 (kernels.fp8.cast_stored).
+epilogue works on the accumulator. Its result changes threads as bf16 (kernels.fp8.cast_stored), and
+is stored as that, or in FP8 in both layouts.
 """
 
 import triton
@@ -33,13 +34,13 @@ def _tile_corner(
 
 @triton.jit
 def linear_relu_squared_kernel(
-    a_desc,  # (M, K) FP8 in blocks of BM x BK
-    b_desc,  # (N, K) FP8 in blocks of BN x BK
-    a_inverse_ptr,  # (1,) fp32
+    a_desc,  # (M, K) in blocks of BM x BK: FP8, or a tensor's dtype
+    b_desc,  # (N, K) in blocks of BN x BK; backward without FP8 (K, N) in blocks of BK x BN
+    a_inverse_ptr,  # (1,) fp32; None without FP8, like all that follow but y and data
     b_inverse_ptr,  # (1,) fp32
-    y_ptr,  # (M, N) FP8 squared ReLU; None in the forward pass
+    y_ptr,  # (M, N) squared ReLU; None in the forward pass
     y_inverse_ptr,  # (1,) fp32, with y
-    data_ptr,  # (M, N) FP8
+    data_ptr,  # (M, N)
     transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32
     amax_ptr,  # (1,) int32
@@ -51,15 +52,17 @@ def linear_relu_squared_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    factor = tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)  # of the accumulator
-    scale = tl.load(scale_ptr)
-    # the largest magnitudes are kept apart along the dimension whose reduction stays in a thread
-    if y_ptr is None:
-        factor *= tl.sqrt(scale)
-        peaks = tl.zeros((BM, FOLD), tl.int32)  # an accumulator's thread has far columns of a row
-    else:
-        factor *= 2 * scale * tl.sqrt(tl.load(y_inverse_ptr))
-        peaks = tl.zeros((BM, BN // FOLD), tl.int32)  # one that loads y has neighbours
+    factor = 1.0 if y_ptr is None else 2.0  # of the accumulator
+    if transposed_ptr is not None:
+        scale = tl.load(scale_ptr)
+        factor *= tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
+        # the largest magnitudes are kept apart along the dimension whose reduction is a thread's
+        if y_ptr is None:
+            factor *= tl.sqrt(scale)
+            peaks = tl.zeros((BM, FOLD), tl.int32)  # an accumulator's thread has far columns
+        else:
+            factor *= scale * tl.sqrt(tl.load(y_inverse_ptr))
+            peaks = tl.zeros((BM, BN // FOLD), tl.int32)  # one that loads y has neighbours
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # else the loops do not flatten
@@ -68,10 +71,13 @@ def linear_relu_squared_kernel(
         product = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])
-            b = b_desc.load([col, k * BK])
+            if transposed_ptr is None and y_ptr is not None:
+                b = b_desc.load([k * BK, col])
+            else:
+                b = b_desc.load([col, k * BK]).T
             if INTERPRETED:  # its dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            product = tl.dot(a, b.T, product)
+            product = tl.dot(a, b, product, input_precision="ieee")
         inside = (row + m < M)[:, None] & (col + n < N)[None, :]
         corner, offsets = row.to(tl.int64) * N + col, m[:, None] * N + n[None, :]
         if y_ptr is None:
@@ -80,15 +86,20 @@ def linear_relu_squared_kernel(
         else:
             y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
             x = product * fast_sqrt(y.to(tl.float32)) * factor
-        narrow = x.to(tl.bfloat16)
-        if y_ptr is not None:
-            x = narrow.to(tl.float32)  # in the layout of y and of the stores
-        bits = tl.reshape(amax_bits(x), (BM, BN // FOLD, FOLD))
-        peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
-        dtype: tl.constexpr = data_ptr.dtype.element_ty
-        tl.store(data_ptr + corner + offsets, cast_stored(narrow, dtype), mask=inside)
-        inside = (col + n < N)[:, None] & (row + m < M)[None, :]
-        lines = (col + n).to(tl.int64) * M + row
-        transposed = cast_stored(tl.trans(narrow), dtype)
-        tl.store(transposed_ptr + lines[:, None] + m[None, :], transposed, mask=inside)
-    record_amax(amax_ptr, peaks.to(tl.float32, bitcast=True) / scale)
+        if transposed_ptr is None:
+            x = x.to(data_ptr.dtype.element_ty)
+            tl.store(data_ptr + corner + offsets, x, mask=inside)
+        else:
+            narrow = x.to(tl.bfloat16)
+            if y_ptr is not None:
+                x = narrow.to(tl.float32)  # in the layout of y and of the stores
+            bits = tl.reshape(amax_bits(x), (BM, BN // FOLD, FOLD))
+            peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
+            dtype: tl.constexpr = data_ptr.dtype.element_ty
+            tl.store(data_ptr + corner + offsets, cast_stored(narrow, dtype), mask=inside)
+            inside = (col + n < N)[:, None] & (row + m < M)[None, :]
+            lines = (col + n).to(tl.int64) * M + row
+            transposed = cast_stored(tl.trans(narrow), dtype)
+            tl.store(transposed_ptr + lines[:, None] + m[None, :], transposed, mask=inside)
+    if transposed_ptr is not None:
+        record_amax(amax_ptr, peaks.to(tl.float32, bitcast=True) / scale)

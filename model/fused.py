@@ -131,9 +131,9 @@ class FusedGPT(nn.Module):
         """One line: which kernels run, and which do not and why."""
         fp8 = self.precision.gemm.fp8
         ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "softcap_cross_entropy"]
-        ops += ["residual_gradients", "embedding_grad"]
-        ops += ["quantize", "linear_relu_squared"] if fp8 else ["relu_squared"]
-        off = [] if fp8 else ["quantize, linear_relu_squared (no FP8)"]
+        ops += ["linear_relu_squared", "residual_gradients", "embedding_grad"]
+        ops += ["quantize"] if fp8 else []
+        off = [] if fp8 else ["quantize (no FP8)"]
         ops += ["gate_logits"] if self.model.value_embeds else []
         if not self.model.config.bigram_embed_factor:
             off.append("bigram lookup (dense model)")

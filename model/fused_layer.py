@@ -16,7 +16,6 @@ from kernels.fp8 import Scaling
 from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
 from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
 from model.gemm import PlainGemm
 from model.scaling import DelayedScaling, Unscaled
@@ -101,7 +100,6 @@ class LayerState:
     y_mid: torch.Tensor = None  # (N, C) stream before the MLP
     rstd_mid: torch.Tensor = None  # (N,)
     normed_mid: Any = None  # operand (N, C)
-    hidden: torch.Tensor = None  # (N, 4C) before relu_squared; None in FP8
     activated: Any = None  # operand (N, 4C)
 
 
@@ -140,37 +138,13 @@ class FusedLayer:
         state = LayerState(*p.norm(x, branch, x0, *table, *lambdas))
         branch = self._attention_forward(p, state, tokens)
         state.y_mid, state.rstd_mid, normed = p.norm(state.y, branch)
-        state.hidden, state.activated = self._activated(p, normed)
+        weight = p.weight(self.weights["fc"])
+        state.activated = p.scaling.produce(
+            self._name("activated"), partial(linear_relu_squared_fwd, normed, weight)
+        )
         state.normed_mid = p.gemm.keep(normed)
         branch = p.gemm.forward(state.activated, p.weight(self.weights["mlp_proj"]))
         return state.y_mid, branch, state
-
-    def _activated(
-        self,
-        p,
-        normed,  # operand (N, C)
-    ):
-        """The MLP's hidden layer (N, 4C), None in FP8, and the operand of its squared ReLU."""
-        weight, name = p.weight(self.weights["fc"]), self._name("activated")
-        if p.gemm.fp8:
-            run = partial(linear_relu_squared_fwd, normed, weight)
-            return None, p.scaling.produce(name, run)
-        hidden = p.gemm.forward(normed, weight)
-        return hidden, relu_squared_fwd(hidden)[0]
-
-    def _activated_backward(
-        self,
-        p,
-        operand,  # of the gradient of the MLP's output (N, C)
-        hidden,  # (N, 4C), None in FP8
-        activated,  # operand (N, 4C)
-    ):
-        """Operand of the gradient of the hidden layer, (N, 4C)."""
-        weight, name = self.weights["mlp_proj"].operand, self._name("grad_fc")
-        if p.gemm.fp8:
-            run = partial(linear_relu_squared_bwd, operand, weight, activated)
-            return p.scaling.produce(name, run)
-        return relu_squared_bwd(p.gemm.input_grad(operand, weight), hidden)[0]
 
     def _attention_forward(
         self,
@@ -215,11 +189,14 @@ class FusedLayer:
         """
         gemm, weights = p.gemm, self.weights
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
-        grad_fc = self._activated_backward(p, operand, state.hidden, state.activated)
-        state.activated = operand = None
+        factors = operand, weights["mlp_proj"].operand, state.activated
+        grad_fc = p.scaling.produce(
+            self._name("grad_fc"), partial(linear_relu_squared_bwd, *factors)
+        )
+        state.activated = operand = factors = None
         gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
         grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
-        state.hidden = state.normed_mid = grad_fc = None
+        state.normed_mid = grad_fc = None
         g, _, operand = p.mix_backward(
             self._name("grad_attn"), grad, state.y_mid, state.rstd_mid, g, factor
         )

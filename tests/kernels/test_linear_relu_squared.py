@@ -16,9 +16,17 @@ from kernels.linear_relu_squared import (
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_fwd
 from kernels.tuning import forced
-from tests.kernels.checks import ON_GPU, assert_fp8, fp8_steps, relative_error, same_bits
+from tests.kernels.checks import (
+    DTYPES,
+    ON_GPU,
+    assert_fp8,
+    fp8_steps,
+    relative_error,
+    same_bits,
+)
 
 FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
+PLAIN = "_plain"  # tuned under a name of its own
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N
 # the interpreter's dot is slow; a GPU takes the tuner's sizes
 SMALL = LinearTile(*((128, 256, 128) if ON_GPU else (64, 64, 32)), warps=8, stages=3)
@@ -75,6 +83,30 @@ class Case:
         return quantize(2 * self.y.dequantize().sqrt() * product.float(), scaling)
 
 
+class PlainCase:
+    """The same of tensors, with positive and negative factors of either direction."""
+
+    def __init__(self, op, shape, dtype, device):
+        rows, depth, cols = shape
+        self.backward = op == BACKWARD
+        weight = torch.randn((depth, cols) if self.backward else (cols, depth), device=device)
+        self.x = torch.randn(rows, depth, device=device).to(dtype)
+        self.w = (weight / depth**0.5).to(dtype)
+        self.y = torch.randn(rows, cols, device=device).relu().square().to(dtype)
+
+    def run(self):
+        if self.backward:
+            return linear_relu_squared_bwd(self.x, self.w, self.y)
+        return linear_relu_squared_fwd(self.x, self.w)
+
+    def exact(self):
+        """The result, (M, N) fp64."""
+        x, w, y = (tensor.double() for tensor in (self.x, self.w, self.y))
+        if self.backward:
+            return linear_relu_squared_bwd_ref(x, w, y)
+        return linear_relu_squared_ref(x, w)
+
+
 def scale(bound, dtype, device):
     return Scaling.from_bound(bound, dtype, device)
 
@@ -124,6 +156,29 @@ def test_matches_the_product_and_its_epilogue(op, shape, tile, device):
             torch.testing.assert_close(case.scaling.amax[0], exact.max().float())
 
 
+def assert_rounded(
+    got,  # (M, N)
+    exact,  # (M, N) fp64
+):
+    """Every element is the exact one, rounded once after an fp32 sum in some order."""
+    assert got.dtype in DTYPES and got.shape == exact.shape and got.is_contiguous()
+    step = max(torch.finfo(got.dtype).eps / 2, 4e-6)
+    allowed = 1.01 * step * exact.abs() + 2e-6 * exact.abs().max()
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (83, 48, 112)], ids=str)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_of_tensors_matches_the_exact_result(op, shape, tile, dtype, device):
+    if ON_GPU and dtype == torch.float32:  # tensors of four bytes want smaller tiles
+        tile = replace(tile, rows=64, cols=64, warps=4)
+    case = PlainCase(op, shape, dtype, device)
+    with forced(op + PLAIN, tile):
+        assert_rounded(case.run(), case.exact())
+
+
 def test_the_backward_reference_is_the_gradient_of_the_forward_one():
     x, w, v = (torch.randn(s, dtype=torch.float64) for s in ((7, 5), (6, 5), (3, 6)))
     h = (x @ w.t()).requires_grad_()
@@ -162,6 +217,25 @@ def test_two_runs_give_the_same_bits(op, device):
 
 
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_two_runs_on_tensors_give_the_same_bits(op, device):
+    case = PlainCase(op, (112, 48, 160), torch.bfloat16, device)
+    with forced(op + PLAIN, SMALL):
+        same_bits(lambda: [case.run()])
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_nan_shows_in_tensors(op, device):
+    """Of a row of x in that row, and of y in its element."""
+    case = PlainCase(op, (80, 32, 48), torch.bfloat16, device)
+    case.x[3, 5] = case.y[2, 7] = float("nan")
+    with forced(op + PLAIN, SMALL):
+        found = case.run().isnan()
+    expected = torch.zeros_like(found)
+    expected[3], expected[2, 7] = True, op == BACKWARD
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_nan_shows(op, device):
     case = Case(op, (80, 32, 48), device)
     nan = torch.full((1,), float("nan"), device=device)
@@ -196,6 +270,20 @@ def test_refused_inputs(device):
         linear_relu_squared_bwd(case.x, case.w, y, scaling)
 
 
+def test_refused_tensors(device):
+    case = PlainCase(BACKWARD, (32, 48, 64), torch.bfloat16, device)
+    with pytest.raises(ValueError, match="w is torch.float32, not torch.bfloat16"):
+        linear_relu_squared_fwd(case.x, torch.zeros(64, 48, device=device))
+    with pytest.raises(ValueError, match="factors of 48 and 64 terms"):
+        linear_relu_squared_bwd(case.x, case.w.t().contiguous(), case.y)
+    with pytest.raises(ValueError, match=r"y is \(16, 64\), the product 32 x 64"):
+        linear_relu_squared_bwd(case.x, case.w, case.y[:16])
+    with pytest.raises(ValueError, match="y is torch.float32"):
+        linear_relu_squared_bwd(case.x, case.w, case.y.float())
+    with pytest.raises(ValueError, match="w must be a contiguous matrix"):
+        linear_relu_squared_fwd(case.x, case.w.t())
+
+
 def scaled_mm(a, b, a_inverse, b_inverse):
     """a b^T of row-major FP8 matrices in bf16 by cuBLAS."""
     return torch._scaled_mm(
@@ -224,6 +312,35 @@ def test_every_candidate(op, tile, shape, device):
         scaled_mm(*case.factors, case.x.inverse_scale, case.w.inverse_scale), other
     )
     assert_close_operands(op, operand, expected, amax, other.amax)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(4096, 1024, 4096), (4100, 1040, 4112)], ids=str)
+@pytest.mark.parametrize("tile", CASES[FORWARD + PLAIN][1], ids=str)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_every_candidate_on_tensors(op, tile, shape, device):
+    case = PlainCase(op, shape, torch.bfloat16, device)
+    with forced(op + PLAIN, tile):
+        (found,) = same_bits(lambda: [case.run()])
+    assert_rounded(found, case.exact())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_more_than_two_to_the_31_elements_of_tensors(op, device):
+    rows, depth, cols = 131072 + 64, 32, 16384
+    case = PlainCase(op, (16, depth, 16), torch.bfloat16, device)
+    case.x = torch.zeros(rows, depth, dtype=torch.bfloat16, device=device)
+    w = torch.zeros(cols, depth, dtype=torch.bfloat16, device=device)
+    case.x[0, 0], case.x[-1, 1], w[0, 1], w[-1, 0], w[-1, 1] = 1.0, 2.0, 0.5, 1.5, 1.0
+    case.w, case.y, expected = w, None, [4.0, 1.0, 2.25]
+    if op == BACKWARD:
+        case.w, expected = w.t().contiguous(), [8.0, 8.0, 1.5]
+        case.y = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
+        case.y[-1, -1], case.y[-1, 0], case.y[0, -1] = 4.0, 16.0, 0.25
+    found = case.run()
+    assert [found[i, j].item() for i, j in ((-1, -1), (-1, 0), (0, -1))] == expected
+    assert not found[1:-1].any()
 
 
 @pytest.mark.cuda
