@@ -39,6 +39,8 @@ from train.run import main, process_seconds
 from train.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
+# of other processes: libraries may lie beside Python's own
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 SMALL = (
     "--depth 4 --aspect-ratio 16 --head-dim 16 --max-seq-len 64 --device-batch-size 4 "
     "--device-type cpu --total-batch-size 512 --eval-tokens 1024 --eval-every -1 --sample-every -1"
@@ -253,7 +255,7 @@ def test_resume_refuses_what_does_not_fit(data_dir, work_dir, tmp_path):
 
 
 def command(*argv, cwd):
-    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    env = {"PYTHONPATH": PYTHONPATH, "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
     return subprocess.run(
         [sys.executable, "-m", *argv], cwd=cwd, env=env, capture_output=True, text=True
     )
@@ -366,8 +368,7 @@ def test_fused_run_on_a_gpu_and_its_continuation(data_dir, work_dir, capsys):
     shutil.rmtree(run_dir("fused") / "step_000020")
     # in a process of its own, in which no kernel has been loaded when training goes on
     command = [sys.executable, "-m", "train.run", "--run", "fused", "--resume", "--data", data_dir]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True)
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": PYTHONPATH}, check=True)
     again = [json.loads(x) for x in (run_dir("fused") / "metrics.jsonl").open()]
     assert figures(again, "val", "bpb")[-1] == pytest.approx(bpbs[-1], abs=1e-3)
 
