@@ -43,12 +43,15 @@ def read_run(folder):
     return {"name": Path(folder).name, "bpb": bpb, "loss": loss, "ms": ms}
 
 
+def gaps(run, first):
+    """{step: BPB minus the first run's} at common steps."""
+    common = sorted(run["bpb"].keys() & first["bpb"].keys())
+    return {step: run["bpb"][step] - first["bpb"][step] for step in common}
+
+
 def furthest(run, first):
     """Largest signed difference in BPB from the first run at common steps, or None without any."""
-    gaps = [
-        run["bpb"][step] - first["bpb"][step] for step in run["bpb"].keys() & first["bpb"].keys()
-    ]
-    return max(gaps, key=abs, default=None)
+    return max(gaps(run, first).values(), key=abs, default=None)
 
 
 def compare(runs):
@@ -70,16 +73,20 @@ def compare(runs):
 
 
 def plot(runs, path):
-    """BPB and loss by step; False where matplotlib is not installed."""
+    """BPB, its difference from the first run's, and loss by step; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    labels = {"bpb": "validation BPB", "loss": "loss"}
-    for axis, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        for run in runs:
-            axis.plot(list(run[key]), list(run[key].values()), label=run["name"], marker=".")
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    panels = {
+        "validation BPB": [run["bpb"] for run in runs],
+        f"validation BPB, minus {runs[0]['name']}": [gaps(run, runs[0]) for run in runs],
+        "loss": [run["loss"] for run in runs],
+    }
+    for axis, (label, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for run, line in zip(runs, lines, strict=True):
+            axis.plot(list(line), list(line.values()), label=run["name"], marker=".")
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()

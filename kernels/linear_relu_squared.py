@@ -51,7 +51,7 @@ class LinearTile:
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
-PLAIN_TILE = LinearTile(128, 128, 128, warps=4, stages=3, programs=2)  # with 8 only one fits an SM
+PLAIN_TILE = LinearTile(128, 256, 128, warps=8, stages=3)
 
 
 def linear_relu_squared_ref(

@@ -10,8 +10,7 @@ import triton.runtime.interpreter as interpreter
 from tests.helpers import documents
 from train.tokenizer import FILE_NAME, Tokenizer
 
-if not torch.cuda.is_available():
-    torch.set_num_threads(1)  # tensors here are tiny; threads would wait for each other
+torch.set_num_threads(1)  # tensors on the CPU are tiny here; threads would wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.curves import main
+from bench.curves import gaps, main, read_run
 from model.errors import UserError
 
 
@@ -30,6 +30,12 @@ def test_table_json_and_difference(tmp_path, capsys):
     saved = json.loads((tmp_path / "out" / "curves.json").read_text())
     assert [run["name"] for run in saved] == ["fused", "compiled"]
     assert (tmp_path / "out" / "curves.md").read_text().splitlines() == lines[:4]
+
+
+def test_gaps_are_at_common_steps(tmp_path):
+    a = read_run(write_run(tmp_path / "a", {0: 3.0, 100: 1.5, 200: 1.25}))
+    b = read_run(write_run(tmp_path / "b", {100: 1.25, 0: 3.5, 300: 1.0}))
+    assert gaps(b, a) == {0: 0.5, 100: -0.25} and list(gaps(b, a)) == [0, 100]
 
 
 def test_bad_runs_are_named(tmp_path):
