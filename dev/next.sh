@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The GPU jobs that dev/LOG.md has as due next, in three calls of at most 10 minutes on a machine with two GPUs:
+#
+#     bash dev/next.sh 1|2|3 OUT SECONDS
+#
+# The data (five training shards, the last validates) and tokenizer.json lie in $DATA, libraries on PYTHONPATH.
+set -u
+call=$1 out=$2 seconds=$3
+: "${DATA:?export DATA, the folder of the shards}"
+export TORCHINDUCTOR_COMPILE_THREADS=8 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+unset PYTHONDONTWRITEBYTECODE # a warm disk holds bytecode, too
+export PYTHONPYCACHEPREFIX=/tmp/pyc
+mkdir -p "$out"
+
+train() { # name flags...
+  echo "python3 -m train.run --run $1 --data $DATA --eval-tokens 2097152 --sample-every -1" \
+    "--train-log-every 10 ${*:2}; cp runs/$1/metrics.jsonl $out/$1.jsonl; rm -rf runs/$1"
+}
+bench() { # name flags...
+  echo "python3 -m pytest bench/bench_step.py --benchmark-only -q --rounds 20 --baselines auto" \
+    "--benchmark-json $out/$1.json ${*:2}"
+}
+first() {
+  CUDA_VISIBLE_DEVICES=0 timeout 120 python3 -m train.run --run "$1" --data "$DATA" --depth 16 --num-iterations 1 \
+    --skip-initial-eval --eval-tokens 65536 --sample-every -1 > "$out/$1.txt" 2>&1
+  rm -rf "runs/$1"
+}
+tests="OMP_NUM_THREADS=1 python3 -m pytest -v -rf -n 10" # by name: a run that is cut tells what it did
+d8="--depth 8 --num-iterations 400 --eval-every 100" d12="--depth 12 --num-iterations 200 --eval-every 100"
+dense="--bigram-embed-factor 0" rate="--bigram-embedding-lr-mult"
+began=$SECONDS
+case $call in
+  1)
+    first first-cold &
+    (export CUDA_VISIBLE_DEVICES=1; eval "timeout 90 $tests tests/kernels -k two_to_the_31" > "$out/tests-2-31.txt" 2>&1)
+    wait
+    first first-warm
+    cat > /tmp/jobs << END
+150 440 d16-compiled-fp8 $(train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile)
+150 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
+150 190 d12-fused-fp8-dense $(train d12-fused-fp8-dense $d12 $dense)
+85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
+85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
+END
+    ;;
+  2)
+    cat > /tmp/jobs << END
+100 260 bench-d12 $(bench d12 --depth 12)
+150 280 bench-d20 $(bench d20 --depth 20 --device-batch-size 16 --no-cuda-graphs)
+120 240 bench-d16 $(bench d16 --depth 16 --no-cuda-graphs)
+60 120 bench-d4 $(bench d4 --depth 4)
+30 60 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
+30 60 d4-eager-bf16 $(train d4-eager-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off --backend eager)
+30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
+85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
+85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
+85 120 d8-bigram-rate-0.5 $(train d8-bigram-rate-0.5 $d8 $rate 0.5)
+85 120 d8-bigram-rate-2 $(train d8-bigram-rate-2 $d8 $rate 2)
+END
+    ;;
+  3)
+    cat > /tmp/jobs << END
+100 420 tests-kit $tests tests -k 'not two_to_the_31'
+100 420 tests-no-kit PYTHONPATH=${BARE:-} $tests tests/model tests/train tests/bench tests/test_layers.py
+END
+    ;;
+esac
+for name in d8-fused-fp8 d8-fused-fp8-dense; do # what the call before has done
+  [ -f "$out/$name.jsonl" ] && sed -i "/ $name python3/d" /tmp/jobs
+done
+"$(dirname "$0")/queue.sh" "$out" $((seconds - SECONDS + began)) < /tmp/jobs

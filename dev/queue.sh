@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs jobs on all GPUs of this machine until the time is over; a free GPU takes the next job that fits.
+#
+#     dev/queue.sh OUT SECONDS < JOBS
+#
+# A line of JOBS: the seconds below which it is not worth a start, the seconds it may take, a name and a command,
+# which sees one GPU. What it prints goes to OUT/NAME.txt; OUT/jobs.txt says how and when each job ended (status
+# 124: cut by its limit), OUT/left.txt which had no time. A line that begins with # is no job.
+set -u
+[ $# = 2 ] || { echo "error: usage: dev/queue.sh OUT SECONDS < JOBS" >&2; exit 2; }
+out=$1 limit=$2 lock=$1/.lock
+mkdir -p "$out" && grep -v -e '^#' -e '^ *$' > "$out/left.txt"
+
+take() { # the first line whose least time is left, out of left.txt
+  exec 9> "$lock"
+  flock 9
+  local line
+  line=$(awk -v left=$((limit - SECONDS)) '$1 <= left { print NR; exit }' "$out/left.txt")
+  if [ -n "$line" ]; then
+    sed -n "${line}p" "$out/left.txt"
+    sed -i "${line}d" "$out/left.txt"
+  fi
+  exec 9>&-
+}
+
+work() { # jobs on one GPU
+  export CUDA_VISIBLE_DEVICES=$1
+  local job least most name command began
+  while job=$(take) && [ -n "$job" ]; do
+    read -r least most name command <<< "$job"
+    [ "$most" -gt $((limit - SECONDS)) ] && most=$((limit - SECONDS))
+    began=$SECONDS
+    timeout "$most" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null
+    echo "$name: status $? after $((SECONDS - began)) s, at $SECONDS s, GPU $1" | tee -a "$out/jobs.txt"
+  done
+}
+
+for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
+  work "$gpu" &
+done
+wait
+rm "$lock"
