@@ -70,7 +70,7 @@ def backward_case(device):
     return fused, unfused, partial(linear_relu_squared_bwd_ref, *tensors)
 
 
-def plain_case(device, backward):
+def bf16_case(device, backward):
     """In bf16: the op, a product and a kernel, and the reference, which the compiler may fuse."""
     x, h = (torch.randn(M, n, device=device).bfloat16() for n in (K, N))
     w = torch.randn((K, N) if backward else (N, K), device=device) / K**0.5
@@ -112,8 +112,8 @@ def bench_linear_relu_squared(benchmark, device, backward):
 
 @op_benchmark
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def bench_linear_relu_squared_plain(benchmark, device, backward):
-    op, unfused, reference = plain_case(device, backward)
+def bench_linear_relu_squared_bf16(benchmark, device, backward):
+    op, unfused, reference = bf16_case(device, backward)
     if ON_GPU:
         assert relative_error(op(), unfused()) < 0.01  # twice the rounding of bf16, and of h
     measure(

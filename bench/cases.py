@@ -125,12 +125,12 @@ def linear_relu_squared_bwd_case(rows):
     return Case(lambda: linear_relu_squared_bwd(dz, v, y, scaling), flops=8 * rows * WIDTH**2)
 
 
-def linear_relu_squared_plain_case(rows):
+def linear_relu_squared_bf16_case(rows):
     x, w = randn(rows, WIDTH), randn(4 * WIDTH, WIDTH) / WIDTH**0.5
     return Case(lambda: linear_relu_squared_fwd(x, w), flops=8 * rows * WIDTH**2)
 
 
-def linear_relu_squared_bwd_plain_case(rows):
+def linear_relu_squared_bwd_bf16_case(rows):
     dz, v, y = randn(rows, WIDTH), randn(WIDTH, 4 * WIDTH) / WIDTH**0.5, randn(rows, 4 * WIDTH)
     y = y.abs()
     return Case(lambda: linear_relu_squared_bwd(dz, v, y), flops=8 * rows * WIDTH**2)

@@ -13,8 +13,8 @@ OPTIMIZER, OTHER, GAPS = "optimiser", "other", "gaps"
 PHASES = ("forward", "backward", "optimizer")
 
 # Ours and libraries' kernels have names of their own; the compiler's (triton_*_fused_*) list the
-# ATen operations that went into them. relu squared counts as quantise, in bf16
-# too, where it writes no FP8.
+# ATen operations that went into them. The compiler's relu squared counts as quantise, in bf16
+# too, where it writes no FP8; ours is part of a product.
 RULES = [
     (name, re.compile(pattern))
     for name, pattern in (

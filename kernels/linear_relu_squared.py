@@ -5,7 +5,7 @@
 
 v is the weight of the layer that follows, z = y v^T. y and dh are all that is written: in FP8 as
 operands in both layouts (kernels/fp8.py), as they feed products alone. h is not kept. max(h, 0) is
-the root of y, to half of y's relative error: in bf16 2^-10, less than that of h rounded to bf16; in
+the root of y, to half of y's relative error: in bf16 2^-9, half of that of h rounded to bf16; in
 FP8 3 % at most for normal e4m3 numbers, where dh is rounded to e5m2 by up to 12 %; there y below
 half of the smallest e4m3 number, 2^-10 / scale, passes no gradient, and y clipped beyond its scale
 that of its clipped value.
@@ -26,7 +26,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.fp8 import check_alignment, empty_operand, operand_args
+from kernels.fp8 import MULTIPLE, check_alignment, empty_operand, operand_args
 from kernels.linear_relu_squared_kernels import linear_relu_squared_kernel
 from kernels.relu_squared import relu_squared_ref
 from kernels.tuning import sm_count, tuned
@@ -51,7 +51,10 @@ class LinearTile:
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
-PLAIN_TILE = LinearTile(128, 256, 128, warps=8, stages=3)
+PLAIN_TILES = {  # by dtype of tensors
+    torch.bfloat16: LinearTile(128, 256, 128, warps=8, stages=3),
+    torch.float32: LinearTile(64, 64, 128, warps=4, stages=3),
+}
 
 
 def linear_relu_squared_ref(
@@ -71,6 +74,11 @@ def linear_relu_squared_bwd_ref(
     return 2 * y.sqrt() * (dz @ v)
 
 
+def plain_name(op, dtype):
+    """Name of `op` on tensors of `dtype` where tiles are kept, such as linear_relu_squared_bf16."""
+    return f"{op}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+
+
 def _launch(op, factors, y, inverse_scales, scaling):
     """The epilogue of a b^T, or of a b for a backward pass without FP8: an FP8Operand under
     `scaling`, or a tensor without one. factors is {name of a: a, name of b: b}; backward reads y;
@@ -78,6 +86,8 @@ def _launch(op, factors, y, inverse_scales, scaling):
     matrices = factors if y is None else factors | {"y": y}
     a, b = factors.values()
     for name, matrix in matrices.items():
+        if scaling is None and getattr(matrix, "dtype", None) not in PLAIN_TILES:
+            raise ValueError(f"{op}: {name} must be a bf16 or fp32 tensor without a scaling")
         if matrix.dim() != 2 or not matrix.is_contiguous() or not matrix.numel():
             raise ValueError(f"{op}: {name} must be a contiguous matrix, and not empty")
         if scaling is None and matrix.dtype != a.dtype:
@@ -87,11 +97,13 @@ def _launch(op, factors, y, inverse_scales, scaling):
     rows = a.size(0)
     if a.size(1) != terms:
         raise ValueError(f"{op}: factors of {a.size(1)} and {terms} terms")
+    if terms % MULTIPLE or cols % MULTIPLE:
+        raise ValueError(f"{op}: {terms} terms and {cols} columns must be multiples of {MULTIPLE}")
     if y is not None and y.shape != (rows, cols):
         raise ValueError(f"{op}: y is {tuple(y.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
     if scaling is None:
-        operand, config = None, tuned(f"{op}_plain", PLAIN_TILE)
+        operand, config = None, tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype])
         out = torch.empty(rows, cols, dtype=a.dtype, device=a.device)
         written = out, None, None, None
     else:
@@ -132,8 +144,9 @@ def linear_relu_squared_fwd(
     scaling a tensor in x's dtype.
 
     Raises:
-        ValueError: shapes disagree, are empty or no multiples of 16, dtypes differ, or the data is
-            not contiguous and aligned (kernels.fp8.check_alignment).
+        ValueError: shapes disagree or are empty; K, N or with a scaling M are no multiples of 16;
+            tensors have different dtypes, or others than bf16 and fp32; or the data is not
+            contiguous and aligned (kernels.fp8.check_alignment).
     """
     op, scales = "linear_relu_squared", (None, None, None)
     if scaling is not None:

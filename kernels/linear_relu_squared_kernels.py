@@ -2,8 +2,8 @@
 
 It is persistent: a program computes one tile of the product after another (the loop over tiles and
 the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue works on the accumulator. Its result changes threads as bf16 (kernels.fp8.cast_stored), and
-is stored as that, or in FP8 in both layouts.
+epilogue works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in
+both layouts it changes threads as bf16 (kernels.fp8.cast_stored).
 """
 
 import triton

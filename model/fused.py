@@ -33,6 +33,7 @@ from kernels.softcap_cross_entropy import (
     softcap_cross_entropy_bwd,
     softcap_cross_entropy_fwd,
 )
+from model.errors import UserError
 from model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
 from model.graphs import GraphedPass
 from model.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
@@ -102,10 +103,18 @@ class FusedGPT(nn.Module):
         model: GPT; its matrices become views of the stacks of model.weights.
         gemm: products of model.gemm.
         graphs: record CUDA graphs of the training pass once the FP8 scales are known.
+
+    Raises:
+        UserError: a width that the MLP's kernel does not take.
     """
 
     def __init__(self, model, gemm, graphs=False):
         super().__init__()
+        if model.config.n_embd % MULTIPLE:
+            raise UserError(
+                f"--backend fused needs a width that is a multiple of {MULTIPLE}, "
+                f"not {model.config.n_embd}; change --head-dim, or use --backend compile"
+            )
         self.graphs, self.graphed = graphs, None
         self.ran = False  # a whole pass, in this process
         self.model, self.weights = model, Weights(model)

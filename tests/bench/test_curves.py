@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.curves import gaps, main, read_run
+from bench.curves import gaps, main, plot, read_run
 from model.errors import UserError
 
 
@@ -47,3 +47,19 @@ def test_bad_runs_are_named(tmp_path):
         main([damaged])
     with pytest.raises(UserError, match="no evaluation"):
         main([write_run(tmp_path / "blind", {})])
+
+
+def test_the_plot_has_a_panel_of_differences(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    runs = [
+        read_run(write_run(tmp_path / name, bpbs))
+        for name, bpbs in (("a", {0: 3.0, 100: 1.5}), ("b", {0: 3.5, 100: 1.25}))
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+        assert plot(runs, tmp_path / "curves.png")
+    bpb, difference, loss = drawn[0].axes
+    assert [list(line.get_ydata()) for line in bpb.lines] == [[3.0, 1.5], [3.5, 1.25]]
+    assert [list(line.get_ydata()) for line in difference.lines] == [[0.0, 0.0], [0.5, -0.25]]
+    assert difference.get_ylabel() == "validation BPB, minus a" and len(loss.lines) == 2

@@ -4,14 +4,17 @@ from functools import partial
 import pytest
 import torch
 
+import kernels.linear_relu_squared as op_module
 from bench.tune import CASES
 from kernels.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from kernels.linear_relu_squared import (
+    PLAIN_TILES,
     LinearTile,
     linear_relu_squared_bwd,
     linear_relu_squared_bwd_ref,
     linear_relu_squared_fwd,
     linear_relu_squared_ref,
+    plain_name,
 )
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_fwd
@@ -26,7 +29,6 @@ from tests.kernels.checks import (
 )
 
 FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
-PLAIN = "_plain"  # tuned under a name of its own
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N
 # the interpreter's dot is slow; a GPU takes the tuner's sizes
 SMALL = LinearTile(*((128, 256, 128) if ON_GPU else (64, 64, 32)), warps=8, stages=3)
@@ -159,10 +161,11 @@ def test_matches_the_product_and_its_epilogue(op, shape, tile, device):
 def assert_rounded(
     got,  # (M, N)
     exact,  # (M, N) fp64
+    dtype,
 ):
-    """Every element is the exact one, rounded once after an fp32 sum in some order."""
-    assert got.dtype in DTYPES and got.shape == exact.shape and got.is_contiguous()
-    step = max(torch.finfo(got.dtype).eps / 2, 4e-6)
+    """Every element is the exact one, rounded to dtype once after an fp32 sum in some order."""
+    assert got.dtype == dtype and got.shape == exact.shape and got.is_contiguous()
+    step = max(torch.finfo(dtype).eps / 2, 4e-6)
     allowed = 1.01 * step * exact.abs() + 2e-6 * exact.abs().max()
     assert ((got.double() - exact).abs() <= allowed).all()
 
@@ -175,8 +178,33 @@ def test_of_tensors_matches_the_exact_result(op, shape, tile, dtype, device):
     if ON_GPU and dtype == torch.float32:  # tensors of four bytes want smaller tiles
         tile = replace(tile, rows=64, cols=64, warps=4)
     case = PlainCase(op, shape, dtype, device)
-    with forced(op + PLAIN, tile):
-        assert_rounded(case.run(), case.exact())
+    with forced(plain_name(op, dtype), tile):
+        assert_rounded(case.run(), case.exact(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_tiles_of_tensors_are_those_of_their_dtype(op, dtype, device, monkeypatch):
+    """128 bytes of terms whatever the dtype, from the tile that is kept under the dtype's name."""
+    launched = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.update(constants)
+
+    monkeypatch.setattr(op_module, "linear_relu_squared_kernel", Kernel())
+    case = PlainCase(op, (32, 48, 64), dtype, device)
+    for tile in (PLAIN_TILES[dtype], replace(SMALL, rows=32, depth=64, group=3)):
+        with forced(plain_name(op, dtype), tile):
+            case.run()
+        assert (launched["BM"], launched["BN"], launched["GROUP"]) == (
+            tile.rows,
+            tile.cols,
+            tile.group,
+        )
+        assert launched["BK"] * dtype.itemsize == tile.depth
+        assert launched["num_warps"] == tile.warps
+    assert plain_name(op, torch.bfloat16) in CASES
 
 
 def test_the_backward_reference_is_the_gradient_of_the_forward_one():
@@ -219,7 +247,7 @@ def test_two_runs_give_the_same_bits(op, device):
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_two_runs_on_tensors_give_the_same_bits(op, device):
     case = PlainCase(op, (112, 48, 160), torch.bfloat16, device)
-    with forced(op + PLAIN, SMALL):
+    with forced(plain_name(op, torch.bfloat16), SMALL):
         same_bits(lambda: [case.run()])
 
 
@@ -228,7 +256,7 @@ def test_nan_shows_in_tensors(op, device):
     """Of a row of x in that row, and of y in its element."""
     case = PlainCase(op, (80, 32, 48), torch.bfloat16, device)
     case.x[3, 5] = case.y[2, 7] = float("nan")
-    with forced(op + PLAIN, SMALL):
+    with forced(plain_name(op, torch.bfloat16), SMALL):
         found = case.run().isnan()
     expected = torch.zeros_like(found)
     expected[3], expected[2, 7] = True, op == BACKWARD
@@ -282,6 +310,17 @@ def test_refused_tensors(device):
         linear_relu_squared_bwd(case.x, case.w, case.y.float())
     with pytest.raises(ValueError, match="w must be a contiguous matrix"):
         linear_relu_squared_fwd(case.x, case.w.t())
+    with pytest.raises(ValueError, match="48 terms and 40 columns must be multiples of 16"):
+        linear_relu_squared_fwd(case.x, case.x.new_zeros(40, 48))
+    with pytest.raises(ValueError, match="40 terms and 64 columns must be multiples of 16"):
+        linear_relu_squared_fwd(case.x.new_zeros(32, 40), case.x.new_zeros(64, 40))
+    shifted = torch.zeros(32 * 48 + 4, dtype=torch.bfloat16, device=device)[4:].view(32, 48)
+    with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
+        linear_relu_squared_fwd(shifted, case.x.new_zeros(64, 48))
+    fp8 = quantize(case.x, scale(6.0, E4M3, device))
+    for x in (fp8, fp8.data, case.x.half()):
+        with pytest.raises(ValueError, match="x must be a bf16 or fp32 tensor without a scaling"):
+            linear_relu_squared_fwd(x, case.x.new_zeros(64, 48))
 
 
 def scaled_mm(a, b, a_inverse, b_inverse):
@@ -316,13 +355,13 @@ def test_every_candidate(op, tile, shape, device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(4096, 1024, 4096), (4100, 1040, 4112)], ids=str)
-@pytest.mark.parametrize("tile", CASES[FORWARD + PLAIN][1], ids=str)
+@pytest.mark.parametrize("tile", CASES[plain_name(FORWARD, torch.bfloat16)][1], ids=str)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_every_candidate_on_tensors(op, tile, shape, device):
     case = PlainCase(op, shape, torch.bfloat16, device)
-    with forced(op + PLAIN, tile):
+    with forced(plain_name(op, torch.bfloat16), tile):
         (found,) = same_bits(lambda: [case.run()])
-    assert_rounded(found, case.exact())
+    assert_rounded(found, case.exact(), torch.bfloat16)
 
 
 @pytest.mark.cuda

@@ -21,6 +21,7 @@ from tests.kernels.checks import ON_GPU
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 FEW = 2 if ON_GPU else 1  # rows where the numbers do not matter; the interpreter takes one
+HELPERS = ("bigram_table_grad", "sort_rows")  # ops that `describe` does not name
 FIELDS = {"sequence_len": 16, "vocab_size": 96, "window_pattern": "SL", "bigram_embed_factor": 3}
 CASES = {
     "bigram": {},
@@ -74,10 +75,12 @@ def test_loss_and_every_gradient_in_fp32(case):
         assert relative(named[name].grad, p.grad) < 1e-3, name
 
 
-def test_losses_without_gradients(monkeypatch):
+@pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
+def test_losses_without_gradients(gemm, monkeypatch):
+    """Also of a model that trains in FP8: evaluation takes the master weights."""
     monkeypatch.setattr(fused_module, "EVALUATION_ROWS", 12)  # of 32: logits in three parts
     config = make()
-    truth, fused = pair(config, PlainGemm())
+    truth, fused = pair(config, gemm())
     tokens, targets = batch(config)
     fused.eval()
     losses = fused(tokens, targets, reduction="none")
@@ -173,14 +176,14 @@ def test_graphs_are_recorded_after_a_pass_and_the_last_calibration(gemm, monkeyp
 
 
 class CountingGemm:
-    """Counts the products of a provider and insists on FP8 operands."""
+    """Counts the products of a provider and insists on its kind of operands."""
 
     def __init__(self, gemm):
         self.gemm, self.fp8, self.keep = gemm, gemm.fp8, gemm.keep
         self.calls = Counter()
 
     def _count(self, kind, a, b):
-        assert isinstance(a, FP8Operand) and isinstance(b, FP8Operand)
+        assert isinstance(a, FP8Operand) == isinstance(b, FP8Operand) == self.fp8
         self.calls[kind] += 1
 
     def forward(self, x, w):
@@ -196,9 +199,10 @@ class CountingGemm:
         self.gemm.weight_grad(g, x, out)
 
 
-@pytest.mark.parametrize("provider", ["torch", "te"])
-def test_every_kernel_and_every_fp8_product_runs(provider, monkeypatch):
-    """Nothing is silently off: calls of one micro-step after the scales are known."""
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_every_kernel_and_every_product_runs(provider, monkeypatch):
+    """Nothing is silently off: calls of one micro-step after the scales are known, and of an
+    evaluation; `describe` names what runs."""
     try:
         gemm, calls = CountingGemm(make_gemm(provider)), Counter()
     except UserError as error:
@@ -229,8 +233,21 @@ def test_every_kernel_and_every_fp8_product_runs(provider, monkeypatch):
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     fused.precision.scaling.calibrate(False)
     fused(*batch(config, FEW)).backward()
+    if not gemm.fp8:
+        del expected["quantize"]
     assert dict(calls) == expected
+    for name in {name.removesuffix("_fwd") for name in expected if not name.endswith("_bwd")}:
+        assert name in fused.describe().split("; off:")[0] or name in HELPERS, name
+    calls.clear()
+    fused.eval()(*batch(config, FEW))
+    assert calls == {name: n for name, n in expected.items() if name.endswith("_fwd")}
     assert gemm.calls == {"forward": 3 * 2 + 1, "input_grad": 3 * 2 + 1, "weight_grad": 4 * 2 + 1}
+
+
+def test_a_width_that_the_kernels_do_not_take_is_named():
+    model = GPT(make(depth=1, aspect=10, head_dim=20), device=DEVICE)
+    with pytest.raises(UserError, match="width that is a multiple of 16, not 40; .*--head-dim"):
+        FusedGPT(model, PlainGemm())
 
 
 def test_a_loss_is_differentiated_once():
