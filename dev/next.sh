@@ -26,7 +26,8 @@ first() {
   rm -rf "runs/$1"
 }
 tests="OMP_NUM_THREADS=1 python3 -m pytest -v -rf -n 10" # by name: a run that is cut tells what it did
-d8="--depth 8 --num-iterations 400 --eval-every 100" d12="--depth 12 --num-iterations 200 --eval-every 100"
+# within one epoch of five shards
+d8="--depth 8 --num-iterations 330 --eval-every 110" d12="--depth 12 --num-iterations 165 --eval-every 55"
 dense="--bigram-embed-factor 0" rate="--bigram-embedding-lr-mult"
 began=$SECONDS
 case $call in
@@ -51,6 +52,7 @@ END
 60 120 bench-d4 $(bench d4 --depth 4)
 30 60 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off --backend eager)
+30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
 30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
 85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
