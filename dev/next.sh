@@ -25,7 +25,7 @@ first() {
     --skip-initial-eval --eval-tokens 65536 --sample-every -1 > "$out/$1.txt" 2>&1
   rm -rf "runs/$1"
 }
-tests="OMP_NUM_THREADS=1 python3 -m pytest -v -rf -n 10" # by name: a run that is cut tells what it did
+tests="env OMP_NUM_THREADS=1 python3 -m pytest -v -rf -n 10" # by name: a run that is cut tells what it did
 # within one epoch of five shards
 d8="--depth 8 --num-iterations 330 --eval-every 110" d12="--depth 12 --num-iterations 165 --eval-every 55"
 dense="--bigram-embed-factor 0" rate="--bigram-embedding-lr-mult"
