@@ -52,6 +52,7 @@ END
 60 120 bench-d4 $(bench d4 --depth 4)
 30 60 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off --backend eager)
+40 80 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
 30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
 30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)

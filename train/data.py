@@ -9,6 +9,7 @@ state only, never on timing.
 """
 
 import itertools
+import os
 import queue
 import threading
 from collections import deque
@@ -28,7 +29,8 @@ from train.tokenizer import FILE_NAME
 UNITS_AHEAD = 4
 BATCHES_AHEAD = 4
 PINNED_SLOTS = 3
-TOKENIZER_THREADS = 8
+TOKENIZER_THREADS = min(8, os.cpu_count() or 1)
+DOCUMENTS_A_TASK = 32  # for a task of its own one document is too short
 
 
 @dataclass
@@ -102,10 +104,15 @@ class PackedLoader:
         readers = ThreadPoolExecutor(1)
         workers = ThreadPoolExecutor(TOKENIZER_THREADS)
 
-        def load(unit):
-            return [workers.submit(encode, text) for text in self.corpus.read(self.split, unit)]
+        def encode_all(texts):
+            return [encode(text) for text in texts]
 
-        ahead, seen = deque(), 0
+        def load(unit):
+            texts = self.corpus.read(self.split, unit)
+            starts = range(0, len(texts), DOCUMENTS_A_TASK)
+            return [workers.submit(encode_all, texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
+
+        ahead, seen = deque(), False
         try:
             while True:
                 for epoch, unit in itertools.islice(order, UNITS_AHEAD - len(ahead)):
@@ -115,12 +122,14 @@ class PackedLoader:
                 epoch, unit, loading = ahead.popleft()
                 if epoch > start_epoch and not seen:
                     raise UserError(f"{self.split} documents of {self.corpus.name} hold no text")
-                documents = loading.result()
+                tasks = loading.result()
                 skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
-                seen += len(documents)
-                for index in range(skip, len(documents)):
-                    self.epoch, self.unit, self.document = epoch, unit, index + 1
-                    yield documents[index].result()
+                documents = itertools.chain.from_iterable(task.result() for task in tasks)
+                for number, document in enumerate(documents, 1):
+                    seen = True
+                    if number > skip:
+                        self.epoch, self.unit, self.document = epoch, unit, number
+                        yield document
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
             workers.shutdown(wait=False, cancel_futures=True)
