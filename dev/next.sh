@@ -57,6 +57,7 @@ END
 30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
 85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
+85 130 d8-e4m3 rm -rf /tmp/e4m3; cp -r . /tmp/e4m3; cd /tmp/e4m3; sed -i s/E5M2/E4M3/ model/fused.py; $(train d8-e4m3 $d8)
 85 120 d8-bigram-rate-0.5 $(train d8-bigram-rate-0.5 $d8 $rate 0.5)
 85 120 d8-bigram-rate-2 $(train d8-bigram-rate-2 $d8 $rate 2)
 END
