@@ -5,7 +5,7 @@
 #
 # The data (five training shards, the last validates) and tokenizer.json lie in $DATA, libraries on PYTHONPATH.
 set -u
-call=$1 out=$2 seconds=$3
+call=$1 out=$(realpath -m "$2") seconds=$3
 : "${DATA:?export DATA, the folder of the shards}"
 export TORCHINDUCTOR_COMPILE_THREADS=8 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 unset PYTHONDONTWRITEBYTECODE # a warm disk holds bytecode, too
