@@ -3,7 +3,8 @@
 #
 #     bash dev/next.sh 1|2|3 OUT SECONDS
 #
-# The data (five training shards, the last validates) and tokenizer.json lie in $DATA, libraries on PYTHONPATH.
+# The data (five training shards, the last validates) and tokenizer.json lie in $DATA, libraries on PYTHONPATH; what the
+# tests without the kit may have of them (rustbpe) on $BARE.
 set -u
 call=$1 out=$(realpath -m "$2") seconds=$3
 : "${DATA:?export DATA, the folder of the shards}"

@@ -103,23 +103,22 @@ def _launch(op, factors, y, inverse_scales, scaling):
         raise ValueError(f"{op}: y is {tuple(y.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
     if scaling is None:
-        operand, config = None, tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype])
-        out = torch.empty(rows, cols, dtype=a.dtype, device=a.device)
-        written = out, None, None, None
+        result, config = (
+            a.new_empty(rows, cols),
+            tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype]),
+        )
+        written = result, None, None, None
     else:
-        operand, config = empty_operand(rows, cols, scaling, a.device), tuned(op, TILE)
-        written = operand_args(operand, scaling)
+        result, config = empty_operand(rows, cols, scaling, a.device), tuned(op, TILE)
+        written = operand_args(result, scaling)
     depth = config.depth // a.element_size()
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     programs = min(tiles, config.programs * sm_count(a.device))
-    a_inverse, b_inverse, y_inverse = inverse_scales
     linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, depth]),
         TensorDescriptor.from_tensor(b, [depth, config.cols] if by_terms else [config.cols, depth]),
-        a_inverse,
-        b_inverse,
+        *inverse_scales,
         y,
-        y_inverse,
         *written,
         rows,
         cols,
@@ -132,7 +131,7 @@ def _launch(op, factors, y, inverse_scales, scaling):
         num_stages=config.stages,
         maxnreg=config.registers,
     )
-    return out if operand is None else operand
+    return result
 
 
 def linear_relu_squared_fwd(

@@ -38,8 +38,8 @@ def linear_relu_squared_kernel(
     b_desc,  # (N, K) in blocks of BN x BK; backward without FP8 (K, N) in blocks of BK x BN
     a_inverse_ptr,  # (1,) fp32; None without FP8, like all that follow but y and data
     b_inverse_ptr,  # (1,) fp32
-    y_ptr,  # (M, N) squared ReLU; None in the forward pass
     y_inverse_ptr,  # (1,) fp32, with y
+    y_ptr,  # (M, N) squared ReLU; None in the forward pass
     data_ptr,  # (M, N)
     transposed_ptr,  # (N, M) FP8
     scale_ptr,  # (1,) fp32

@@ -1,6 +1,6 @@
 """Launch configurations as data: each op names its default, tuned.json the winners by GPU.
 
-The defaults serve GPUs that nobody has tuned for; most are an H200's winners.
+The defaults serve GPUs that nobody has tuned for; they won on an H200 or an H100.
 
 tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the case}};
 `python -m bench.tune` writes it. Nothing is tuned at start-up.

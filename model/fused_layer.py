@@ -189,11 +189,11 @@ class FusedLayer:
         """
         gemm, weights = p.gemm, self.weights
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
-        factors = operand, weights["mlp_proj"].operand, state.activated
         grad_fc = p.scaling.produce(
-            self._name("grad_fc"), partial(linear_relu_squared_bwd, *factors)
+            self._name("grad_fc"),
+            partial(linear_relu_squared_bwd, operand, weights["mlp_proj"].operand, state.activated),
         )
-        state.activated = operand = factors = None
+        state.activated = operand = None
         gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
         grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
         state.normed_mid = grad_fc = None

@@ -14,9 +14,8 @@ def test_d16_is_the_floor_table():
     assert parts == pytest.approx(
         {"products": 69, "attention": 23, "elementwise": 33 - 8, "loss": 3}, rel=0.03
     )
-    plain = floor_parts(D16, 32, fp8=False)[
-        "elementwise"
-    ]  # reads the activation at twice the bytes
+    plain = floor_parts(D16, 32, fp8=False)["elementwise"]
+    # reads the activation once more, at twice the bytes
     assert plain == pytest.approx(parts["elementwise"] * 51 / 49)
     assert floor_ms(D16, 32) == pytest.approx(130 - 8, rel=0.02)
 
