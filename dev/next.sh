@@ -12,6 +12,9 @@ export TORCHINDUCTOR_COMPILE_THREADS=8 PYTORCH_CUDA_ALLOC_CONF=expandable_segmen
 unset PYTHONDONTWRITEBYTECODE # a warm disk holds bytecode, too
 export PYTHONPYCACHEPREFIX=/tmp/pyc
 mkdir -p "$out"
+nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader > "$out/env.txt"
+nvidia-smi --query-gpu=timestamp,index,clocks.sm,power.draw --format=csv,noheader -l 2 > "$out/clocks-$call.csv" &
+trap 'kill %1' EXIT
 
 train() { # name flags...
   echo "python3 -m train.run --run $1 --data $DATA --eval-tokens 2097152 --sample-every -1" \
@@ -26,21 +29,18 @@ first() {
     --skip-initial-eval --eval-tokens 65536 --sample-every -1 > "$out/$1.txt" 2>&1
   rm -rf "runs/$1"
 }
-tests="env OMP_NUM_THREADS=1 python3 -m pytest -v -rf -n 10" # by name: a run that is cut tells what it did
+tests="env OMP_NUM_THREADS=1 python3 -m pytest -v -rf" # by name: a run that is cut tells what it did
 # within one epoch of five shards
 d8="--depth 8 --num-iterations 330 --eval-every 110" d12="--depth 12 --num-iterations 165 --eval-every 55"
 dense="--bigram-embed-factor 0" rate="--bigram-embedding-lr-mult"
-began=$SECONDS
 case $call in
   1)
-    first first-cold &
-    (export CUDA_VISIBLE_DEVICES=1; eval "timeout 90 $tests tests/kernels -k two_to_the_31" > "$out/tests-2-31.txt" 2>&1)
-    wait
-    first first-warm
     cat > /tmp/jobs << END
-150 440 d16-compiled-fp8 $(train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile)
-150 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
-150 190 d12-fused-fp8-dense $(train d12-fused-fp8-dense $d12 $dense)
+150 460 d16-compiled-fp8 $(train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile)
+30 120 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
+30 90 tests-2-31 $tests tests/kernels -k two_to_the_31
+30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
+60 200 profile-d16-bf16-compiled python3 -m bench.profile --depth 16 --fp8 off --backend compile --out $out/profile-d16-bf16-compiled
 85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
 85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
 END
@@ -54,8 +54,8 @@ END
 30 60 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off --backend eager)
 40 80 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
-30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
-30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
+150 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
+150 190 d12-fused-fp8-dense $(train d12-fused-fp8-dense $d12 $dense)
 85 120 d8-fused-fp8 $(train d8-fused-fp8 $d8)
 85 120 d8-fused-fp8-dense $(train d8-fused-fp8-dense $d8 $dense)
 85 130 d8-e4m3 rm -rf /tmp/e4m3; cp -r . /tmp/e4m3; cd /tmp/e4m3; sed -i s/E5M2/E4M3/ model/fused.py; $(train d8-e4m3 $d8)
@@ -65,12 +65,16 @@ END
     ;;
   3)
     cat > /tmp/jobs << END
-100 420 tests-kit $tests tests -k 'not two_to_the_31'
-100 420 tests-no-kit PYTHONPATH=${BARE:-} $tests tests/model tests/train tests/bench tests/test_layers.py
+100 420 tests-kit $tests -n 10 tests -k 'not two_to_the_31'
+100 420 tests-no-kit PYTHONPATH=${BARE:-} $tests -n 10 tests/model tests/train tests/bench tests/test_layers.py
 END
     ;;
 esac
 for name in d8-fused-fp8 d8-fused-fp8-dense; do # what the call before has done
   [ -f "$out/$name.jsonl" ] && sed -i "/ $name python3/d" /tmp/jobs
 done
-"$(dirname "$0")/queue.sh" "$out" $((seconds - SECONDS + began)) < /tmp/jobs
+"$(dirname "$0")/queue.sh" "$out" "$seconds" < /tmp/jobs
+for run in runs/*/; do # what was cut
+  [ -f "$run/metrics.jsonl" ] && cp "$run/metrics.jsonl" "$out/$(basename "$run").jsonl"
+done
+[ "$call" != 1 ] || first first-warm # with the caches that the jobs have filled
