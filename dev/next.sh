@@ -16,8 +16,12 @@ nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader > "
 nvidia-smi --query-gpu=timestamp,index,clocks.sm,power.draw --format=csv,noheader -l 2 > "$out/clocks-$call.csv" &
 trap 'kill %1' EXIT
 
+three=/tmp/three # the data of records/2026-11-25-h100, whose fused d16 run compares
+mkdir -p "$three"
+ln -sf "$DATA"/shard_0000[0125].parquet "$DATA/tokenizer.json" "$three"
+
 train() { # name flags...
-  echo "python3 -m train.run --run $1 --data $DATA --eval-tokens 2097152 --sample-every -1" \
+  echo "python3 -m train.run --run $1 --data ${data:-$DATA} --eval-tokens 2097152 --sample-every -1" \
     "--train-log-every 10 ${*:2}; cp runs/$1/metrics.jsonl $out/$1.jsonl; rm -rf runs/$1"
 }
 bench() { # name flags...
@@ -36,7 +40,7 @@ dense="--bigram-embed-factor 0" rate="--bigram-embedding-lr-mult"
 case $call in
   1)
     cat > /tmp/jobs << END
-150 460 d16-compiled-fp8 $(train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile)
+150 460 d16-compiled-fp8 $(data=$three train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile)
 30 120 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 30 90 tests-2-31 $tests tests/kernels -k two_to_the_31
 30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
