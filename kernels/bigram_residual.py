@@ -14,7 +14,8 @@ Backward, for the gradient h of normed and the gradient g of y from its other us
 What x0, the table and their lambdas get from all layers together: kernels/residual_gradients.py.
 
 Bytes, N = B*T positions of width C at s bytes: forward s*N*C per tensor read (x, branch, x0, e) and
-written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and g_y written.
+written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and g_y written, and
+of grad branch where it is not g_y.
 FLOPs: about 10 per element.
 """
 
@@ -175,11 +176,12 @@ def bigram_residual_bwd(
     """Gradient of y, and what follows from it in the same pass.
 
     Args:
-        scaling: Scaling of the FP8 operand of resid_lambda * grad_y, the branch's gradient.
+        scaling: Scaling of the branch's gradient as an FP8 operand; None for a tensor.
 
     Returns:
-        grad_y (N, C) in y's dtype, the gradient () fp32 of resid_lambda (None without x), and the
-        FP8Operand or None.
+        grad_y (N, C) in y's dtype, the gradient () fp32 of resid_lambda (None without x), and that
+        of the branch, resid_lambda * grad_y: an FP8Operand, or a tensor in y's dtype, which is
+        grad_y itself if resid_lambda is None.
 
     Raises:
         ValueError: a tensor that is not contiguous, not of y's shape, or with a scaling not
@@ -197,7 +199,11 @@ def bigram_residual_bwd(
     partial = None
     if x is not None:
         partial = torch.empty(programs, dtype=torch.float32, device=y.device)
-    operand = empty_operand(n, c, scaling, y.device) if scaling is not None else None
+    operand = grad_branch = None
+    if scaling is not None:
+        operand = empty_operand(n, c, scaling, y.device)
+    elif resid_lambda is not None:
+        grad_branch = torch.empty_like(y)
     bigram_residual_bwd_kernel[(programs,)](
         grad_normed,
         grad_stream,
@@ -207,6 +213,7 @@ def bigram_residual_bwd(
         x,
         resid_lambda,
         grad_y,
+        grad_branch,
         partial,
         *operand_args(operand, scaling),
         n,
@@ -218,6 +225,8 @@ def bigram_residual_bwd(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
+    if operand is None:
+        operand = grad_y if grad_branch is None else grad_branch
     return grad_y, None if partial is None else partial.sum(), operand
 
 
@@ -259,8 +268,9 @@ class BigramResidual(torch.autograd.Function):
             x = x + branch
         grad_normed = torch.zeros_like(y) if grad_normed is None else grad_normed.contiguous()
         grad_y = None if grad_y is None else grad_y.contiguous()
-        grad, of_resid, _ = bigram_residual_bwd(grad_normed, y, rstd, grad_y, x=x)
-        grad_x = grad if resid is None else resid.to(grad.dtype) * grad
+        grad, of_resid, grad_x = bigram_residual_bwd(
+            grad_normed, y, rstd, grad_y, x=x, resid_lambda=resid
+        )
         grad_branch = None if branch is None else grad_x
         if x0 is None:
             return grad_x, grad_branch, None, None, None, of_resid, None, None

@@ -155,6 +155,7 @@ def bigram_residual_bwd_kernel(
     x_ptr,  # (N, C) or None; not read WITH_Y
     resid_ptr,  # (1,) or None
     grad_y_ptr,  # (N, C)
+    grad_branch_ptr,  # (N, C) resid times grad_y, or None
     resid_partial_ptr,  # (programs,) fp32 or None
     data_ptr,  # (N, C) FP8 or None
     transposed_ptr,  # (C, N) FP8 or None
@@ -179,6 +180,8 @@ def bigram_residual_bwd_kernel(
     grad_y_ptr += base
     if grad_stream_ptr is not None:
         grad_stream_ptr += base
+    if grad_branch_ptr is not None:
+        grad_branch_ptr += base
     if x_ptr is not None:
         x_ptr += base
     products = tl.zeros((BM, BC // LANE), tl.float32)
@@ -217,8 +220,10 @@ def bigram_residual_bwd_kernel(
         elif x_ptr is not None:
             x = _load_once(x_ptr + offsets, ok).to(tl.float32)
             products += lane_sums(g * x, BM, BC)
+        g *= resid
+        if grad_branch_ptr is not None:
+            tl.store(grad_branch_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
-            g *= resid
             peak = tl.maximum(peak, lane_maxima(amax_bits(g), BM, BC))
             store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)
     if data_ptr is not None:

@@ -66,20 +66,15 @@ class Precision:
 
     def mix_backward(self, name, *gradients, resid_lambda=None, **inputs):
         """bigram_residual_bwd: the gradient of y (N, C), the fp32 sum of its products with `x`
-        (None without x), and the operand of the branch's gradient, resid_lambda times the first;
-        None for the last if name is None."""
-
-        def run(scaling):
-            return bigram_residual_bwd(
-                *gradients, resid_lambda=resid_lambda, scaling=scaling, **inputs
-            )
-
+        (None without x), and the operand of the branch's gradient, `name`; None without a name."""
         if name is None:
-            return run(None)
-        grad, sums, operand = self.scaling.produce(name, run)
-        if operand is None:
-            operand = grad if resid_lambda is None else resid_lambda.to(grad.dtype) * grad
-        return grad, sums, operand
+            return *bigram_residual_bwd(*gradients, **inputs)[:2], None
+        return self.scaling.produce(
+            name,
+            lambda scaling: bigram_residual_bwd(
+                *gradients, resid_lambda=resid_lambda, scaling=scaling, **inputs
+            ),
+        )
 
 
 EVALUATION = Precision(PlainGemm(), Unscaled())

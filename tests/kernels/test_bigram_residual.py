@@ -180,6 +180,21 @@ def test_fp8_backward_is_the_branch_gradient(x_is_y, tile, device):
     )
 
 
+@BLOCKS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_backward_is_the_branch_gradient(dtype, tile, device):
+    y, h, stream, *_ = operand_case(device, dtype)
+    rstd = y.float().square().mean(dim=-1).add(2.0**-23).rsqrt()
+    resid = torch.tensor([1.3], device=device)
+    with forced("residual_norm_bwd", tile):
+        grad, _, branch = bigram_residual_bwd(h, y, rstd, stream, resid_lambda=resid)
+        same, _, without = bigram_residual_bwd(h, y, rstd, stream)
+    assert without is same and torch.equal(same, grad) and branch.dtype == dtype
+    # grad is rounded after fp32 arithmetic, as branch is: half an ulp of either
+    rtol = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(branch.double(), 1.3 * grad.double(), rtol=rtol, atol=1e-6)
+
+
 def test_nan_stays_in_its_row_and_inf_shows(device):
     case = Case((1, 40, 24), torch.float32, device)
     with torch.no_grad():
