@@ -80,13 +80,6 @@ LINEAR = [
     *(LinearTile(128, 256, 128, 8, stages) for stages in (3, 4)),
     LinearTile(256, 128, 128, 8, 3),
 ]
-LINEAR_BF16_BACKWARD = [
-    LinearTile(128, 256, 128, 8, 3, prefetch=True),
-    LinearTile(128, 256, 128, 8, 3, 4, prefetch=True),
-    LinearTile(128, 256, 128, 8, 3, 16, prefetch=True),
-    LinearTile(256, 128, 128, 8, 3, prefetch=True),
-    LinearTile(128, 128, 128, 4, 3, programs=2, prefetch=True),
-]
 LINEAR_BF16 = [
     *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8, 16)),
     LinearTile(128, 128, 128, 8, 2, programs=2, registers=128),
@@ -117,10 +110,7 @@ CASES = {
     "linear_relu_squared": (cases.linear_relu_squared_case, LINEAR),
     "linear_relu_squared_bwd": (cases.linear_relu_squared_bwd_case, LINEAR),
     "linear_relu_squared_bf16": (cases.linear_relu_squared_bf16_case, LINEAR_BF16),
-    "linear_relu_squared_bwd_bf16": (
-        cases.linear_relu_squared_bwd_bf16_case,
-        LINEAR_BF16 + LINEAR_BF16_BACKWARD,
-    ),
+    "linear_relu_squared_bwd_bf16": (cases.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
     "rotary_qk_norm": (cases.rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (
         cases.rotary_qk_norm_bwd_case,

@@ -37,8 +37,7 @@ class LinearTile:
     """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's; `prefetch` fetches a tile's y into the L2 cache
-    when the tile begins.
+    another multiplies; `registers` caps a thread's.
     """
 
     rows: int
@@ -49,7 +48,6 @@ class LinearTile:
     group: int = 8
     programs: int = 1
     registers: int | None = None
-    prefetch: bool = False
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
@@ -129,7 +127,6 @@ def _launch(op, factors, y, inverse_scales, scaling):
         BN=config.cols,
         BK=depth,
         GROUP=config.group,
-        PREFETCH=config.prefetch and y is not None,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.fp8 import amax_bits, cast_stored, record_amax
-from kernels.ptx import INTERPRETED, fast_sqrt, prefetch_l2
+from kernels.ptx import INTERPRETED, fast_sqrt
 
 FOLD = tl.constexpr(16)  # columns: maxima are kept of each so many, or of every 16th column
 
@@ -51,7 +51,6 @@ def linear_relu_squared_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,  # y, when its tile begins
 ):
     factor = 1.0 if y_ptr is None else 2.0  # of the accumulator
     if transposed_ptr is not None:
@@ -69,11 +68,6 @@ def linear_relu_squared_kernel(
     tl.assume(K > 0)  # else the loops do not flatten
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
-        if PREFETCH:
-            size: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth // 8
-            lines = tl.minimum(col + tl.arange(0, BN * size // 128) * (128 // size), N - 1)
-            starts = tl.minimum(row + m, M - 1).to(tl.int64) * N
-            prefetch_l2(y_ptr + starts[:, None] + lines[None, :])
         product = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])

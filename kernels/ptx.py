@@ -50,15 +50,3 @@ def fast_sqrt(
         return tl.inline_asm_elementwise(
             "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-
-
-@triton.jit
-def prefetch_l2(
-    ptr,  # block of pointers to global memory
-):
-    """Fetch the 128-byte line of each pointer into the L2 cache."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
