@@ -37,7 +37,8 @@ class LinearTile:
     """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's.
+    another multiplies; `registers` caps a thread's. `early` loads y before its tile is multiplied,
+    instead of the next tile's factors during the epilogue.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class LinearTile:
     group: int = 8
     programs: int = 1
     registers: int | None = None
+    early: bool = False
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
@@ -127,6 +129,7 @@ def _launch(op, factors, y, inverse_scales, scaling):
         BN=config.cols,
         BK=depth,
         GROUP=config.group,
+        EARLY=config.early and y is not None,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,

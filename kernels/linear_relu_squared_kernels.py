@@ -1,9 +1,10 @@
 """Kernel of linear_relu_squared, which has the maths, the bytes and the launchers.
 
-It is persistent: a program computes one tile of the product after another (the loop over tiles and
-the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in
-both layouts it changes threads as bf16 (kernels.fp8.cast_stored).
+It is persistent: a program computes one tile of the product after another. The loop over tiles and
+the one over K are flattened, so that the next tile's loads are under way during an epilogue; or y
+is loaded EARLY, during the product: both at once are more than the registers hold. The epilogue
+works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in both
+layouts it changes threads as bf16 (kernels.fp8.cast_stored).
 """
 
 import triton
@@ -33,6 +34,22 @@ def _tile_corner(
 
 
 @triton.jit
+def _load_tile(
+    y_ptr,  # (M, N)
+    row,
+    col,
+    m,  # (BM,)
+    n,  # (BN,)
+    M,
+    N,
+):
+    """A (BM, BN) block, 0 outside of the matrix."""
+    inside = (row + m < M)[:, None] & (col + n < N)[None, :]
+    corner = y_ptr + row.to(tl.int64) * N + col
+    return tl.load(corner + m[:, None] * N + n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def linear_relu_squared_kernel(
     a_desc,  # (M, K) in blocks of BM x BK: FP8, or a tensor's dtype
     b_desc,  # (N, K) in blocks of BN x BK; backward without FP8 (K, N) in blocks of BK x BN
@@ -51,6 +68,7 @@ def linear_relu_squared_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,  # load y before its tile is multiplied
 ):
     factor = 1.0 if y_ptr is None else 2.0  # of the accumulator
     if transposed_ptr is not None:
@@ -66,9 +84,11 @@ def linear_relu_squared_kernel(
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # else the loops do not flatten
-    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=not EARLY):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
+        if EARLY:
+            y = _load_tile(y_ptr, row, col, m, n, M, N)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])
             if transposed_ptr is None and y_ptr is not None:
@@ -84,7 +104,8 @@ def linear_relu_squared_kernel(
             x = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor
             x *= x
         else:
-            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
+            if not EARLY:
+                y = _load_tile(y_ptr, row, col, m, n, M, N)
             x = product * fast_sqrt(y.to(tl.float32)) * factor
         if transposed_ptr is None:
             x = x.to(data_ptr.dtype.element_ty)

@@ -36,6 +36,7 @@ TILES = [
     SMALL,
     replace(SMALL, rows=128, group=2, programs=2),
     replace(SMALL, cols=128, depth=64, group=1),
+    replace(SMALL, early=True),
 ]
 
 
@@ -332,8 +333,9 @@ def scaled_mm(a, b, a_inverse, b_inverse):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(4096, 1024, 4096), (4112, 1040, 4112)], ids=str)
-@pytest.mark.parametrize("tile", CASES[FORWARD][1], ids=str)
-@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(
+    ("op", "tile"), [(op, tile) for op in (FORWARD, BACKWARD) for tile in CASES[op][1]], ids=str
+)
 def test_every_candidate(op, tile, shape, device):
     """Against cuBLAS and a kernel of its own; both layouts hold the same values."""
     case = Case(op, shape, device)
@@ -355,8 +357,11 @@ def test_every_candidate(op, tile, shape, device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(4096, 1024, 4096), (4100, 1040, 4112)], ids=str)
-@pytest.mark.parametrize("tile", CASES[plain_name(FORWARD, torch.bfloat16)][1], ids=str)
-@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(
+    ("op", "tile"),
+    [(op, tile) for op in (FORWARD, BACKWARD) for tile in CASES[plain_name(op, torch.bfloat16)][1]],
+    ids=str,
+)
 def test_every_candidate_on_tensors(op, tile, shape, device):
     case = PlainCase(op, shape, torch.bfloat16, device)
     with forced(plain_name(op, torch.bfloat16), tile):
