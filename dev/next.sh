@@ -35,6 +35,19 @@ dense="--bigram-embed-factor 0"
 case $call in
   1)
     cat > /tmp/jobs << END
+100 420 tests-kit $tests -n 15 tests -k 'not two_to_the_31'
+100 420 tests-no-kit PYTHONPATH=${BARE:-} $tests -n 15 tests/model tests/train tests/bench tests/test_layers.py
+20 60 tests-2-31 $tests tests/kernels -k two_to_the_31
+145 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
+145 190 d12-fused-fp8-dense $(train d12-fused-fp8-dense $d12 $dense)
+100 200 bench-d12 $(bench d12 --depth 12)
+60 120 bench-d4 $(bench d4 --depth 4)
+40 80 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
+80 130 d8-e4m3 rm -rf /tmp/e4m3; cp -r . /tmp/e4m3; cd /tmp/e4m3; sed -i s/E5M2/E4M3/ model/fused.py; $(train d8-e4m3 $d8)
+END
+    ;;
+  2)
+    cat > /tmp/jobs << END
 500 560 d16-compiled-fp8 $(data=$three train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile --skip-initial-eval)
 20 60 tune python3 -m bench.tune linear_relu_squared_bwd_bf16 linear_relu_squared_bwd
 25 100 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
@@ -44,24 +57,12 @@ case $call in
 60 120 bench-d4 $(bench d4 --depth 4)
 END
     ;;
-  2)
-    cat > /tmp/jobs << END
-100 420 tests-kit $tests -n 15 tests -k 'not two_to_the_31'
-100 420 tests-no-kit PYTHONPATH=${BARE:-} $tests -n 15 tests/model tests/train tests/bench tests/test_layers.py
-145 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
-145 190 d12-fused-fp8-dense $(train d12-fused-fp8-dense $d12 $dense)
-100 200 bench-d12 $(bench d12 --depth 12)
-60 120 bench-d4 $(bench d4 --depth 4)
-40 80 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
-80 130 d8-e4m3 rm -rf /tmp/e4m3; cp -r . /tmp/e4m3; cd /tmp/e4m3; sed -i s/E5M2/E4M3/ model/fused.py; $(train d8-e4m3 $d8)
-END
-    ;;
 esac
 for name in d12-fused-fp8 bench-d4; do # what the call before has done
-  grep -q "^$name: status 0" "$out/jobs.txt" && sed -i "/ $name python3/d" /tmp/jobs
+  grep -qs "^$name: status 0" "$out/jobs.txt" && sed -i "/ $name python3/d" /tmp/jobs
 done
 "$(dirname "$0")/queue.sh" "$out" "$seconds" < /tmp/jobs
 for run in runs/*/; do # what was cut
   [ -f "$run/metrics.jsonl" ] && cp "$run/metrics.jsonl" "$out/$(basename "$run").jsonl"
 done
-[ "$call" != 1 ] || cp kernels/tuned.json "$out"
+[ "$call" = 1 ] || cp kernels/tuned.json "$out"
