@@ -42,6 +42,12 @@ def work_dir(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def exact_fp32_products():
+    """Training in bf16 allows TF32 in this process (train/assemble.py); the next test must not."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def exact_casts():
     """Casts between floating-point formats as the GPU does them: to nearest, FP8 saturating, NaN

@@ -30,7 +30,7 @@ UNITS_AHEAD = 4
 BATCHES_AHEAD = 4
 PINNED_SLOTS = 3
 TOKENIZER_THREADS = min(8, os.cpu_count() or 1)
-DOCUMENTS_A_TASK = 32  # for a task of its own one document is too short
+DOCUMENTS_A_TASK = 128  # the packer's first buffer keeps eight threads busy
 
 
 @dataclass
@@ -100,17 +100,14 @@ class PackedLoader:
                 yield from ((epoch, unit) for unit in range(first, units))
 
         order = order()
-        encode = self.tokenizer.encode_document
+        encode = self.tokenizer.encode_documents
         readers = ThreadPoolExecutor(1)
         workers = ThreadPoolExecutor(TOKENIZER_THREADS)
-
-        def encode_all(texts):
-            return [encode(text) for text in texts]
 
         def load(unit):
             texts = self.corpus.read(self.split, unit)
             starts = range(0, len(texts), DOCUMENTS_A_TASK)
-            return [workers.submit(encode_all, texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
+            return [workers.submit(encode, texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
 
         ahead, seen = deque(), False
         try:

@@ -16,12 +16,21 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_document_is_bos_and_its_text(tokenizer, text):
-    ids = tokenizer.encode_document(text)
-    assert ids.dtype == "int32"
-    assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
-    assert tokenizer.bos not in ids[1:].tolist()  # special tokens in text stay text
+ORDINARY = [text for text in TEXTS if BOS not in text] + ["<|user_start|>", "<|bo", "s|> "]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [TEXTS, ORDINARY, ORDINARY[::-1], ["", "", ""], [BOS], *([text] for text in TEXTS)],
+    ids=lambda texts: f"{len(texts)} from {texts[0]!r}",
+)
+def test_a_document_is_bos_and_its_text(tokenizer, texts):
+    """Whatever its neighbours; special tokens in text stay text."""
+    found = tokenizer.encode_documents(texts)
+    for ids, text in zip(found, texts, strict=True):
+        assert ids.dtype == "int32" and ids.base is None
+        assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
+        assert tokenizer.bos not in ids[1:].tolist()
 
 
 def test_vocabulary(tokenizer):
@@ -39,8 +48,8 @@ def test_numbers_split_after_two_digits():
 def test_token_bytes_sum_to_the_text(tokenizer):
     lengths = tokenizer.token_bytes()
     assert lengths.shape == (320,) and lengths.dtype == torch.int64
-    for text in TEXTS:
-        assert lengths[tokenizer.encode_document(text).tolist()].sum() == len(text.encode())
+    for text, ids in zip(TEXTS, tokenizer.encode_documents(TEXTS), strict=True):
+        assert lengths[ids.tolist()].sum() == len(text.encode())
 
 
 def test_saved_as_json_and_read_back(tokenizer, tmp_path):
