@@ -53,14 +53,14 @@ END
 25 100 d4-fused-bf16 $(train d4-fused-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 --depth 4 --num-iterations 20 --eval-every 5 --fp8 off --backend eager)
 120 260 bench-d16-bf16 $(bench d16-bf16 --depth 16 --fp8 off --no-cuda-graphs)
-145 190 d12-fused-fp8 $(train d12-fused-fp8 $d12)
-60 120 bench-d4 $(bench d4 --depth 4)
+30 60 tests-again $tests -n 8 tests/model/test_fused.py tests/kernels/test_tuning.py tests/kernels/test_linear_relu_squared.py tests/train/test_data.py tests/train/test_tokenizer.py
+40 80 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
+30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
+100 200 bench-d12 $(bench d12 --depth 12)
+30 60 bench-loader python3 -m pytest bench/bench_loader.py --benchmark-only -q
 END
     ;;
 esac
-for name in d12-fused-fp8 bench-d4; do # what the call before has done
-  grep -qs "^$name: status 0" "$out/jobs.txt" && sed -i "/ $name python3/d" /tmp/jobs
-done
 "$(dirname "$0")/queue.sh" "$out" "$seconds" < /tmp/jobs
 for run in runs/*/; do # what was cut
   [ -f "$run/metrics.jsonl" ] && cp "$run/metrics.jsonl" "$out/$(basename "$run").jsonl"
