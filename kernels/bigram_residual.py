@@ -14,8 +14,8 @@ Backward, for the gradient h of normed and the gradient g of y from its other us
 What x0, the table and their lambdas get from all layers together: kernels/residual_gradients.py.
 
 Bytes, N = B*T positions of width C at s bytes: forward s*N*C per tensor read (x, branch, x0, e) and
-written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and g_y written, and
-of grad branch where it is not g_y.
+written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and of g_y and grad
+branch written, the latter unless it is g_y itself.
 FLOPs: about 10 per element.
 """
 
@@ -176,7 +176,7 @@ def bigram_residual_bwd(
     """Gradient of y, and what follows from it in the same pass.
 
     Args:
-        scaling: Scaling of the branch's gradient as an FP8 operand; None for a tensor.
+        scaling: Scaling of the branch's gradient as an FP8 operand; None: it is a tensor.
 
     Returns:
         grad_y (N, C) in y's dtype, the gradient () fp32 of resid_lambda (None without x), and that
@@ -225,9 +225,10 @@ def bigram_residual_bwd(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
-    if operand is None:
-        operand = grad_y if grad_branch is None else grad_branch
-    return grad_y, None if partial is None else partial.sum(), operand
+    of_resid = None if partial is None else partial.sum()
+    if operand is not None:
+        return grad_y, of_resid, operand
+    return grad_y, of_resid, grad_y if grad_branch is None else grad_branch
 
 
 class BigramResidual(torch.autograd.Function):

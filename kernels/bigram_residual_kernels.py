@@ -222,7 +222,7 @@ def bigram_residual_bwd_kernel(
             products += lane_sums(g * x, BM, BC)
         g *= resid
         if grad_branch_ptr is not None:
-            tl.store(grad_branch_ptr + offsets, g.to(grad_y_ptr.dtype.element_ty), mask=ok)
+            tl.store(grad_branch_ptr + offsets, g.to(grad_branch_ptr.dtype.element_ty), mask=ok)
         if data_ptr is not None:
             peak = tl.maximum(peak, lane_maxima(amax_bits(g), BM, BC))
             store_scaled(g * scale, data_ptr, transposed_ptr, row, col, N, C, BM, BC)

@@ -37,8 +37,8 @@ class LinearTile:
     """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's. `early` loads y before its tile is multiplied,
-    instead of the next tile's factors during the epilogue.
+    another multiplies; `registers` caps a thread's. `early`, for the backward alone, loads y before
+    its tile is multiplied, and not the next tile's factors during the epilogue.
     """
 
     rows: int

@@ -34,22 +34,6 @@ def _tile_corner(
 
 
 @triton.jit
-def _load_tile(
-    y_ptr,  # (M, N)
-    row,
-    col,
-    m,  # (BM,)
-    n,  # (BN,)
-    M,
-    N,
-):
-    """A (BM, BN) block, 0 outside of the matrix."""
-    inside = (row + m < M)[:, None] & (col + n < N)[None, :]
-    corner = y_ptr + row.to(tl.int64) * N + col
-    return tl.load(corner + m[:, None] * N + n[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
 def linear_relu_squared_kernel(
     a_desc,  # (M, K) in blocks of BM x BK: FP8, or a tensor's dtype
     b_desc,  # (N, K) in blocks of BN x BK; backward without FP8 (K, N) in blocks of BK x BN
@@ -87,8 +71,10 @@ def linear_relu_squared_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=not EARLY):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
-        if EARLY:
-            y = _load_tile(y_ptr, row, col, m, n, M, N)
+        if EARLY:  # the offsets are made anew below, in the registers that y leaves
+            inside = (row + m < M)[:, None] & (col + n < N)[None, :]
+            corner, offsets = row.to(tl.int64) * N + col, m[:, None] * N + n[None, :]
+            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])
             if transposed_ptr is None and y_ptr is not None:
@@ -105,7 +91,7 @@ def linear_relu_squared_kernel(
             x *= x
         else:
             if not EARLY:
-                y = _load_tile(y_ptr, row, col, m, n, M, N)
+                y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
             x = product * fast_sqrt(y.to(tl.float32)) * factor
         if transposed_ptr is None:
             x = x.to(data_ptr.dtype.element_ty)

@@ -44,7 +44,7 @@ def work_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def exact_fp32_products():
-    """Training in bf16 allows TF32 in this process (train/assemble.py); the next test must not."""
+    """Assembling a run allows TF32 in this process (train/assemble.py); the next test must not."""
     torch.set_float32_matmul_precision("highest")
 
 

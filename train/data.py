@@ -30,7 +30,7 @@ UNITS_AHEAD = 4
 BATCHES_AHEAD = 4
 PINNED_SLOTS = 3
 TOKENIZER_THREADS = min(8, os.cpu_count() or 1)
-DOCUMENTS_A_TASK = 128  # the packer's first buffer keeps eight threads busy
+DOCUMENTS_A_TASK = 128  # 8 tasks fill the packer's buffer of 1000 for the first time
 
 
 @dataclass

@@ -195,9 +195,11 @@ def test_tiles_of_tensors_are_those_of_their_dtype(op, dtype, device, monkeypatc
 
     monkeypatch.setattr(op_module, "linear_relu_squared_kernel", Kernel())
     case = PlainCase(op, (32, 48, 64), dtype, device)
-    for tile in (PLAIN_TILES[dtype], replace(SMALL, rows=32, depth=64, group=3)):
+    small = replace(SMALL, rows=32, depth=64, group=3, early=True)
+    for tile in (replace(PLAIN_TILES[dtype], early=False), small):
         with forced(plain_name(op, dtype), tile):
             case.run()
+        assert launched["EARLY"] == (tile.early and op == BACKWARD)
         assert (launched["BM"], launched["BN"], launched["GROUP"]) == (
             tile.rows,
             tile.cols,

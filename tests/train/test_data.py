@@ -32,6 +32,18 @@ def test_batch_size_does_not_change_the_rows(corpus, tokenizer):
     assert np.array_equal(np.stack(one), np.stack(five))
 
 
+@pytest.mark.parametrize("documents", [1, 7, 24])
+def test_tasks_do_not_change_the_rows(corpus, tokenizer, monkeypatch, documents):
+    """Row groups hold 25 documents: one task each by default, or several."""
+    whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
+    monkeypatch.setattr("train.data.DOCUMENTS_A_TASK", documents)
+    parts = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
+    assert whole[-1][1].epoch >= 1
+    for (rows, state), (same_rows, same_state) in zip(whole, parts, strict=True):
+        assert np.array_equal(rows, same_rows)
+        assert state.position() == same_state.position()
+
+
 @pytest.mark.parametrize("cut", [1, 7, 25, 60])
 def test_resume_is_exact_across_epochs(corpus, tokenizer, cut):
     whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), cut + 40)
