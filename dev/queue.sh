@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Runs jobs on all GPUs of this machine until the time is over; a free GPU takes the next job that fits.
 #
-#     dev/queue.sh OUT SECONDS < JOBS
+#     dev/queue.sh OUT SECONDS ARCHIVE < JOBS
 #
 # A line of JOBS: the seconds below which it is not worth a start, the seconds it may take, a name and a command,
 # which sees one GPU. What it prints goes to OUT/NAME.txt; OUT/jobs.txt says how and when each job ended (status
-# 124: cut by its limit), OUT/left.txt which had no time. A line that begins with # is no job.
+# 124: cut by its limit), OUT/left.txt which had no time. A line that begins with # is no job. After every job
+# ARCHIVE (a .tgz) holds all of OUT: who is cut loses the running jobs only.
 set -u
-[ $# = 2 ] || { echo "error: usage: dev/queue.sh OUT SECONDS < JOBS" >&2; exit 2; }
-out=$1 limit=$2 lock=$1/.lock
+[ $# = 3 ] || { echo "error: usage: dev/queue.sh OUT SECONDS ARCHIVE < JOBS" >&2; exit 2; }
+out=$1 limit=$2 archive=$3 lock=$1/.lock
 mkdir -p "$out" && grep -v -e '^#' -e '^ *$' > "$out/left.txt"
 
 take() { # the first line whose least time is left, out of left.txt
@@ -23,6 +24,14 @@ take() { # the first line whose least time is left, out of left.txt
   exec 9>&-
 }
 
+pack() {
+  exec 9> "$lock"
+  flock 9
+  tar czf "$archive.new" --exclude=.lock --exclude=trace.json.gz --warning=no-file-changed -C "$out" .
+  mv "$archive.new" "$archive"
+  exec 9>&-
+}
+
 work() { # jobs on one GPU
   export CUDA_VISIBLE_DEVICES=$1
   local job least most name command began
@@ -32,6 +41,8 @@ work() { # jobs on one GPU
     began=$SECONDS
     timeout "$most" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null
     echo "$name: status $? after $((SECONDS - began)) s, at $SECONDS s, GPU $1" | tee -a "$out/jobs.txt"
+    grep -E "val bpb|^\| [0-9]+ \||^FAILED|^(=+ )?[0-9]+ (passed|failed)" "$out/$name.txt" | cut -c1-200
+    pack
   done
 }
 
