@@ -49,9 +49,9 @@ END
     ;;
   2) # fresh caches are filled by one compiling run per GPU
     cat > /tmp/jobs << END
-170 260 bench-d16 $(bench d16 --depth 16 --no-cuda-graphs)
-170 260 bench-d12 $(bench d12 --depth 12)
-150 280 bench-d20 $(bench d20 --depth 20 --device-batch-size 16 --no-cuda-graphs)
+200 320 bench-d16 $(bench d16 --depth 16 --no-cuda-graphs)
+200 320 bench-d12 $(bench d12 --depth 12)
+230 330 bench-d20 $(bench d20 --depth 20 --device-batch-size 16 --no-cuda-graphs)
 85 120 d8-bigram-rate-0.5 $(train d8-bigram-rate-0.5 $d8 $rate 0.5)
 85 120 d8-bigram-rate-2 $(train d8-bigram-rate-2 $d8 $rate 2)
 END
