@@ -4,12 +4,17 @@
 #     dev/queue.sh OUT SECONDS ARCHIVE < JOBS
 #
 # A line of JOBS: the seconds below which it is not worth a start, the seconds it may take, a name and a command,
-# which sees one GPU. What it prints goes to OUT/NAME.txt; OUT/jobs.txt says how and when each job ended (status
-# 124: cut by its limit), OUT/left.txt which had no time. A line that begins with # is no job. After every job
-# ARCHIVE (a .tgz) holds all of OUT: who is cut loses the running jobs only.
+# which sees one GPU; a line that begins with # is no job. What a job prints goes to OUT/NAME.txt, the metrics of
+# runs/NAME to OUT/NAME.jsonl; OUT/jobs.txt says how and when each job ended (status 124 or 137: cut by its limit),
+# OUT/left.txt which had no time. After every job ARCHIVE, a .tgz outside of OUT, is made anew from OUT without
+# Chrome traces, so that a machine that is taken away takes the latest jobs only.
 set -u
-[ $# = 3 ] || { echo "error: usage: dev/queue.sh OUT SECONDS ARCHIVE < JOBS" >&2; exit 2; }
+if [ $# != 3 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: usage: dev/queue.sh OUT SECONDS ARCHIVE < JOBS" >&2
+  exit 2
+fi
 out=$1 limit=$2 archive=$3 lock=$1/.lock
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader) || { echo "error: nvidia-smi finds no GPU" >&2; exit 2; }
 mkdir -p "$out" && grep -v -e '^#' -e '^ *$' > "$out/left.txt"
 
 take() { # the first line whose least time is left, out of left.txt
@@ -24,11 +29,15 @@ take() { # the first line whose least time is left, out of left.txt
   exec 9>&-
 }
 
-pack() {
+pack() { # the metrics of all runs so far, then all of OUT
   exec 9> "$lock"
   flock 9
+  local run
+  for run in runs/*/; do
+    [ -f "${run}metrics.jsonl" ] && cp "${run}metrics.jsonl" "$out/$(basename "$run").jsonl"
+  done
   tar czf "$archive.new" --exclude=.lock --exclude=trace.json.gz --warning=no-file-changed -C "$out" .
-  mv "$archive.new" "$archive"
+  [ $? -le 1 ] && mv "$archive.new" "$archive" # 1: a file grew meanwhile
   exec 9>&-
 }
 
@@ -39,14 +48,15 @@ work() { # jobs on one GPU
     read -r least most name command <<< "$job"
     [ "$most" -gt $((limit - SECONDS)) ] && most=$((limit - SECONDS))
     began=$SECONDS
-    timeout "$most" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null
+    echo "$name: started at $SECONDS s, GPU $1" >> "$out/jobs.txt"
+    timeout -k 10 "$((most > 0 ? most : 1))" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null
     echo "$name: status $? after $((SECONDS - began)) s, at $SECONDS s, GPU $1" | tee -a "$out/jobs.txt"
     grep -E "val bpb|^\| [0-9]+ \||^FAILED|^(=+ )?[0-9]+ (passed|failed)" "$out/$name.txt" | cut -c1-200
     pack
   done
 }
 
-for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
+for gpu in $gpus; do
   work "$gpu" &
 done
 wait
