@@ -5,7 +5,9 @@
 #
 # The data (five training shards, the last validates) and tokenizer.json lie in $DATA, an absolute path, libraries on
 # PYTHONPATH. SECONDS lie 40 below the call's own limit, which is what is left of the session's device time if that
-# is less than its timeout. OUT must not exist; ARCHIVE lies in the folder that comes back (dev/queue.sh).
+# is less than its timeout. OUT must not exist; ARCHIVE lies in the folder that comes back (dev/queue.sh). What was
+# compiled comes back beside it, in parts ARCHIVE.caches.aa and so on: a later call finds them by CACHES, the name
+# without the last two letters, and starts in seconds.
 set -u
 if [ $# != 4 ] || ! [[ $1 =~ ^[12]$ ]] || [ -e "$2" ]; then
   echo "error: usage: dev/next.sh 1|2 OUT SECONDS ARCHIVE, with an OUT that does not exist" >&2
@@ -16,7 +18,10 @@ call=$1 out=$(realpath -m "$2") seconds=$3 archive=$(realpath -m "$4")
 export TORCHINDUCTOR_COMPILE_THREADS=16 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 unset PYTHONDONTWRITEBYTECODE # a warm disk holds bytecode, too
 export PYTHONPYCACHEPREFIX=/tmp/pyc
-mkdir -p "$out"
+export TRITON_CACHE_DIR=/tmp/caches/triton TORCHINDUCTOR_CACHE_DIR=/tmp/caches/inductor
+export FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=/tmp/caches/fa4
+mkdir -p "$out" /tmp/caches
+[ -z "${CACHES:-}" ] || cat "$CACHES".* | tar xJ -C /tmp
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader > "$out/env.txt"
 nvidia-smi --query-gpu=timestamp,index,clocks.sm,power.draw --format=csv,noheader -l 2 > "$out/clocks.csv" &
 trap 'kill %1' EXIT
@@ -65,3 +70,4 @@ END
 END
     ;;
 esac
+tar c -C /tmp caches | xz -T0 -3 | split -b 15M - "$archive.caches."
