@@ -80,22 +80,11 @@ LINEAR = [
     *(LinearTile(128, 256, 128, 8, stages) for stages in (3, 4)),
     LinearTile(256, 128, 128, 8, 3),
 ]
-LINEAR_BACKWARD = [
-    *LINEAR,
-    LinearTile(128, 128, 128, 4, 3, programs=2, early=True),
-    LinearTile(128, 128, 128, 8, 3, programs=2, registers=128, early=True),
-    *(LinearTile(128, 256, 128, 8, stages, early=True) for stages in (3, 4)),
-]
 LINEAR_BF16 = [
     *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8, 16)),
     LinearTile(128, 128, 128, 8, 2, programs=2, registers=128),
     LinearTile(128, 256, 128, 8, 3),
     LinearTile(256, 128, 128, 8, 3),
-]
-LINEAR_BF16_BACKWARD = [
-    *LINEAR_BF16,
-    *(LinearTile(128, 128, 128, 4, stages, programs=2, early=True) for stages in (2, 3)),
-    *(LinearTile(128, 256, 128, 8, stages, early=True) for stages in (3, 4)),
 ]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
@@ -119,12 +108,9 @@ CASES = {
     "relu_squared": (cases.relu_squared_case, ELEMENTWISE),
     "relu_squared_bwd": (cases.relu_squared_bwd_case, ELEMENTWISE),
     "linear_relu_squared": (cases.linear_relu_squared_case, LINEAR),
-    "linear_relu_squared_bwd": (cases.linear_relu_squared_bwd_case, LINEAR_BACKWARD),
+    "linear_relu_squared_bwd": (cases.linear_relu_squared_bwd_case, LINEAR),
     "linear_relu_squared_bf16": (cases.linear_relu_squared_bf16_case, LINEAR_BF16),
-    "linear_relu_squared_bwd_bf16": (
-        cases.linear_relu_squared_bwd_bf16_case,
-        LINEAR_BF16_BACKWARD,
-    ),
+    "linear_relu_squared_bwd_bf16": (cases.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
     "rotary_qk_norm": (cases.rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (
         cases.rotary_qk_norm_bwd_case,

@@ -37,8 +37,7 @@ class LinearTile:
     """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
 
     `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's. `early`, for the backward alone, loads y before
-    its tile is multiplied, and not the next tile's factors during the epilogue.
+    another multiplies; `registers` caps a thread's.
     """
 
     rows: int
@@ -49,7 +48,6 @@ class LinearTile:
     group: int = 8
     programs: int = 1
     registers: int | None = None
-    early: bool = False
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
@@ -105,13 +103,12 @@ def _launch(op, factors, y, inverse_scales, scaling):
         raise ValueError(f"{op}: y is {tuple(y.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
     if scaling is None:
-        result, config = (
-            a.new_empty(rows, cols),
-            tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype]),
-        )
+        config = tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype])
+        result = a.new_empty(rows, cols)
         written = result, None, None, None
     else:
-        result, config = empty_operand(rows, cols, scaling, a.device), tuned(op, TILE)
+        config = tuned(op, TILE)
+        result = empty_operand(rows, cols, scaling, a.device)
         written = operand_args(result, scaling)
     depth = config.depth // a.element_size()
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
@@ -129,7 +126,6 @@ def _launch(op, factors, y, inverse_scales, scaling):
         BN=config.cols,
         BK=depth,
         GROUP=config.group,
-        EARLY=config.early and y is not None,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,

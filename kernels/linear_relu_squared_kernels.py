@@ -1,10 +1,9 @@
 """Kernel of linear_relu_squared, which has the maths, the bytes and the launchers.
 
-It is persistent: a program computes one tile of the product after another. The loop over tiles and
-the one over K are flattened, so that the next tile's loads are under way during an epilogue; or y
-is loaded EARLY, during the product: both at once are more than the registers hold. The epilogue
-works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in both
-layouts it changes threads as bf16 (kernels.fp8.cast_stored).
+It is persistent: a program computes one tile of the product after another (the loop over tiles and
+the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
+epilogue works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in
+both layouts it changes threads as bf16 (kernels.fp8.cast_stored).
 """
 
 import triton
@@ -52,7 +51,6 @@ def linear_relu_squared_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    EARLY: tl.constexpr,  # load y before its tile is multiplied
 ):
     factor = 1.0 if y_ptr is None else 2.0  # of the accumulator
     if transposed_ptr is not None:
@@ -68,13 +66,9 @@ def linear_relu_squared_kernel(
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # else the loops do not flatten
-    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=not EARLY):
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
-        if EARLY:  # the offsets are made anew below, in the registers that y leaves
-            inside = (row + m < M)[:, None] & (col + n < N)[None, :]
-            corner, offsets = row.to(tl.int64) * N + col, m[:, None] * N + n[None, :]
-            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])
             if transposed_ptr is None and y_ptr is not None:
@@ -90,8 +84,7 @@ def linear_relu_squared_kernel(
             x = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor
             x *= x
         else:
-            if not EARLY:
-                y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
+            y = tl.load(y_ptr + corner + offsets, mask=inside, other=0.0)
             x = product * fast_sqrt(y.to(tl.float32)) * factor
         if transposed_ptr is None:
             x = x.to(data_ptr.dtype.element_ty)
