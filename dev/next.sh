@@ -38,23 +38,27 @@ bench() { # name flags...
   echo "python3 -m pytest bench/bench_step.py --benchmark-only -q --rounds 20 --baselines auto" \
     "--benchmark-json $out/$1.json ${*:2}"
 }
+copy() { # name: into a copy of this tree, whose runs are ours
+  echo "rm -rf /tmp/$1 && cp -r . /tmp/$1 && rm -rf /tmp/$1/runs && ln -s $PWD/runs /tmp/$1 && cd /tmp/$1"
+}
 began=$SECONDS
 queue() { "$(dirname "$0")/queue.sh" "$out" $((seconds - SECONDS + began)) "$archive"; }
 d8="--depth 8 --num-iterations 330 --eval-every 110" # within one epoch of five shards
 d4="--depth 4 --num-iterations 20 --eval-every 5 --fp8 off"
-e4m3=/tmp/e4m3 rate="--bigram-embedding-lr-mult"
+rate="--bigram-embedding-lr-mult"
 case $call in
   1) # the compiled run takes one GPU for the whole call, 464 s the last time
     queue << END
 480 560 d16-compiled-fp8 $(data=$three train d16-compiled-fp8 --depth 16 --num-iterations 150 --eval-every 50 --backend compile --skip-initial-eval)
-20 60 tune python3 -m bench.tune linear_relu_squared_bwd_bf16 linear_relu_squared_bwd && cp kernels/tuned.json $out
+20 60 tune-early $(copy early) && git apply records/2026-11-25-step/early.patch && python3 -m bench.tune linear_relu_squared_bwd_bf16 linear_relu_squared_bwd && cp kernels/tuned.json $out
 25 100 d4-fused-bf16 $(train d4-fused-bf16 $d4)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 $d4 --backend eager)
 165 220 bench-d16-bf16 $(bench d16-bf16 --depth 16 --fp8 off --no-cuda-graphs)
 30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
+30 60 profile-d16-bf16-early cd /tmp/early && python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16-early
 30 60 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
 30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
-80 130 d8-e4m3 rm -rf $e4m3 && cp -r . $e4m3 && rm -rf $e4m3/runs && ln -s $PWD/runs $e4m3 && cd $e4m3 && sed -i s/E5M2/E4M3/ model/fused.py && $(train d8-e4m3 $d8)
+80 130 d8-e4m3 $(copy e4m3) && sed -i s/E5M2/E4M3/ model/fused.py && $(train d8-e4m3 $d8)
 END
     ;;
   2) # the baseline of d4 waits for its launches: nothing beside it
