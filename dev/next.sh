@@ -53,12 +53,12 @@ case $call in
 20 60 tune-early $(copy early) && git apply records/2026-11-25-step/early.patch && python3 -m bench.tune linear_relu_squared_bwd_bf16 linear_relu_squared_bwd && cp kernels/tuned.json $out
 25 100 d4-fused-bf16 $(train d4-fused-bf16 $d4)
 30 60 d4-eager-bf16 $(train d4-eager-bf16 $d4 --backend eager)
-165 220 bench-d16-bf16 $(bench d16-bf16 --depth 16 --fp8 off --no-cuda-graphs)
-30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 30 60 profile-d16-bf16-early cd /tmp/early && python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16-early
+30 60 profile-d16-bf16 python3 -m bench.profile --depth 16 --fp8 off --out $out/profile-d16-bf16
 30 60 d4-fused-fp8 $(train d4-fused-fp8 --depth 4 --num-iterations 300 --eval-every 150)
-30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
 80 130 d8-e4m3 $(copy e4m3) && sed -i s/E5M2/E4M3/ model/fused.py && $(train d8-e4m3 $d8)
+165 220 bench-d16-bf16 cd /tmp/early && $(bench d16-bf16 --depth 16 --fp8 off --no-cuda-graphs)
+30 60 bench-mlp python3 -m pytest bench/bench_linear_relu_squared.py --benchmark-only -q --benchmark-json $out/mlp.json
 END
     ;;
   2) # the baseline of d4 waits for its launches: nothing beside it
