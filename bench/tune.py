@@ -83,8 +83,8 @@ LINEAR = [
 LINEAR_BF16 = [
     *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8, 16)),
     LinearTile(128, 128, 128, 8, 2, programs=2, registers=128),
-    LinearTile(128, 256, 128, 8, 3),
-    LinearTile(256, 128, 128, 8, 3),
+    *(LinearTile(*shape, 128, 8, n) for shape in ((128, 256), (256, 128)) for n in (3, 4)),
+    *(LinearTile(128, 256, 128, 8, 4, group) for group in (4, 16)),
 ]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
