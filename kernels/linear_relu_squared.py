@@ -52,7 +52,7 @@ class LinearTile:
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
 PLAIN_TILES = {  # by dtype of tensors
-    torch.bfloat16: LinearTile(128, 256, 128, warps=8, stages=3),
+    torch.bfloat16: LinearTile(128, 256, 128, warps=8, stages=4),
     torch.float32: LinearTile(64, 64, 128, warps=4, stages=3),
 }
 

@@ -281,12 +281,19 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, argv, message):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_in_the_way_ends_with_one_line(data_dir, tmp_path):
-    (tmp_path / "runs").write_text("")
+def test_what_is_in_the_way_ends_with_one_line_and_stays(data_dir, tmp_path):
+    runs = tmp_path / "runs"
+    runs.write_text("")
     flags = [*SMALL, "--num-iterations", "1", "--skip-initial-eval", "--data", str(data_dir)]
+    message = r"error: runs\S*: should be a folder and is not; move it away\n"
     done = command("train.run", *flags, cwd=tmp_path)
-    assert done.returncode == 2 and (tmp_path / "runs").read_text() == ""
-    assert re.fullmatch(r"error: runs\S*: (Not a directory|File exists)\n", done.stderr)
+    assert done.returncode == 2 and runs.read_text() == ""
+    assert re.fullmatch(message, done.stderr)
+    runs.unlink()
+    runs.symlink_to("absent")
+    done = command("train.run", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and runs.is_symlink()
+    assert re.fullmatch(message, done.stderr)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPU tests take larger models")
