@@ -15,6 +15,7 @@ from pathlib import Path
 from bench.report import table_lines
 from model.errors import UserError
 from train.command import CommandParser, run_command
+from train.files import make_folder
 from train.logging import METRICS_FILE
 
 
@@ -103,7 +104,7 @@ def main(argv=None):
     table = "\n".join(compare(runs)) + "\n"
     print(table, end="")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
         (args.out / "curves.md").write_text(table, encoding="utf-8")
         (args.out / "curves.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
         if not plot(runs, args.out / "curves.png"):

@@ -28,6 +28,7 @@ from model.scaling import CALIBRATED_STEPS
 from train.assemble import assemble
 from train.command import CommandParser, run_command
 from train.device import select_fp8, select_machine
+from train.files import make_folder
 from train.optim import OptimConfig
 
 STEP_MICRO_STEPS = 8  # of 32 x 2048 tokens in a full step
@@ -102,7 +103,7 @@ def main(argv=None):
     machine = select_machine("cuda", args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
     out = args.out or Path("runs") / f"profile-d{args.depth}-{args.backend}"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     trace = out / "trace.json.gz"
     try:
         built = assemble(workload.config, machine, OptimConfig(), fp8, attention=args.attention)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from model.errors import UserError
 from train.command import CommandParser, run_command
+from train.files import make_folder
 
 STEP_HEAD = ["depth", "backend", "attention", "fp8", "ms/step", "forward", "backward", "optimiser",
              "tok/s", "peak GiB", "first step, s", "of floor", "fused faster by"]  # fmt: skip
@@ -226,7 +227,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     infos, profiles, date = load(args.files)
     out = args.out or Path("records") / f"{date}-step"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     summaries = [summarize(info, args.commit) for info in infos]
     lines = []
     if infos:

@@ -1,18 +1,9 @@
 """What the commands share: one-line errors with exit code 2, and the --data flag."""
 
 import argparse
-import errno
 import sys
 
 from model.errors import UserError
-
-MENDS = {
-    errno.EEXIST: "should be a folder and is not; move it away",
-    errno.ENOTDIR: "should be a folder and is not; move it away",
-    errno.EACCES: "not allowed; change its permissions, or take another place",
-    errno.EROFS: "cannot be written; take another place",
-    errno.ENOSPC: "no space left on the device; make some",
-}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -35,7 +26,7 @@ def run_command(main):
     except OSError as error:
         if not error.filename:
             raise
-        message = f"{error.filename}: {MENDS.get(error.errno, error.strerror)}"
+        message = f"{error.filename}: {error.strerror}"
     else:
         return
     print(f"error: {message}", file=sys.stderr)

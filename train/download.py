@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
+from train.files import make_folder
 
 REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542
@@ -92,7 +93,7 @@ def download_shards(directory, num_shards, workers=4, hub=None):
             raise UserError(
                 "download needs huggingface_hub; install it with pip install -e .[hub]"
             ) from None
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     indices = [*range(min(num_shards, LAST_SHARD)), LAST_SHARD]
     try:
         entries = hub.HfApi().get_paths_info(

@@ -1,4 +1,5 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+"""Making folders, and writing files so that a crash leaves the old one or the new one, never half
+of either."""
 
 import os
 import shutil
@@ -6,11 +7,26 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from model.errors import UserError
+
+
+def make_folder(path):
+    """Make the folder `path` and those above it, where they are missing.
+
+    Raises:
+        UserError: something else has its name, or that of one above it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        obstacle = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        raise UserError(f"{obstacle} is not a folder; move it away") from None
+
 
 def write_text_atomically(path, text):
     """Write UTF-8 text to a temporary file beside `path`, then rename it there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -28,7 +44,7 @@ def write_text_atomically(path, text):
 def atomic_folder(path):
     """Yield a temporary folder that becomes `path` when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary

@@ -6,6 +6,7 @@ import sys
 from tqdm import tqdm
 
 from model.errors import UserError
+from train.files import make_folder
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,7 +33,7 @@ class RunLog:
                     "--wandb needs wandb; install it with pip install -e .[wandb]"
                 ) from None
             self.wandb = client.init(project="nanofuse", name=directory.name)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         self.file = (directory / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self.bar = tqdm(
             total=num_iterations,

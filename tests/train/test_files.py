@@ -1,6 +1,20 @@
 import pytest
 
-from train.files import atomic_folder, write_text_atomically
+from model.errors import UserError
+from train.files import atomic_folder, make_folder, write_text_atomically
+
+
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path, below):
+    make_folder(tmp_path / "made" / below)
+    make_folder(tmp_path / "made" / below)
+    assert (tmp_path / "made" / below).is_dir()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to("absent")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"{name} is not a folder; move it away$"):
+            make_folder(tmp_path / name / below)
+    assert (tmp_path / "file").read_text() == "kept" and (tmp_path / "link").is_symlink()
 
 
 def test_text_replaces_whole_or_not_at_all(tmp_path):
