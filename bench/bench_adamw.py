@@ -2,9 +2,9 @@
 
 import torch
 
+from bench.checks import relative_error
 from bench.harness import ON_GPU, compiled, measure, op_benchmark
 from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
-from tests.kernels.checks import relative_error
 
 VOCAB, WIDTH, BIGRAM_ROWS = (32768, 1024, 163840) if ON_GPU else (16, 8, 32)
 BF16, FP32 = torch.bfloat16, torch.float32

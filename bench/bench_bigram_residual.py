@@ -6,6 +6,7 @@ The compiled alternative does the same span with dynamic scales and a transposed
 
 import torch
 
+from bench.checks import relative_error
 from bench.harness import (
     ON_GPU,
     compiled,
@@ -21,7 +22,6 @@ from kernels.embedding_grad import bigram_table_grad
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.residual_gradients import residual_gradients, residual_gradients_ref
 from kernels.rms_norm import rms_norm_ref
-from tests.kernels.checks import relative_error
 
 LAYERS, ROWS, T, WIDTH, VOCAB = (16, 32, 2048, 1024, 32768) if ON_GPU else (2, 2, 8, 32, 50)
 N = ROWS * T

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from bench.checks import relative_error
 from bench.harness import ON_GPU, compiled, measure, op_benchmark
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.linear_relu_squared import (
@@ -19,7 +20,6 @@ from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from model.errors import UserError
 from model.gemm import make_gemm
-from tests.kernels.checks import relative_error
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 

@@ -7,6 +7,7 @@ import torch
 
 from bench.bench_adamw import BIGRAM_ROWS, VOCAB, WIDTH
 from bench.bench_newton_schulz import iteration_flops
+from bench.checks import relative_error
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
 from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
 from kernels.fp8 import E4M3, Scaling
@@ -27,7 +28,6 @@ from kernels.newton_schulz import (
     initial_scale,
     muon_plus_ref,
 )
-from tests.kernels.checks import relative_error
 from train.optim import ADAMW_EPS, MuonAdamW, OptimConfig
 
 LAYERS = 16 if ON_GPU else 2

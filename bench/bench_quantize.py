@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from bench.checks import fp8_steps
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
 from kernels.fp8 import E4M3, Scaling
 from kernels.quantize import quantize
-from tests.kernels.checks import fp8_steps
 
 SHAPES = [(65536, 1024), (65536, 4096)] if ON_GPU else [(64, 128)]
 

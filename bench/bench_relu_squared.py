@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from bench.checks import assert_fp8
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd, relu_squared_ref
-from tests.kernels.checks import assert_fp8
 
 SHAPE = (65536, 4096) if ON_GPU else (64, 128)
 

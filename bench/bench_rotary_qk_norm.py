@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from bench.checks import assert_accurate, relative_error
 from bench.harness import (
     ON_GPU,
     compiled,
@@ -28,7 +29,6 @@ from kernels.rotary_qk_norm import (
     rotary_table,
     value_gate_ref,
 )
-from tests.kernels.checks import assert_accurate, relative_error
 
 B, T, H, D, VOCAB = (32, 2048, 8, 128, 32768) if ON_GPU else (1, 16, 2, 8, 5)
 

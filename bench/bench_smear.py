@@ -2,10 +2,10 @@
 
 import torch
 
+from bench.checks import assert_accurate, relative_error
 from bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
 from kernels.rms_norm import rms_norm_ref
 from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref, smear_ref
-from tests.kernels.checks import assert_accurate, relative_error
 
 ROWS, T, WIDTH, VOCAB, GATE = (32, 2048, 1024, 32768, 24) if ON_GPU else (2, 8, 32, 50, 24)
 UNIT = ROWS * T * WIDTH * 2

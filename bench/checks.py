@@ -1,4 +1,4 @@
-"""Comparisons of the kernel tests."""
+"""Comparisons of kernels with references, for tests and benchmarks."""
 
 import torch
 

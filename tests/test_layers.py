@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 OURS = {"kernels", "model", "train", "bench", "tests"}
 ALLOWED = {"kernels": {"kernels"}, "model": {"kernels", "model"}}
 ALLOWED["train"] = {"kernels", "model", "train"}
+ALLOWED["bench"] = {"kernels", "model", "train", "bench"}
 # A command of model/ that needs a run's checkpoint and tokenizer; nothing may import it.
 COMMANDS = {Path("model/generate.py")}
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from bench.checks import DTYPES, assert_accurate
 from kernels.backout import backout, backout_ref
 from kernels.rms_norm import rms_norm_ref
-from tests.kernels.checks import DTYPES, assert_accurate
 
 
 def test_reference_against_longhand():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
 from kernels.bigram_hash import bigram_embedding_ref
 from kernels.bigram_residual import (
     RowTile,
@@ -14,7 +15,6 @@ from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.lanes import LANE
 from kernels.rms_norm import rms_norm_ref
 from kernels.tuning import forced
-from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
 
 ROWS_OF_TABLE = 23
 LAMBDAS = {"resid_lambda": 1.1, "x0_lambda": 0.2, "bigram_lambda": 0.4}

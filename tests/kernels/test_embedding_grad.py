@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import kernels.embedding_grad as module
+from bench.checks import DTYPES, ON_GPU, assert_accurate, same_bits
 from bench.harness import zipf_tokens
 from kernels.bigram_hash import bigram_rows_ref
 from kernels.embedding_grad import (
@@ -11,7 +12,6 @@ from kernels.embedding_grad import (
     sort_rows,
 )
 from kernels.tuning import Tile
-from tests.kernels.checks import DTYPES, ON_GPU, assert_accurate, same_bits
 
 NAN = float("nan")
 

@@ -5,6 +5,14 @@ import pytest
 import torch
 
 import kernels.linear_relu_squared as op_module
+from bench.checks import (
+    DTYPES,
+    ON_GPU,
+    assert_fp8,
+    fp8_steps,
+    relative_error,
+    same_bits,
+)
 from bench.tune import CASES
 from kernels.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from kernels.linear_relu_squared import (
@@ -19,14 +27,6 @@ from kernels.linear_relu_squared import (
 from kernels.quantize import quantize
 from kernels.relu_squared import relu_squared_fwd
 from kernels.tuning import forced
-from tests.kernels.checks import (
-    DTYPES,
-    ON_GPU,
-    assert_fp8,
-    fp8_steps,
-    relative_error,
-    same_bits,
-)
 
 FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
 from kernels.fp8 import E4M3, FP8Operand, Scaling
 from kernels.muon_momentum import muon_momentum
 from kernels.muon_update import (
@@ -20,7 +21,6 @@ from kernels.newton_schulz import (
     newton_schulz_ref,
     orthogonalize,
 )
-from tests.kernels.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
 
 COMPUTE = torch.bfloat16 if ON_GPU else torch.float32  # of the reference's products
 SHAPES = [(3, 40, 16), (2, 17, 50), (2, 32, 32), (4, 5, 12), (1, 1, 24), (2, 24, 1), (1, 67, 131)]

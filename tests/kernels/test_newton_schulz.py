@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.checks import ON_GPU, assert_accurate, same_bits
 from kernels.newton_schulz import (
     POLAR_EXPRESS,
     compute_dtype,
@@ -15,7 +16,6 @@ from kernels.newton_schulz import (
     unit_rows,
 )
 from kernels.symmetric_matmul import MatmulTile
-from tests.kernels.checks import ON_GPU, assert_accurate, same_bits
 
 SHAPES = [(1, 1, 1), (3, 16, 16), (2, 33, 8), (2, 8, 33), (1, 127, 65), (2, 1, 9), (2, 9, 1)]
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
 from kernels.fp8 import E4M3, E5M2, Scaling
 from kernels.relu_squared import (
     relu_squared,
@@ -8,7 +9,6 @@ from kernels.relu_squared import (
     relu_squared_fwd,
     relu_squared_ref,
 )
-from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, same_bits
 
 SHAPES = [(1, 1), (63, 127), (64, 128), (65, 129), (127, 97), (0, 8)]
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from bench.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
 from kernels.fp8 import E5M2, Scaling
 from kernels.rms_norm import rms_norm_ref
 from kernels.rotary_qk_norm import (
@@ -16,7 +17,6 @@ from kernels.rotary_qk_norm import (
     value_gate_ref,
 )
 from kernels.tuning import forced
-from tests.kernels.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
 
 VOCAB = 11
 # B, T, H, K, D: single heads and rows, ragged tiles and groups, odd halves, a prime, GQA

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from bench.checks import DTYPES, assert_accurate, same_bits
 from kernels.smear import embed_smear, embed_smear_ref, smear_ref
-from tests.kernels.checks import DTYPES, assert_accurate, same_bits
 
 VOCAB = 19
 #         B, T, C, G

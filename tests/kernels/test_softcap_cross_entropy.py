@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels.softcap_cross_entropy as module
+from bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
 from kernels.fp8 import E5M2, Scaling
 from kernels.softcap_cross_entropy import (
     LossTile,
@@ -14,7 +15,6 @@ from kernels.softcap_cross_entropy import (
     softcap_ref,
 )
 from kernels.tuning import Tile
-from tests.kernels.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
 
 VOCAB, PADDED = 13, 16
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.checks import ON_GPU, assert_accurate, same_bits
 from kernels.symmetric_matmul import (
     MatmulTile,
     batched_matmul,
@@ -8,7 +9,6 @@ from kernels.symmetric_matmul import (
     symmetric_matmul,
     symmetric_matmul_ref,
 )
-from tests.kernels.checks import ON_GPU, assert_accurate, same_bits
 
 # tl.dot of the interpreter is right in fp32 only, which is for tests: GPUs run the 16-bit types
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32]

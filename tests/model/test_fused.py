@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from bench.checks import ON_GPU
 from kernels.fp8 import FP8Operand
 from model import fused as fused_module
 from model import fused_layer
@@ -17,7 +18,6 @@ from model.gpt import GPT
 from model.linear import set_fp8
 from model.scaling import CALIBRATED_STEPS
 from tests.helpers import random_model
-from tests.kernels.checks import ON_GPU
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 FEW = 2 if ON_GPU else 1  # rows where the numbers do not matter; the interpreter takes one

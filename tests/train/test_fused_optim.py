@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from bench.checks import ON_GPU
 from model.config import GPTConfig
 from model.errors import UserError
 from model.fused import FusedGPT
 from model.gemm import PlainGemm, TorchGemm
 from model.gpt import GPT
 from tests.helpers import random_model
-from tests.kernels.checks import ON_GPU
 from train.fused_optim import FusedMuonAdamW
 from train.optim import MuonAdamW, OptimConfig
 
