@@ -3,9 +3,9 @@
 python -m bench.report FILE.json... [--out records/DATE-step]
 
 Every FILE is what `pytest bench/bench_step.py --benchmark-only --benchmark-json FILE` saved, or a
-profile.json of `python -m bench.profile`. Into the folder go table.md, summary.json (one object per
-depth and precision: the product against its fastest baseline) and, where matplotlib is installed,
-speedup.png, floor.png and breakdown.png (the last from the profiles).
+profile.json of `python -m bench.step_profile`. Into the folder go table.md, summary.json (one
+object per depth and precision: the product against its fastest baseline) and, where matplotlib is
+installed, speedup.png, floor.png and breakdown.png (the last from the profiles).
 """
 
 import json

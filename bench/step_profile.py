@@ -1,6 +1,6 @@
 """Where a training step's GPU time goes, by class of kernels.
 
-python -m bench.profile --depth 16
+python -m bench.step_profile --depth 16
 
 Profiles one optimiser step of the recipe's model on micro-batches of 32 x 2048 with torch.profiler
 and prints milliseconds per micro-step by class, with the dearest kernels. The optimiser's time is
@@ -81,7 +81,7 @@ def kernel_table(rows):
 
 
 def parse(argv):
-    parser = CommandParser(prog="python -m bench.profile", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bench.step_profile", description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--backend", choices=["fused", "compile", "eager"], default="fused")
     parser.add_argument("--fp8", choices=["auto", *PROVIDERS], default="auto")
@@ -98,7 +98,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if not torch.cuda.is_available():
-        raise UserError("bench.profile needs a CUDA GPU")
+        raise UserError("bench.step_profile needs a CUDA GPU")
     workload = gpu_workload(args.depth, args.bigram_factor, micro_steps=args.micro_steps)
     machine = select_machine("cuda", args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)

@@ -1,4 +1,4 @@
-"""What bench_step and profile share: the work of one training step, and the step itself."""
+"""What bench_step and step_profile share: the work of one training step, and the step itself."""
 
 import time
 from contextlib import contextmanager

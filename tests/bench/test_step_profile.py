@@ -1,9 +1,13 @@
-"""bench.profile on a CPU: the trace's phases, the tables, and the refusal."""
+"""bench.step_profile on a CPU: the trace's phases, the tables, and the refusal."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from bench.profile import class_table, kernel_table, load_trace, main, record
 from bench.roofline import floor_parts
+from bench.step_profile import class_table, kernel_table, load_trace, main, record
 from bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
 from bench.training import tiny_workload
 from model.config import GPTConfig
@@ -11,6 +15,8 @@ from model.errors import UserError
 from train.assemble import assemble
 from train.device import select_machine
 from train.optim import OptimConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_trace_holds_the_phases_of_one_step(tmp_path):
@@ -46,3 +52,21 @@ def test_it_needs_a_gpu(monkeypatch):
 def test_micro_steps_are_checked():
     with pytest.raises(UserError, match="--micro-steps must be at least 1"):
         main(["--micro-steps", "0"])
+
+
+def test_the_old_name_runs_it_and_names_the_new_one():
+    command = [sys.executable, "-m", "bench.profile", "--micro-steps", "0"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    notice, error = result.stderr.splitlines()
+    assert notice == "bench.profile is now called bench.step_profile"
+    assert error == "error: --micro-steps must be at least 1, got 0"
+
+
+def test_the_old_name_hides_no_standard_module():
+    """A script in bench/ has that folder first on its path; cProfile imports `profile`."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import cProfile, profile; "
+    code += "profile.Profile().runctx('1', {}, {}); print(profile.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).parent.name.startswith("python3")
