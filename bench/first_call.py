@@ -19,11 +19,12 @@ def main():
         raise UserError("bench.first_call needs a CUDA GPU")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # read by Triton when it compiles
-        from bench.tune import CASES, WARM_ROWS
+        from bench.cases.tiles import CASES
+        from bench.tune import DEVICE, WARM_ROWS
 
         for op, (make, _) in CASES.items():
             start = time.perf_counter()
-            run = make(WARM_ROWS).run
+            run = make(WARM_ROWS, DEVICE).run
             torch.cuda.synchronize()
             made = time.perf_counter()
             run()

@@ -1,0 +1,134 @@
+"""The candidates of each op that bench.tune tries, and the table of its cases."""
+
+import itertools
+from functools import partial
+
+from bench.cases import inputs
+from kernels.adamw import AdamWConfig
+from kernels.bigram_residual import RowTile
+from kernels.linear_relu_squared import LinearTile
+from kernels.residual_gradients import Config
+from kernels.rotary_qk_norm import HeadTile
+from kernels.softcap_cross_entropy import LossTile
+from kernels.symmetric_matmul import MatmulTile
+from kernels.tuning import Tile
+
+
+def tiles(rows, cols, warps, stages=(2,)):
+    """Every combination as a Tile."""
+    return [Tile(*fields) for fields in itertools.product(rows, cols, warps, stages)]
+
+
+ELEMENTWISE = tiles((32, 64), (128, 256), (4, 8)) + tiles((128,), (64, 128), (8,))
+NORMS = [
+    *(RowTile(32, 128, 4, stages) for stages in (1, 2, 3)),
+    *(RowTile(32, 256, 8, stages) for stages in (1, 2, 3)),
+    RowTile(32, 128, 8),
+    RowTile(32, 256, 4),
+    RowTile(32, 512, 8),
+    RowTile(32, 512, 16),
+    RowTile(64, 64, 4),
+    RowTile(64, 64, 8),
+    RowTile(64, 128, 8),
+    RowTile(16, 256, 4),
+]
+NORMS_FORWARD = [*NORMS, RowTile(64, 64, 4, 2), RowTile(64, 128, 8, 2)]
+NORMS_BACKWARD = [
+    *NORMS,
+    RowTile(32, 128, 4, 1, 96),
+    RowTile(32, 128, 4, 1, 80),
+    RowTile(32, 128, 8, 1, 64),
+    RowTile(32, 256, 8, 1, 128),
+    RowTile(32, 256, 8, 1, 96),
+    RowTile(64, 64, 4, 1, 128),
+    RowTile(64, 128, 8, 1, 128),
+    RowTile(64, 128, 8, 1, 96),
+]
+MATMUL = [
+    MatmulTile(128, 128, 64, 4, 3),
+    MatmulTile(128, 128, 64, 8, 3),
+    MatmulTile(128, 128, 64, 8, 4),
+    MatmulTile(128, 256, 64, 8, 3),
+    MatmulTile(128, 256, 64, 8, 4),
+    MatmulTile(128, 128, 64, 8, 3, 1),
+    MatmulTile(128, 256, 64, 8, 3, 1),
+]
+LINEAR = [
+    *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8)),
+    *(LinearTile(128, 128, 128, 8, 3, group, programs=2, registers=128) for group in (4, 8)),
+    *(LinearTile(128, 256, 128, 8, stages) for stages in (3, 4)),
+    LinearTile(256, 128, 128, 8, 3),
+]
+LINEAR_BF16 = [
+    *(LinearTile(128, 128, 128, 4, 3, group, programs=2) for group in (4, 8, 16)),
+    LinearTile(128, 128, 128, 8, 2, programs=2, registers=128),
+    *(LinearTile(*shape, 128, 8, n) for shape in ((128, 256), (256, 128)) for n in (3, 4)),
+    *(LinearTile(128, 256, 128, 8, 4, group) for group in (4, 16)),
+]
+HEAD_TILES = [
+    HeadTile(rows, heads, 4, stages)
+    for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))
+]
+CASES = {  # op: (function of inputs.py, candidates)
+    "quantize": (inputs.quantize_case, ELEMENTWISE),
+    "bigram_residual_fwd": (inputs.bigram_residual_fwd_case, NORMS_FORWARD),
+    "residual_norm_fwd": (inputs.residual_norm_fwd_case, NORMS_FORWARD),
+    "bigram_residual_bwd": (partial(inputs.norm_backward_case, opening=True), NORMS_BACKWARD),
+    "residual_norm_bwd": (partial(inputs.norm_backward_case, opening=False), NORMS_BACKWARD),
+    "residual_gradients": (
+        inputs.residual_gradients_case,
+        [
+            Config(positions, 16, registers)
+            for positions in (4, 8, 16, 32)
+            for registers in (None, 168, 128)
+        ],
+    ),
+    "embed_smear": (inputs.embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
+    "relu_squared": (inputs.relu_squared_case, ELEMENTWISE),
+    "relu_squared_bwd": (inputs.relu_squared_bwd_case, ELEMENTWISE),
+    "linear_relu_squared": (inputs.linear_relu_squared_case, LINEAR),
+    "linear_relu_squared_bwd": (inputs.linear_relu_squared_bwd_case, LINEAR),
+    "linear_relu_squared_bf16": (inputs.linear_relu_squared_bf16_case, LINEAR_BF16),
+    "linear_relu_squared_bwd_bf16": (inputs.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
+    "rotary_qk_norm": (inputs.rotary_qk_norm_case, HEAD_TILES),
+    "rotary_qk_norm_bwd": (
+        inputs.rotary_qk_norm_bwd_case,
+        HEAD_TILES[6:] + [HeadTile(64, heads, 8, stages) for heads in (4, 8) for stages in (1, 2)],
+    ),
+    "softcap_cross_entropy_fwd": (
+        inputs.softcap_cross_entropy_fwd_case,
+        tiles((1,), (2048, 4096, 8192), (4, 8)) + tiles((1,), (16384,), (16,)),
+    ),
+    "softcap_cross_entropy_bwd": (
+        inputs.softcap_cross_entropy_bwd_case,
+        [
+            LossTile(rows, cols, blocks, 256, warps, registers)
+            for rows, cols, blocks, warps, registers in (
+                (32, 128, 8, 8, None),
+                (32, 128, 8, 8, 80),
+                (32, 128, 32, 8, None),
+                (32, 128, 2, 8, None),
+                (32, 128, 8, 4, None),
+                (32, 256, 8, 8, None),
+                (64, 64, 8, 8, None),
+                (64, 128, 8, 8, None),
+            )
+        ],
+    ),
+    "embedding_grad": (
+        inputs.embedding_grad_case,
+        tiles((16, 32, 64), (256,), (1,)) + tiles((16, 32), (512,), (2,)),
+    ),
+    "adamw": (
+        inputs.adamw_case,
+        [
+            AdamWConfig(block, warps)
+            for block, warps in ((4096, 4), (8192, 4), (8192, 8), (16384, 8))
+        ],
+    ),
+    "muon_momentum": (inputs.muon_momentum_case, tiles((1024,), (4096,), (4, 8, 16))),
+    "muon_apply": (inputs.muon_apply_case, ELEMENTWISE),
+    "symmetric_matmul": (inputs.symmetric_matmul_case, MATMUL),
+    "symmetric_matmul_transposed": (inputs.symmetric_matmul_transposed_case, MATMUL),
+    "batched_matmul": (inputs.batched_matmul_case, MATMUL + [MatmulTile(256, 128, 64, 8, 4)]),
+}
