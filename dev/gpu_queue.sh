@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # Runs jobs on all GPUs of this machine until the time is over; a free GPU takes the next job that fits.
 #
-#     dev/queue.sh OUT SECONDS ARCHIVE < JOBS
+#     dev/gpu_queue.sh OUT SECONDS ARCHIVE < JOBS
 #
-# A line of JOBS: the seconds below which it is not worth a start, the seconds it may take, a name and a command,
-# which sees one GPU; a line that begins with # is no job. What a job prints goes to OUT/NAME.txt, the metrics of
-# runs/NAME to OUT/NAME.jsonl; OUT/jobs.txt says how and when each job ended (status 124 or 137: cut by its limit),
-# OUT/left.txt which had no time. After every job ARCHIVE, a .tgz outside of OUT, is made anew from OUT without
-# Chrome traces, so that a machine that is taken away takes the latest jobs only.
+# JOBS has one job a line: the least seconds worth starting it with, the most it may take, a name, and a command, which
+# sees one GPU. Empty lines and lines that begin with # are skipped. Run it in the root of the clone: a job's training
+# runs are looked for in runs/.
+#
+# OUT/NAME.txt     what job NAME printed
+# OUT/RUN.jsonl    the metrics of runs/RUN
+# OUT/jobs.txt     how and when each job ended (status 124 or 137: cut by its limit)
+# OUT/left.txt     the jobs that found no time
+#
+# ARCHIVE, a .tgz outside of OUT, is rebuilt after each job from all of OUT but Chrome traces, so that a machine that
+# goes away takes only the last jobs with it.
 set -u
 if [ $# != 3 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: usage: dev/queue.sh OUT SECONDS ARCHIVE < JOBS" >&2
+  echo "error: usage: dev/gpu_queue.sh OUT SECONDS ARCHIVE < JOBS" >&2
   exit 2
 fi
 out=$1 limit=$2 archive=$3 lock=$1/.lock
