@@ -8,6 +8,7 @@ import torch
 
 from bench.checks import relative_error
 from bench.harness import (
+    CAST_ERROR,
     ON_GPU,
     compiled,
     measure,
@@ -91,7 +92,7 @@ def alternatives(function, *args):
 
 
 def assert_close(got, expected, bound=0.01):
-    assert relative_error(got, expected) < bound
+    assert relative_error(got, expected) < CAST_ERROR * bound
 
 
 @op_benchmark
@@ -99,13 +100,12 @@ def bench_block_opening(benchmark, device):
     i = Inputs(device)
     args = (i.x, i.branch, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram)
     y, (q, _, inverse_scale) = opening_ref(*args)
-    if ON_GPU:
-        got, _, _, operand = i.opening()
-        assert_close(got, y)
-        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
+    got, _, _, operand = i.opening()
+    assert_close(got, y)
+    assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
     measure(
         benchmark,
-        i.opening if ON_GPU else lambda: opening_ref(*args),
+        i.opening,
         bytes_moved=5 * UNIT + i.row_bytes,  # x, branch, x0 in; y, FP8 twice out; table rows
         alternatives=alternatives(opening_ref, *args),
         shape=(N, WIDTH),
@@ -120,13 +120,12 @@ def bench_middle_norm(benchmark, device):
         return bigram_residual_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
 
     y, (q, _, inverse_scale) = middle_ref(i.x, i.branch)
-    if ON_GPU:
-        got, _, _, operand = op()
-        assert_close(got, y)
-        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
+    got, _, _, operand = op()
+    assert_close(got, y)
+    assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
     measure(
         benchmark,
-        op if ON_GPU else lambda: middle_ref(i.x, i.branch),
+        op,
         bytes_moved=4 * UNIT,
         alternatives=alternatives(middle_ref, i.x, i.branch),
         shape=(N, WIDTH),
@@ -143,14 +142,13 @@ def backward_case(benchmark, i, x, resid):
         )
 
     grad, of_resid, (q, _, inverse_scale) = backward_ref(*args)
-    if ON_GPU:
-        got, of_resid_got, operand = op()
-        assert_close(got, grad)
-        assert x is None or abs(of_resid_got - of_resid) < 1.0
-        assert_close(operand.dequantize(), q.float() * inverse_scale, 0.1)
+    got, of_resid_got, operand = op()
+    assert_close(got, grad)
+    assert x is None or abs(of_resid_got - of_resid) < 1.0
+    assert_close(operand.dequantize(), q.float() * inverse_scale, 0.1)
     measure(
         benchmark,
-        op if ON_GPU else lambda: backward_ref(*args),
+        op,
         bytes_moved=5 * UNIT,  # h, y, stream in; gradient, FP8 twice out
         alternatives=alternatives(backward_ref, *args),
         shape=(N, WIDTH),
@@ -187,18 +185,16 @@ def bench_residual_gradients(benchmark, device):
     low = [v.bfloat16() for v in lambdas]
     args = (grads, i.x0, low[0], i.tokens, i.table, low[1])
     expected = all_layers_ref(*args)
-    if ON_GPU:
-        for got, want in zip(op(), expected, strict=True):
-            assert_close(got, want, 0.05)
+    for got, want in zip(op(), expected, strict=True):
+        assert_close(got, want, 0.05)
     info = measure(
         benchmark,
-        op if ON_GPU else lambda: all_layers_ref(*args),
+        op,
         bytes_moved=(LAYERS + 3) * UNIT + i.row_bytes,
         alternatives=alternatives(all_layers_ref, *args),
         shape=(LAYERS, N, WIDTH),
     )
-    if ON_GPU:
-        benchmark.extra_info["bigram_path_ms"] = bigram_path(i, info["us"] * 1e-6, op)
+    benchmark.extra_info["bigram_path_ms"] = bigram_path(i, info["us"] * 1e-6, op)
 
 
 def bigram_path(i, with_bigram, gradients):

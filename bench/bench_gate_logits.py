@@ -28,16 +28,13 @@ def bench_gate_logits(benchmark, device, backward):
     args, op, reference = (y, rstd, weight), gate_logits_fwd, gate_logits_ref
     if backward:
         args, op, reference = (h, *args, grad_normed, grad_weight), gate_logits_bwd, backward_ref
-    if ON_GPU:
-        logits = gate_logits_fwd(y, rstd, weight)
-        assert relative_error(logits, gate_logits_ref(y, rstd, weight)) < 1e-5
-        totals = [(grad_normed.clone(), grad_weight.clone()) for _ in range(2)]
-        gate_logits_bwd(h, y, rstd, weight, *totals[0])
-        backward_ref(h, y, rstd, weight, *totals[1])
-        for got, expected in zip(*totals, strict=True):
-            assert relative_error(got, expected) < 0.01
-    else:
-        op = reference
+    logits = gate_logits_fwd(y, rstd, weight)
+    assert relative_error(logits, gate_logits_ref(y, rstd, weight)) < 1e-5
+    totals = [(grad_normed.clone(), grad_weight.clone()) for _ in range(2)]
+    gate_logits_bwd(h, y, rstd, weight, *totals[0])
+    backward_ref(h, y, rstd, weight, *totals[1])
+    for got, expected in zip(*totals, strict=True):
+        assert relative_error(got, expected) < 0.01
     measure(
         benchmark,
         lambda: op(*args),

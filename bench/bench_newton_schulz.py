@@ -36,10 +36,9 @@ def library():
 @pytest.mark.parametrize("shapes", SETS, ids=str)
 def bench_newton_schulz(benchmark, device, shapes):
     stacks = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
-    if ON_GPU:
-        for x in (stack[:2] for stack in stacks):
-            truth = newton_schulz_ref(x.double())
-            assert_accurate("newton_schulz", newton_schulz(x), newton_schulz_ref(x), truth)
+    for x in (stack[:2] for stack in stacks):
+        truth = newton_schulz_ref(x.double())
+        assert_accurate("newton_schulz", newton_schulz(x), newton_schulz_ref(x), truth)
 
     def run(function):
         return lambda: [function(x) for x in stacks]
@@ -47,7 +46,7 @@ def bench_newton_schulz(benchmark, device, shapes):
     functions = {"eager": newton_schulz_ref, "compile": compiled(newton_schulz_ref), **library()}
     measure(
         benchmark,
-        run(newton_schulz if ON_GPU else newton_schulz_ref),
+        run(newton_schulz),
         bytes_moved=sum(x.numel() for x in stacks) * (2 + 4),
         flops=sum(iteration_flops(shape) for shape in shapes),
         alternatives={name: run(function) for name, function in functions.items()},

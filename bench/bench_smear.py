@@ -8,12 +8,13 @@ from kernels.rms_norm import rms_norm_ref
 from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref, smear_ref
 
 ROWS, T, WIDTH, VOCAB, GATE = (32, 2048, 1024, 32768, 24) if ON_GPU else (2, 8, 32, 50, 24)
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter truncates to bf16
 UNIT = ROWS * T * WIDTH * 2
 
 
 def inputs(device):
     tokens = zipf_tokens((ROWS, T), VOCAB, device)
-    table = torch.randn(VOCAB, WIDTH, device=device).bfloat16()
+    table = torch.randn(VOCAB, WIDTH, device=device).to(DTYPE)
     gate_weight = torch.rand(1, GATE, device=device)
     return tokens, table, gate_weight, torch.tensor([0.3], device=device)
 
@@ -21,12 +22,11 @@ def inputs(device):
 @op_benchmark
 def bench_embed_smear(benchmark, device):
     args = inputs(device)
-    if ON_GPU:
-        expected = embed_smear_ref(*args).view(-1, WIDTH)
-        assert relative_error(embed_smear_fwd(*args)[0], expected) < 0.01
+    expected = embed_smear_ref(*args).view(-1, WIDTH)
+    assert relative_error(embed_smear_fwd(*args)[0], expected) < 0.01
     measure(
         benchmark,
-        (lambda: embed_smear_fwd(*args)) if ON_GPU else (lambda: embed_smear_ref(*args)),
+        lambda: embed_smear_fwd(*args),
         bytes_moved=UNIT + args[0].unique().numel() * WIDTH * 2,
         alternatives={
             "eager": lambda: embed_smear_ref(*args),
@@ -39,7 +39,7 @@ def bench_embed_smear(benchmark, device):
 @op_benchmark
 def bench_embed_smear_backward(benchmark, device):
     args = inputs(device)
-    grad = torch.randn(ROWS * T, WIDTH, device=device).bfloat16()
+    grad = torch.randn(ROWS * T, WIDTH, device=device).to(DTYPE)
     tokens, table, *gate_args = args
     rows = torch.nn.functional.embedding(tokens, table)  # (B, T, C)
 
@@ -51,10 +51,10 @@ def bench_embed_smear_backward(benchmark, device):
         return smeared(rms_norm_ref(rows), *gate_args)
 
     def of_rows_rounded_once(rows, *gate_args):
-        """Rounds nothing but the normalised rows, to bf16 as kernel and reference both do: that
+        """Rounds nothing but the normalised rows, to DTYPE as kernel and reference both do: that
         alone moves smear_lambda's gradient, a sum that cancels, by up to 1 %."""
         x = rms_norm_ref(rows)
-        return smeared(x + (x.bfloat16() - x).detach(), *gate_args)
+        return smeared(x + (x.to(DTYPE) - x).detach(), *gate_args)
 
     def backward(function, dtype=None):
         """Backward alone of a graph that stays alive; `dtype` converts the inputs."""
@@ -64,25 +64,16 @@ def bench_embed_smear_backward(benchmark, device):
         return lambda: torch.autograd.grad(y, leaves, g, retain_graph=True)
 
     eager = backward(of_rows)
-    op = eager
-    if ON_GPU:
-        gate = embed_smear_fwd(*args)[1]
-        results = embed_smear_bwd(grad, *args, gate), eager()
-        truth = backward(of_rows_rounded_once, torch.float64)()
-        for name, *three in zip(("rows", "gate", "lambda"), *results, truth, strict=True):
-            assert_accurate(name, *(x.view(three[0].shape) for x in three), floor=1e-3)
-        del results, truth, three
-
-        def op():
-            return embed_smear_bwd(grad, *args, gate)
-
-    alternatives = {"eager": eager}
-    if ON_GPU:
-        alternatives["compile"] = backward(compiled(of_rows))
+    gate = embed_smear_fwd(*args)[1]
+    results = embed_smear_bwd(grad, *args, gate), eager()
+    truth = backward(of_rows_rounded_once, torch.float64)()
+    for name, *three in zip(("rows", "gate", "lambda"), *results, truth, strict=True):
+        assert_accurate(name, *(x.view(three[0].shape) for x in three), floor=1e-3)
+    del results, truth, three
     measure(
         benchmark,
-        op,
+        lambda: embed_smear_bwd(grad, *args, gate),
         bytes_moved=2 * UNIT + args[0].unique().numel() * WIDTH * 2,
-        alternatives=alternatives,
+        alternatives={"eager": eager, "compile": backward(compiled(of_rows))},
         shape=(ROWS * T, WIDTH),
     )

@@ -80,6 +80,12 @@ def machine_info(device):
 
 
 @pytest.fixture(autouse=True)
+def same_inputs():
+    """The same random inputs in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def record_machine(benchmark, machine_info):
     benchmark.extra_info.update(machine_info)
     yield
