@@ -4,10 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 
 from tests.helpers import documents
+from tests.interpreter import interpreter_casts_exactly
 from train.tokenizer import FILE_NAME, Tokenizer
 
 torch.set_num_threads(1)  # tensors on the CPU are tiny here; threads would wait for each other
@@ -50,32 +49,7 @@ def exact_fp32_products():
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_casts():
-    """Casts between floating-point formats as the GPU does them: to nearest, FP8 saturating, NaN
-    and denormal numbers kept.
-
-    The interpreter's own truncate and lose both.
-    """
-    dtypes = {
-        tl.float8e4nv: torch.float8_e4m3fn,
-        tl.float8e5: torch.float8_e5m2,
-        tl.bfloat16: torch.bfloat16,
-        tl.float16: torch.float16,
-        tl.float32: torch.float32,
-    }
-    bits = {torch.bfloat16: torch.int16}  # what NumPy has no type for
-    bits |= {dtype: torch.uint8 for dtype in dtypes.values() if dtype.itemsize == 1}
-    convert = interpreter._convert_float
-
-    def exact(data, source, target, rounding_mode):
-        if source not in dtypes or target not in dtypes:
-            return convert(data, source, target, rounding_mode)
-        values, dtype = torch.tensor(data).view(dtypes[source]), dtypes[target]
-        if dtype.itemsize == 1:
-            values = values.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-        return values.to(dtype).view(bits.get(dtype, dtype)).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", exact)
+    with interpreter_casts_exactly():
         yield
 
 
