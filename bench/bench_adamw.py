@@ -2,9 +2,9 @@
 
 import torch
 
-from bench.checks import relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark
-from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
+from nanofuse.bench.checks import relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
+from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
 
 VOCAB, WIDTH, BIGRAM_ROWS = (32768, 1024, 163840) if ON_GPU else (16, 16, 32)
 BF16, FP32 = torch.bfloat16, torch.float32

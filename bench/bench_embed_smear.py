@@ -2,10 +2,15 @@
 
 import torch
 
-from bench.checks import assert_accurate, relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
-from kernels.rms_norm import rms_norm_ref
-from kernels.smear import embed_smear_bwd, embed_smear_fwd, embed_smear_ref, smear_ref
+from nanofuse.bench.checks import assert_accurate, relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, zipf_tokens
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.embed_smear import (
+    embed_smear_bwd,
+    embed_smear_fwd,
+    embed_smear_ref,
+    smear_ref,
+)
 
 ROWS, T, WIDTH, VOCAB, GATE = (32, 2048, 1024, 32768, 24) if ON_GPU else (2, 8, 32, 50, 24)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter truncates to bf16

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark, zipf_tokens
-from kernels.bigram_hash import bigram_rows_ref
-from kernels.embedding_grad import (
+from nanofuse.bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark, zipf_tokens
+from nanofuse.kernels.bigram_rows import bigram_rows_ref
+from nanofuse.kernels.embedding_grad import (
     bigram_table_grad,
     embedding_grad,
     embedding_grad_ref,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.checks import relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark
-from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
+from nanofuse.bench.checks import relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
+from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
 
 N, WIDTH, HEADS, CHANNELS = (65536, 1024, 8, 12) if ON_GPU else (64, 32, 2, 12)
 SECTOR = 32  # bytes, the least that travels of y's rows

@@ -7,19 +7,19 @@ from functools import partial
 import pytest
 import torch
 
-from bench.checks import relative_error
-from bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.linear_relu_squared import (
+from nanofuse.bench.checks import relative_error
+from nanofuse.bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.linear_relu_squared import (
     linear_relu_squared_bwd,
     linear_relu_squared_bwd_ref,
     linear_relu_squared_fwd,
     linear_relu_squared_ref,
 )
-from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
-from model.errors import UserError
-from model.gemm import make_gemm
+from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.products import make_gemm
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's products of bf16 are wrong

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from train.corpus import StdlibCorpus
-from train.data import BATCHES_AHEAD, PackedLoader
-from train.tokenizer import train_on_corpus
+from nanofuse.train.data.corpus import StdlibCorpus
+from nanofuse.train.data.loader import BATCHES_AHEAD, PackedLoader
+from nanofuse.train.data.tokenizer import train_on_corpus
 
 B, T = 32, 2048
 VOCAB_SIZE, TRAINING_CHARS = 4096, 2_000_000

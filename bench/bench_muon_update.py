@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from bench.bench_adamw import BIGRAM_ROWS, BOUND, VOCAB, WIDTH
-from bench.bench_newton_schulz import iteration_flops
-from bench.checks import relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
-from kernels.fp8 import E4M3, Scaling
-from kernels.muon_momentum import muon_momentum
-from kernels.muon_update import (
+from nanofuse.bench.bench_adamw import BIGRAM_ROWS, BOUND, VOCAB, WIDTH
+from nanofuse.bench.bench_newton_schulz import iteration_flops
+from nanofuse.bench.checks import relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
+from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from nanofuse.kernels.common.fp8 import E4M3, Scaling
+from nanofuse.kernels.muon_momentum import muon_momentum
+from nanofuse.kernels.muon_update import (
     WeightCopies,
     muon_apply,
     muon_factors,
@@ -22,13 +22,14 @@ from kernels.muon_update import (
     reduce_variance_ref,
     second_moment_shape,
 )
-from kernels.newton_schulz import (
+from nanofuse.kernels.newton_schulz import (
     compute_dtype,
     equilibrate_ref,
     initial_scale,
     muon_plus_ref,
 )
-from train.optim import ADAMW_EPS, MuonAdamW, OptimConfig
+from nanofuse.train.optim.config import ADAMW_EPS, OptimConfig
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 
 LAYERS = 16 if ON_GPU else 2
 SHAPES = [

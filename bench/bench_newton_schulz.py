@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from bench.checks import assert_accurate
-from bench.harness import ON_GPU, compiled, measure, op_benchmark
-from kernels.newton_schulz import GRAM_ASPECT, POLAR_EXPRESS, newton_schulz, newton_schulz_ref
+from nanofuse.bench.checks import assert_accurate
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
+from nanofuse.kernels.newton_schulz import (
+    GRAM_ASPECT,
+    POLAR_EXPRESS,
+    newton_schulz,
+    newton_schulz_ref,
+)
 
 D16 = [(64, 1024, 1024), (16, 4096, 1024), (16, 1024, 4096)]
 TINY = [(2, 16, 16), (1, 32, 8), (1, 8, 32)]

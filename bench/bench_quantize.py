@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bench.checks import fp8_steps, relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from kernels.fp8 import E4M3, Scaling
-from kernels.quantize import quantize
+from nanofuse.bench.checks import fp8_steps, relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
+from nanofuse.kernels.common.fp8 import E4M3, Scaling
+from nanofuse.kernels.quantize import quantize
 
 SHAPES = [(65536, 1024), (65536, 4096)] if ON_GPU else [(64, 128)]
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bench.checks import assert_fp8, relative_error
-from bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd, relu_squared_ref
+from nanofuse.bench.checks import assert_fp8, relative_error
+from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd, relu_squared_ref
 
 SHAPE = (65536, 4096) if ON_GPU else (64, 128)
 

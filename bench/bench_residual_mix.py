@@ -1,4 +1,4 @@
-"""bigram_residual and residual_gradients at d16: one layer's mix, norm and quantisation, the
+"""residual_mix and residual_gradients at d16: one layer's mix, norm and quantisation, the
 middle norm of a block, their backward passes, and what the bigram path costs in all.
 
 The compiled alternative does the same span with dynamic scales and a transposed copy.
@@ -6,8 +6,8 @@ The compiled alternative does the same span with dynamic scales and a transposed
 
 import torch
 
-from bench.checks import relative_error
-from bench.harness import (
+from nanofuse.bench.checks import relative_error
+from nanofuse.bench.harness import (
     CAST_ERROR,
     ON_GPU,
     compiled,
@@ -17,12 +17,12 @@ from bench.harness import (
     quantize_both_layouts,
     zipf_tokens,
 )
-from kernels.bigram_hash import bigram_embedding_ref, bigram_rows_ref
-from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd, bigram_residual_ref
-from kernels.embedding_grad import bigram_table_grad
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.residual_gradients import residual_gradients, residual_gradients_ref
-from kernels.rms_norm import rms_norm_ref
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows_ref
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.embedding_grad import bigram_table_grad
+from nanofuse.kernels.residual_gradients import residual_gradients, residual_gradients_ref
+from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd, residual_mix_ref
 
 LAYERS, ROWS, T, WIDTH, VOCAB = (16, 32, 2048, 1024, 32768) if ON_GPU else (2, 2, 8, 32, 50)
 N = ROWS * T
@@ -50,7 +50,7 @@ class Inputs:
 
     def opening(self, table=True):
         """The kernel that opens a block, with or without the bigram term."""
-        return bigram_residual_fwd(
+        return residual_mix_fwd(
             self.x,
             self.branch,
             self.x0,
@@ -67,7 +67,7 @@ class Inputs:
 def opening_ref(x, branch, x0, tokens, table, resid, x0_lambda, bigram):
     e = bigram_embedding_ref(tokens, table).view(x.shape)
     scales = (s.to(x.dtype) for s in (resid, x0_lambda))
-    y = bigram_residual_ref(x + branch, x0, *scales, e, bigram.to(x.dtype))
+    y = residual_mix_ref(x + branch, x0, *scales, e, bigram.to(x.dtype))
     return y, quantize_both_layouts(rms_norm_ref(y), E4M3)
 
 
@@ -117,7 +117,7 @@ def bench_middle_norm(benchmark, device):
     i = Inputs(device)
 
     def op():
-        return bigram_residual_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
+        return residual_mix_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
 
     y, (q, _, inverse_scale) = middle_ref(i.x, i.branch)
     got, _, _, operand = op()
@@ -137,7 +137,7 @@ def backward_case(benchmark, i, x, resid):
     args = (i.h, i.branch, rstd, i.stream, x, resid)
 
     def op():
-        return bigram_residual_bwd(
+        return residual_mix_bwd(
             i.h, i.branch, rstd, i.stream, x=x, resid_lambda=resid, scaling=i.e5m2
         )
 

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench.checks import assert_accurate, relative_error
-from bench.harness import (
+from nanofuse.bench.checks import assert_accurate, relative_error
+from nanofuse.bench.harness import (
     CAST_ERROR,
     ON_GPU,
     compiled,
@@ -19,8 +19,8 @@ from bench.harness import (
     quantize_both_layouts,
     zipf_tokens,
 )
-from kernels.fp8 import E5M2, Scaling
-from kernels.rotary_qk_norm import (
+from nanofuse.kernels.common.fp8 import E5M2, Scaling
+from nanofuse.kernels.rotary_qk_norm import (
     QK_GAIN,
     VALUE_GATE_SCALE,
     rotary_qk_norm_bwd,

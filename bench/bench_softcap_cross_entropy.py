@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from bench.harness import (
+from nanofuse.bench.harness import (
     CAST_ERROR,
     ON_GPU,
     compiled,
@@ -14,8 +14,8 @@ from bench.harness import (
     quantize_both_layouts,
     zipf_tokens,
 )
-from kernels.fp8 import E5M2, Scaling
-from kernels.softcap_cross_entropy import (
+from nanofuse.kernels.common.fp8 import E5M2, Scaling
+from nanofuse.kernels.softcap_cross_entropy import (
     LOGIT_SOFTCAP,
     mean_grad_scale,
     softcap_cross_entropy_fwd,

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.harness import CLOCK, ON_GPU, listed
-from bench.roofline import floor_ms
-from bench.training import PhaseClock, gpu_workload, synchronize, tiny_workload, train_step
-from model.attention import select_attention
-from model.fused import kernels_are_interpreted
-from model.scaling import CALIBRATED_STEPS
-from train.assemble import assemble
-from train.device import bf16_peak, device_name, select_fp8, select_machine
-from train.loop import settle_garbage
-from train.optim import OptimConfig
+from nanofuse.bench.harness import CLOCK, ON_GPU, listed
+from nanofuse.bench.roofline import floor_ms
+from nanofuse.bench.training import PhaseClock, gpu_workload, synchronize, tiny_workload, train_step
+from nanofuse.model.backends.select import select_attention
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.model.fused import kernels_are_interpreted
+from nanofuse.train.assemble import assemble
+from nanofuse.train.device import bf16_peak, device_name, select_fp8, select_machine
+from nanofuse.train.loop import settle_garbage
+from nanofuse.train.optim.config import OptimConfig
 
 GIB = 2**30
 FIRST_STEPS = CALIBRATED_STEPS + 1 if ON_GPU else 2  # of each contender alone: till graphs run

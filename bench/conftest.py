@@ -5,11 +5,11 @@ import subprocess
 import pytest
 import torch
 
-from bench.harness import copy_ceiling, listed, matmul_ceiling
-from bench.report import step_table
-from bench.training import STEP_ROWS
-from model.gemm import PROVIDERS
-from train.device import device_name, select_device
+from nanofuse.bench.harness import copy_ceiling, listed, matmul_ceiling
+from nanofuse.bench.report import step_table
+from nanofuse.bench.training import STEP_ROWS
+from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.train.device import device_name, select_device
 
 
 def pytest_addoption(parser):

@@ -12,11 +12,11 @@ import json
 import statistics
 from pathlib import Path
 
-from bench.report import table_lines
-from model.errors import UserError
-from train.command import CommandParser, run_command
-from train.files import make_folder
-from train.logging import METRICS_FILE
+from nanofuse.bench.report import table_lines
+from nanofuse.model.errors import UserError
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.files import make_folder
+from nanofuse.train.runlog import METRICS_FILE
 
 
 def read_run(folder):

@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from bench.harness import ON_GPU
-from model.errors import UserError
-from train.command import run_command
+from nanofuse.bench.harness import ON_GPU
+from nanofuse.model.errors import UserError
+from nanofuse.train.command import run_command
 
 
 def main():
@@ -19,12 +19,11 @@ def main():
         raise UserError("bench.first_call needs a CUDA GPU")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # read by Triton when it compiles
-        from bench.cases.tiles import CASES
-        from bench.tune import DEVICE, WARM_ROWS
+        from nanofuse.bench.cases.tiles import CASES, WARM_ROWS
 
         for op, (make, _) in CASES.items():
             start = time.perf_counter()
-            run = make(WARM_ROWS, DEVICE).run
+            run = make(WARM_ROWS, torch.device("cuda")).run
             torch.cuda.synchronize()
             made = time.perf_counter()
             run()

@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 
-from kernels.quantize import quantize_ref
+from nanofuse.kernels.quantize import quantize_ref
 
 FLUSH_BYTES = 1 << 30  # many times the L2 cache: its fill also hides 0.2 ms of launches
 ZIPF_OFFSET = 2.7  # Mandelbrot's

@@ -5,16 +5,14 @@ A script of this folder that is run as a file finds this module before the stand
 """
 
 import importlib.util
+import runpy
 import sys
 import sysconfig
 from pathlib import Path
 
 if __name__ == "__main__":
-    from bench.step_profile import main
-    from train.command import run_command
-
     print("bench.profile is now called bench.step_profile", file=sys.stderr)
-    run_command(main)
+    runpy.run_module("nanofuse.bench.step_profile", run_name="__main__")
 elif __name__ == "profile":
     path = Path(sysconfig.get_path("stdlib"), "profile.py")
     spec = importlib.util.spec_from_file_location(__name__, path)

@@ -11,9 +11,9 @@ installed, speedup.png, floor.png and breakdown.png (the last from the profiles)
 import json
 from pathlib import Path
 
-from model.errors import UserError
-from train.command import CommandParser, run_command
-from train.files import make_folder
+from nanofuse.model.errors import UserError
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.files import make_folder
 
 STEP_HEAD = ["depth", "backend", "attention", "fp8", "ms/step", "forward", "backward", "optimiser",
              "tok/s", "peak GiB", "first step, s", "of floor", "fused faster by"]  # fmt: skip

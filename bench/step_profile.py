@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 from torch.profiler import profile, record_function, schedule
 
-from bench.report import table_lines
-from bench.roofline import floor_parts
-from bench.trace import GAPS, breakdown, dearest, read_kernels
-from bench.training import gpu_workload, synchronize, train_step
-from model.attention import BACKENDS
-from model.errors import UserError
-from model.gemm import PROVIDERS
-from model.scaling import CALIBRATED_STEPS
-from train.assemble import assemble
-from train.command import CommandParser, run_command
-from train.device import select_fp8, select_machine
-from train.files import make_folder
-from train.optim import OptimConfig
+from nanofuse.bench.report import table_lines
+from nanofuse.bench.roofline import floor_parts
+from nanofuse.bench.trace import GAPS, breakdown, dearest, read_kernels
+from nanofuse.bench.training import gpu_workload, synchronize, train_step
+from nanofuse.model.backends.select import BACKENDS
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.train.assemble import assemble
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.files import make_folder
+from nanofuse.train.optim.config import OptimConfig
 
 STEP_MICRO_STEPS = 8  # of 32 x 2048 tokens in a full step
 WARMUP_STEPS = CALIBRATED_STEPS + 1

@@ -26,7 +26,7 @@ RULES = [
         ("GEMM", r"^linear_relu_squared_kernel"),
         (
             "norm/rotary",
-            r"^_?(bigram_residual|residual_gradients|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
+            r"^_?(residual_mix|residual_gradients|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
         ),
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),

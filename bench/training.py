@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.harness import ON_GPU, zipf_tokens
-from model.config import GPTConfig
+from nanofuse.bench.harness import ON_GPU, zipf_tokens
+from nanofuse.model.config import GPTConfig
 
 STEP_ROWS = 256  # of 2,048 tokens each, in an optimiser step
 

@@ -1,4 +1,4 @@
-"""Time every candidate configuration of the ops at d16 and write the winners to kernels/tuned.json.
+"""Time every candidate configuration of the ops at d16; the winners go to tuned.json.
 
     python -m bench.tune [op ...] [--out FILE]
 
@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 
-from bench.bench_bigram_residual import N as ROWS
-from bench.cases.tiles import CASES
-from bench.harness import median_seconds
-from kernels import tuning
-from model.errors import UserError
-from train.command import CommandParser, run_command
-from train.files import write_text_atomically
+from nanofuse.bench.bench_residual_mix import N as ROWS
+from nanofuse.bench.cases.tiles import CASES, WARM_ROWS
+from nanofuse.bench.harness import median_seconds
+from nanofuse.kernels.common import tuning
+from nanofuse.model.errors import UserError
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")
-WARM_ROWS = 256
 JOBS = 12
 
 
@@ -42,10 +41,10 @@ def warm(job):
 def tune(op):
     """Measure the candidates of `op`; returns tuned.json's entry for the fastest."""
     make, candidates = CASES[op]
-    case = make(ROWS, DEVICE)
     best = None
     for config in candidates:
         with tuning.forced(op, config):
+            case = make(ROWS, DEVICE)  # AdamWTensors reads the configuration
             try:
                 seconds = median_seconds(case.run, rounds=12)
             except Exception:  # said by `warm`

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tuning import tuned
+from nanofuse.kernels.common.tuning import tuned
 
 STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 VECTOR_BYTES = 16  # widest access of one thread

@@ -2,12 +2,12 @@
 
     y = x - backout_lambda * x_mid
 
-It is a residual mix, so the kernel of kernels/bigram_residual.py carries it, with the last block's
+It is a residual mix, so the kernel of kernels/residual_mix.py carries it, with the last block's
 branch and the norm before lm_head in the same pass. Bytes: x, branch and x_mid read, y and its
 norm written. FLOPs: 3 per element, and the norm.
 """
 
-from kernels.bigram_residual import bigram_residual
+from nanofuse.kernels.residual_mix import residual_mix
 
 
 def backout_ref(
@@ -26,4 +26,4 @@ def backout(
     branch=None,  # (B, T, D) the last block's branch, if it has not joined the stream yet
 ):
     """x + branch - backout_lambda * x_mid and its RMSNorm, both (B, T, D); differentiable."""
-    return bigram_residual(x, branch, x_mid, x0_lambda=-backout_lambda.view(()))
+    return residual_mix(x, branch, x_mid, x0_lambda=-backout_lambda.view(()))

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.embedding_grad import embedding_grad, sort_rows
-from kernels.rms_norm import RMS_NORM_EPS, rms_norm_ref
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS, rms_norm_ref
+from nanofuse.kernels.common.tuning import Tile, tuned
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 
 TILE = Tile(rows=1, cols=0, warps=2)  # whole rows
 

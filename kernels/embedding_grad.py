@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.bigram_hash import bigram_rows
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.bigram_rows import bigram_rows
+from nanofuse.kernels.common.tuning import Tile, tuned
 
 TILE = Tile(rows=64, cols=256, warps=1)  # one 16-byte bf16 load per lane and row
 SPAN_TILE = Tile(rows=64, cols=128, warps=4)  # partial sums added at once

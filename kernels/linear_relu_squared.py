@@ -4,11 +4,11 @@
     backward    dh = 2 max(h, 0) g,     g = dz v        dz (M, K), v (K, N), max(h, 0) = sqrt(y)
 
 v is the weight of the layer that follows, z = y v^T. y and dh are all that is written: in FP8 as
-operands in both layouts (kernels/fp8.py), as they feed products alone. h is not kept. max(h, 0) is
-the root of y, to half of y's relative error: in bf16 2^-9, half of that of h rounded to bf16; in
-FP8 3 % at most for normal e4m3 numbers, where dh is rounded to e5m2 by up to 12 %; there y below
-half of the smallest e4m3 number, 2^-10 / scale, passes no gradient, and y clipped beyond its scale
-that of its clipped value.
+operands in both layouts (kernels/common/fp8.py), as they feed products alone. h is not kept.
+max(h, 0) is the root of y, to half of y's relative error: in bf16 2^-9, half of that of h rounded
+to bf16; in FP8 3 % at most for normal e4m3 numbers, where dh is rounded to e5m2 by up to 12 %;
+there y below half of the smallest e4m3 number, 2^-10 / scale, passes no gradient, and y clipped
+beyond its scale that of its clipped value.
 Products accumulate in fp32 (FP8: fast accumulation, as cuBLAS's with use_fast_accum). What the
 epilogue makes of them is rounded to bf16 and then to FP8: one value in 30, next to the middle
 between two e4m3 numbers, goes the other way (e5m2: one in 60). The amax of dh is that of the bf16
@@ -26,10 +26,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.fp8 import MULTIPLE, check_alignment, empty_operand, operand_args
-from kernels.linear_relu_squared_kernels import linear_relu_squared_kernel
-from kernels.relu_squared import relu_squared_ref
-from kernels.tuning import sm_count, tuned
+from nanofuse.kernels.common.fp8 import MULTIPLE, check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.tuning import sm_count, tuned
+from nanofuse.kernels.linear_relu_squared_kernels import linear_relu_squared_kernel
+from nanofuse.kernels.relu_squared import relu_squared_ref
 
 
 @dataclass(frozen=True)

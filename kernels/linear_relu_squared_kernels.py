@@ -9,8 +9,8 @@ both layouts it changes threads as bf16 (kernels.fp8.cast_stored).
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, cast_stored, record_amax
-from kernels.ptx import INTERPRETED, fast_sqrt
+from nanofuse.kernels.common.fp8 import amax_bits, cast_stored, record_amax
+from nanofuse.kernels.common.ptx import INTERPRETED, fast_sqrt
 
 FOLD = tl.constexpr(16)  # columns: maxima are kept of each so many, or of every 16th column
 

@@ -12,7 +12,7 @@ gradient, of the chunk and of the sum. FLOPs: 6 N V C, and the loss.
 
 import torch
 
-from kernels.softcap_cross_entropy import (
+from nanofuse.kernels.softcap_cross_entropy import (
     LOGIT_SOFTCAP,
     mean_grad_scale,
     softcap_cross_entropy_fwd,

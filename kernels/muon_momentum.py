@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.newton_schulz import NORM_FLOOR
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.tuning import Tile, tuned
+from nanofuse.kernels.newton_schulz import NORM_FLOOR
 
 TILE = Tile(rows=1024, cols=4096, warps=8)  # the largest; wider rows take two passes
 TILE_ELEMENTS = 4096

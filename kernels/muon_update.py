@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import (
+from nanofuse.kernels.common.fp8 import (
     MULTIPLE,
     FP8Operand,
     Scaling,
@@ -29,8 +29,9 @@ from kernels.fp8 import (
     operand_args,
     store_fp8,
 )
-from kernels.muon_momentum import muon_momentum
-from kernels.newton_schulz import (
+from nanofuse.kernels.common.tuning import Tile, tuned
+from nanofuse.kernels.muon_momentum import muon_momentum
+from nanofuse.kernels.newton_schulz import (
     EQUILIBRATIONS,
     NORM_FLOOR,
     compute_dtype,
@@ -39,7 +40,6 @@ from kernels.newton_schulz import (
     newton_schulz_ref,
     orthogonalize,
 )
-from kernels.tuning import Tile, tuned
 
 SECOND_MOMENT_FLOOR = 1e-10
 TILE = Tile(rows=64, cols=128, warps=8)

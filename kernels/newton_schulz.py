@@ -27,8 +27,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.symmetric_matmul import batched_matmul, symmetric_matmul
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.tuning import Tile, tuned
+from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
 
 # Polar Express, degree 5, five steps, safety factor 1.01 (arXiv 2505.16932)
 POLAR_EXPRESS = (

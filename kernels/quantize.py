@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import check_alignment, empty_operand, operand_args, store_fp8
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
+from nanofuse.kernels.common.tuning import Tile, tuned
 
 AMAX_FLOOR = 1e-12  # an all-zero tensor keeps a finite scale
 TILE = Tile(rows=64, cols=128, warps=8)

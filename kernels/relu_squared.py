@@ -1,8 +1,8 @@
 """Squared ReLU (Primer, https://arxiv.org/abs/2109.08668): y = max(x, 0)^2, dx = 2*max(x, 0)*dy.
 
-Both passes give a plain result, an FP8 operand in both layouts (kernels/fp8.py), or both. The fused
-model has both within the products around them (kernels/linear_relu_squared.py), which are measured
-against this kernel.
+Both passes give a plain result, an FP8 operand in both layouts (kernels/common/fp8.py), or both.
+The fused model has both within the products around them (kernels/linear_relu_squared.py), which are
+measured against this kernel.
 
 Bytes per element of s bytes: s read forward and 2*s backward (x and dy); s written for a plain
 result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward. FLOPs: 2.
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.fp8 import check_alignment, empty_operand, operand_args, store_fp8
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
+from nanofuse.kernels.common.tuning import Tile, tuned
 
 TILE = Tile(rows=32, cols=256, warps=8)
 

@@ -1,7 +1,7 @@
 """Gradients of x0, the bigram table and their lambdas from the residual mixes of all layers.
 
 Every block opens with y_l = resid_l * x_l + x0_lambda_l * x0 + bigram_lambda_l * e
-(kernels/bigram_residual.py). With g_l the gradient of y_l:
+(kernels/residual_mix.py). With g_l the gradient of y_l:
 
     grad x0 = sum_l x0_lambda_l * g_l            grad x0_lambda_l     = sum(g_l * x0)
     grad e  = sum_l bigram_lambda_l * g_l        grad bigram_lambda_l = sum(g_l * e)
@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS, hash_rows
-from kernels.lanes import LANE, lane_sums
-from kernels.tuning import tuned
+from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from nanofuse.kernels.common.lanes import LANE, lane_sums
+from nanofuse.kernels.common.tuning import tuned
 
 MAX_WARPS = 16
 

@@ -1,6 +1,6 @@
 """Hashed bigram lookup, the residual mix that opens every block, and the norm after it.
 
-    e_t    = table[row_t], row_t the hash of tokens t and t-1     (kernels/bigram_hash.py)
+    e_t    = table[row_t], row_t the hash of tokens t and t-1     (kernels/bigram_rows.py)
     y      = resid_lambda * (x + branch) + x0_lambda * x0 + bigram_lambda * e
     normed = y / sqrt(mean(y^2) + eps)
 
@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from kernels.bigram_hash import HASH_CURRENT, HASH_PREVIOUS
-from kernels.bigram_residual_kernels import bigram_residual_bwd_kernel, bigram_residual_fwd_kernel
-from kernels.embedding_grad import bigram_table_grad
-from kernels.fp8 import check_alignment, empty_operand, operand_args
-from kernels.lanes import LANE
-from kernels.residual_gradients import residual_gradients
-from kernels.rms_norm import RMS_NORM_EPS
-from kernels.tuning import tuned
+from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS
+from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.lanes import LANE
+from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
+from nanofuse.kernels.common.tuning import tuned
+from nanofuse.kernels.embedding_grad import bigram_table_grad
+from nanofuse.kernels.residual_gradients import residual_gradients
+from nanofuse.kernels.residual_mix_kernels import residual_mix_bwd_kernel, residual_mix_fwd_kernel
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ FORWARD_TILE = RowTile(rows=32, cols=256, warps=8)
 BACKWARD_TILE = RowTile(rows=32, cols=512, warps=16)
 
 
-def bigram_residual_ref(
+def residual_mix_ref(
     x,  # (B, T, D) residual stream
     x0,  # (B, T, D) stream after smear
     resid_lambda,  # ()
@@ -88,7 +88,7 @@ def _tile(op, default, x):
     return config
 
 
-def bigram_residual_fwd(
+def residual_mix_fwd(
     x,  # (N, C) stream
     branch=None,  # (N, C) output of the branch that joins the stream
     x0=None,  # (N, C) stream after smear
@@ -113,27 +113,27 @@ def bigram_residual_fwd(
         ValueError: a tensor that is not contiguous, not of x's shape, or with a scaling not aligned
             (kernels.fp8.check_alignment).
     """
-    _check_matrices("bigram_residual", x=x, branch=branch, x0=x0)
+    _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
     n, c = x.shape
     if table is not None:
-        _check_matrices("bigram_residual", table=table)
-        _check_matrices("bigram_residual", tokens=tokens)
+        _check_matrices("residual_mix", table=table)
+        _check_matrices("residual_mix", tokens=tokens)
         if table.size(0) < 2:
-            raise ValueError("bigram_residual: a bigram table needs at least 2 rows")
+            raise ValueError("residual_mix: a bigram table needs at least 2 rows")
         if tokens.numel() != n or table.size(1) != c:
             raise ValueError(
-                f"bigram_residual: x is {n} x {c}, but there are {tokens.numel()} tokens "
+                f"residual_mix: x is {n} x {c}, but there are {tokens.numel()} tokens "
                 f"and a table of width {table.size(1)}"
             )
     if scaling is not None:
-        check_alignment("bigram_residual", x=x, branch=branch, x0=x0, table=table)
+        check_alignment("residual_mix", x=x, branch=branch, x0=x0, table=table)
     y = torch.empty_like(x)
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
-    op = "residual_norm_fwd" if x0 is None else "bigram_residual_fwd"
+    op = "residual_norm_fwd" if x0 is None else "residual_mix_fwd"
     config = _tile(op, FORWARD_TILE, x)
-    bigram_residual_fwd_kernel[(triton.cdiv(n, config.rows),)](
+    residual_mix_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x,
         branch,
         x0,
@@ -162,7 +162,7 @@ def bigram_residual_fwd(
     return y, rstd, normed, operand
 
 
-def bigram_residual_bwd(
+def residual_mix_bwd(
     grad_normed,  # (N, C)
     y,  # (N, C)
     rstd,  # (N,) fp32
@@ -188,11 +188,11 @@ def bigram_residual_bwd(
             aligned (kernels.fp8.check_alignment).
     """
     tensors = {"y": y, "grad_normed": grad_normed, "grad_stream": grad_stream, "x": x, "out": out}
-    _check_matrices("bigram_residual", **tensors)
+    _check_matrices("residual_mix", **tensors)
     if scaling is not None:
-        check_alignment("bigram_residual", **tensors)
+        check_alignment("residual_mix", **tensors)
     n, c = y.shape
-    op = "residual_norm_bwd" if x is None else "bigram_residual_bwd"
+    op = "residual_norm_bwd" if x is None else "residual_mix_bwd"
     config = _tile(op, BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
     grad_y = torch.empty_like(y) if out is None else out
@@ -204,7 +204,7 @@ def bigram_residual_bwd(
         operand = empty_operand(n, c, scaling, y.device)
     elif resid_lambda is not None:
         grad_branch = torch.empty_like(y)
-    bigram_residual_bwd_kernel[(programs,)](
+    residual_mix_bwd_kernel[(programs,)](
         grad_normed,
         grad_stream,
         stream_scale,
@@ -231,7 +231,7 @@ def bigram_residual_bwd(
     return grad_y, of_resid, grad_y if grad_branch is None else grad_branch
 
 
-class BigramResidual(torch.autograd.Function):
+class ResidualMix(torch.autograd.Function):
     """One layer's mix and norm, with the gradients of all its inputs."""
 
     @staticmethod
@@ -246,7 +246,7 @@ class BigramResidual(torch.autograd.Function):
         x0_lambda,  # (), or None
         bigram_lambda,  # (), or None
     ):
-        y, rstd, normed, _ = bigram_residual_fwd(
+        y, rstd, normed, _ = residual_mix_fwd(
             x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
         )
         ctx.save_for_backward(
@@ -269,7 +269,7 @@ class BigramResidual(torch.autograd.Function):
             x = x + branch
         grad_normed = torch.zeros_like(y) if grad_normed is None else grad_normed.contiguous()
         grad_y = None if grad_y is None else grad_y.contiguous()
-        grad, of_resid, grad_x = bigram_residual_bwd(
+        grad, of_resid, grad_x = residual_mix_bwd(
             grad_normed, y, rstd, grad_y, x=x, resid_lambda=resid
         )
         grad_branch = None if branch is None else grad_x
@@ -287,7 +287,7 @@ class BigramResidual(torch.autograd.Function):
         return grad_x, grad_branch, grad_x0, None, grad_table, of_resid, of_x0[0], of_bigram
 
 
-def bigram_residual(
+def residual_mix(
     x,  # (B, T, C) stream
     branch=None,  # (B, T, C) output of the branch that joins the stream
     x0=None,  # (B, T, C) stream after smear
@@ -303,16 +303,16 @@ def bigram_residual(
         ValueError: a tensor that is not contiguous or does not fit x.
     """
     if (x0 is None) != (x0_lambda is None):
-        raise ValueError("bigram_residual: x0 and x0_lambda go together")
+        raise ValueError("residual_mix: x0 and x0_lambda go together")
     if len({t is None for t in (tokens, table, bigram_lambda)}) > 1 or (
         table is not None and x0 is None
     ):
-        raise ValueError("bigram_residual: tokens, table, bigram_lambda and x0 go together")
+        raise ValueError("residual_mix: tokens, table, bigram_lambda and x0 go together")
     if tokens is not None and tokens.shape != x.shape[:2]:
         raise ValueError(
-            f"bigram_residual: tokens must be {tuple(x.shape[:2])}, not {tuple(tokens.shape)}"
+            f"residual_mix: tokens must be {tuple(x.shape[:2])}, not {tuple(tokens.shape)}"
         )
-    _check_matrices("bigram_residual", x=x, branch=branch, x0=x0)
+    _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
     flat = [None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0)]
-    y, normed = BigramResidual.apply(*flat, tokens, table, resid_lambda, x0_lambda, bigram_lambda)
+    y, normed = ResidualMix.apply(*flat, tokens, table, resid_lambda, x0_lambda, bigram_lambda)
     return y.view(x.shape), normed.view(x.shape)

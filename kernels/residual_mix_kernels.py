@@ -1,17 +1,17 @@
-"""Kernels of bigram_residual, which has the maths and the launchers.
+"""Kernels of residual_mix, which has the maths and the launchers.
 
 Both walk twice over their rows: once for the sum that a row's norm needs, once to write what
 depends on it. The second walk reads y (and the gradient) back from the L2 cache, which holds the
 rows of about two programs a multiprocessor. Sums and maxima are kept for eight elements together
-(kernels/lanes.py), at half of the registers, so that these programs may have 16 warps.
+(kernels/common/lanes.py), at half of the registers, so that these programs may have 16 warps.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.bigram_hash import hash_rows
-from kernels.fp8 import amax_bits, record_amax, store_scaled
-from kernels.lanes import LANE, lane_maxima, lane_sums
+from nanofuse.kernels.bigram_rows import hash_rows
+from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.lanes import LANE, lane_maxima, lane_sums
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _mix(
 @triton.jit(
     do_not_specialize_on_alignment=("resid_ptr", "x0_lambda_ptr", "bigram_lambda_ptr")
 )  # lambdas of all layers lie side by side
-def bigram_residual_fwd_kernel(
+def residual_mix_fwd_kernel(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
     x0_ptr,  # (N, C) or None
@@ -146,7 +146,7 @@ def bigram_residual_fwd_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=("stream_scale_ptr", "resid_ptr"))
-def bigram_residual_bwd_kernel(
+def residual_mix_bwd_kernel(
     grad_normed_ptr,  # (N, C)
     grad_stream_ptr,  # (N, C) or None
     stream_scale_ptr,  # (1,) or None

@@ -31,16 +31,16 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kernels.embedding_grad import embedding_grad, sort_rows
-from kernels.fp8 import check_alignment, empty_operand, operand_args
-from kernels.rms_norm import rms_norm_ref
-from kernels.rotary_qk_norm_kernels import (
+from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.common.tuning import tuned
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
+from nanofuse.kernels.rotary_qk_norm_kernels import (
     QK_GAIN,
     VALUE_GATE_SCALE,
     rotary_qk_norm_bwd_kernel,
     rotary_qk_norm_fwd_kernel,
 )
-from kernels.tuning import tuned
 
 
 @dataclass(frozen=True)

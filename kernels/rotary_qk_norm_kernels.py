@@ -9,8 +9,8 @@ memory. Programs of all groups of a block of rows are neighbours.
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, record_amax, store_scaled
-from kernels.rms_norm import RMS_NORM_EPS
+from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
 
 QK_GAIN = 1.2
 VALUE_GATE_SCALE = 3.0

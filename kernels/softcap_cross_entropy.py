@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kernels.fp8 import check_alignment, empty_operand, operand_args
-from kernels.softcap_cross_entropy_kernels import bwd_kernel, fwd_kernel
-from kernels.tuning import Tile, tuned
+from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.tuning import Tile, tuned
+from nanofuse.kernels.softcap_cross_entropy_kernels import bwd_kernel, fwd_kernel
 
 IGNORE_INDEX = -1
 LOGIT_SOFTCAP = 15.0

@@ -8,9 +8,9 @@ limited by the instructions that it issues, and takes a reciprocal per logit.
 import triton
 import triton.language as tl
 
-from kernels.fp8 import amax_bits, record_amax, store_scaled
-from kernels.lanes import LANE, lane_maxima
-from kernels.ptx import fast_exp2, fast_reciprocal
+from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.lanes import LANE, lane_maxima
+from nanofuse.kernels.common.ptx import fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SATURATION = tl.constexpr(10.5)  # tanh is 1 in fp32 beyond; (1 + exp(2 * 10.5))^4 < 1e37

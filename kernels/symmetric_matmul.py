@@ -19,8 +19,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.symmetric_matmul_kernels import batched_matmul_kernel, symmetric_matmul_kernel
-from kernels.tuning import sm_count, tuned
+from nanofuse.kernels.common.tuning import sm_count, tuned
+from nanofuse.kernels.symmetric_matmul_kernels import batched_matmul_kernel, symmetric_matmul_kernel
 
 ALIGNMENT = 16  # bytes: rows and the first element of a matrix start at multiples of it
 

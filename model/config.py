@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
 
 VOCAB_MULTIPLE = 64
 SMEAR_GATE_CHANNELS = 24

@@ -8,7 +8,7 @@ holds the two together: the loss and the gradient of every parameter.
 
 One micro-step of N = B*T positions:
 
-    embed_smear -> [ bigram_residual -> QKV product -> rotary_qk_norm -> attention -> product
+    embed_smear -> [ residual_mix -> QKV product -> rotary_qk_norm -> attention -> product
                      -> residual add and norm -> linear_relu_squared -> product ] per layer
     -> backout and norm -> lm_head product -> softcap_cross_entropy
 
@@ -22,22 +22,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
-from kernels.fp8 import E4M3, E5M2, MULTIPLE, Scaling
-from kernels.ptx import INTERPRETED
-from kernels.residual_gradients import residual_gradients
-from kernels.smear import embed_smear_bwd, embed_smear_fwd
-from kernels.softcap_cross_entropy import (
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, MULTIPLE, Scaling
+from nanofuse.kernels.common.ptx import INTERPRETED
+from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
+from nanofuse.kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
+from nanofuse.kernels.residual_gradients import residual_gradients
+from nanofuse.kernels.softcap_cross_entropy import (
     IGNORE_INDEX,
     mean_grad_scale,
     softcap_cross_entropy_bwd,
     softcap_cross_entropy_fwd,
 )
-from model.errors import UserError
-from model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
-from model.graphs import GraphedPass
-from model.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
-from model.weights import Weights
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
+from nanofuse.model.fp8.weights import Weights
+from nanofuse.model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
+from nanofuse.model.graphs import GraphedPass
 
 EVALUATION_ROWS = 8192  # whose logits exist at once
 
@@ -139,7 +139,7 @@ class FusedGPT(nn.Module):
     def describe(self):
         """One line: which kernels run, and which do not and why."""
         fp8 = self.precision.gemm.fp8
-        ops = ["embed_smear", "bigram_residual", "rotary_qk_norm", "softcap_cross_entropy"]
+        ops = ["embed_smear", "residual_mix", "rotary_qk_norm", "softcap_cross_entropy"]
         ops += ["linear_relu_squared", "residual_gradients", "embedding_grad"]
         ops += ["quantize"] if fp8 else []
         off = [] if fp8 else ["quantize (no FP8)"]

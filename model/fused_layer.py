@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
-from kernels.embedding_grad import embedding_grad
-from kernels.fp8 import Scaling
-from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
-from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
-from kernels.quantize import quantize
-from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
-from model.gemm import PlainGemm
-from model.scaling import DelayedScaling, Unscaled
+from nanofuse.kernels.common.fp8 import Scaling
+from nanofuse.kernels.embedding_grad import embedding_grad
+from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
+from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
+from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd
+from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
+from nanofuse.model.fp8.products import PlainGemm
+from nanofuse.model.fp8.scaling import DelayedScaling, Unscaled
 
 # FP8 tensors of a layer beside its weights: activations, and the gradients of products' results
 ACTIVATIONS = ("attended", "activated")
@@ -38,9 +38,9 @@ class Precision:
         return weight.operand if self is not EVALUATION else weight.plain()
 
     def norm(self, *mix, **lambdas):
-        """bigram_residual_fwd: the stream y (N, C), rstd (N,) and the norm's operand."""
+        """residual_mix_fwd: the stream y (N, C), rstd (N,) and the norm's operand."""
         fp8 = self.norm_scaling
-        y, rstd, normed, operand = bigram_residual_fwd(
+        y, rstd, normed, operand = residual_mix_fwd(
             *mix, **lambdas, scaling=fp8, want_normed=fp8 is None
         )
         return y, rstd, normed if fp8 is None else operand
@@ -65,13 +65,13 @@ class Precision:
         )
 
     def mix_backward(self, name, *gradients, resid_lambda=None, **inputs):
-        """bigram_residual_bwd: the gradient of y (N, C), the fp32 sum of its products with `x`
+        """residual_mix_bwd: the gradient of y (N, C), the fp32 sum of its products with `x`
         (None without x), and the operand of the branch's gradient, `name`; None without a name."""
         if name is None:
-            return *bigram_residual_bwd(*gradients, **inputs)[:2], None
+            return *residual_mix_bwd(*gradients, **inputs)[:2], None
         return self.scaling.produce(
             name,
-            lambda scaling: bigram_residual_bwd(
+            lambda scaling: residual_mix_bwd(
                 *gradients, resid_lambda=resid_lambda, scaling=scaling, **inputs
             ),
         )

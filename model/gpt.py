@@ -10,22 +10,22 @@ import math
 import torch
 from torch import nn
 
-from kernels.backout import backout_ref
-from kernels.bigram_hash import bigram_embedding_ref
-from kernels.bigram_residual import bigram_residual_ref
-from kernels.relu_squared import relu_squared_ref
-from kernels.rms_norm import rms_norm_ref
-from kernels.rotary_qk_norm import rotary_qk_norm_ref, rotary_table, value_gate_ref
-from kernels.smear import smear_ref
-from kernels.softcap_cross_entropy import softcap_cross_entropy_ref, softcap_ref
-from model.attention import SDPAttention
-from model.config import (
+from nanofuse.kernels.backout import backout_ref
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.embed_smear import smear_ref
+from nanofuse.kernels.relu_squared import relu_squared_ref
+from nanofuse.kernels.residual_mix import residual_mix_ref
+from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_ref, rotary_table, value_gate_ref
+from nanofuse.kernels.softcap_cross_entropy import softcap_cross_entropy_ref, softcap_ref
+from nanofuse.model.backends.torch_backends import SDPAttention
+from nanofuse.model.config import (
     ROTARY_BASE,
     ROTARY_LENGTHS,
     SMEAR_GATE_CHANNELS,
     VALUE_GATE_CHANNELS,
 )
-from model.linear import Linear
+from nanofuse.model.fp8.linear import Linear
 
 
 class Attention(nn.Module):
@@ -228,7 +228,7 @@ class GPT(nn.Module):
             bigram = bigram_embedding_ref(tokens, self.bigram_embed.weight, prev_token)
         for i, block in enumerate(self.transformer.h):
             bigram_lambda = self.bigram_lambdas[i] if bigram is not None else None
-            x = bigram_residual_ref(
+            x = residual_mix_ref(
                 x, x0, self.resid_lambdas[i], self.x0_lambdas[i], bigram, bigram_lambda
             )
             key = str(i)

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
 from tests.helpers import documents
 from tests.interpreter import interpreter_casts_exactly
-from train.tokenizer import FILE_NAME, Tokenizer
 
 torch.set_num_threads(1)  # tensors on the CPU are tiny here; threads would wait for each other
 

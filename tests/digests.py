@@ -30,14 +30,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
-from model.config import GPTConfig
-from model.fused import FusedGPT
-from model.gemm import PlainGemm, make_gemm
-from model.gpt import GPT
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.fp8.products import PlainGemm, make_gemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.helpers import random_model
 from tests.interpreter import interpreter_casts_exactly
-from train.fused_optim import FusedMuonAdamW
-from train.optim import MuonAdamW, OptimConfig
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,8 @@
 
 import torch
 
-from model.config import GPTConfig
-from model.gpt import GPT
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.gpt import GPT
 
 WORDS = "the cat sat on a mat while rain fell and 1234 birds sang loudly over hills".split()
 

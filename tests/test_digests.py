@@ -2,8 +2,9 @@
 
 import torch
 
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.digests import digest, make_config, make_model, train
-from train.optim import MuonAdamW, OptimConfig
 
 
 def eager(config, change=None):
@@ -28,7 +29,8 @@ def test_one_bit_of_one_weight_shows():
             model.lm_head.weight.view(torch.int32)[0, 0] ^= 1
 
     config = make_config(depth=2)
-    assert eager(config)["eager/weights/lm_head.weight"] != (
-        eager(config, change)["eager/weights/lm_head.weight"]
+    assert (
+        eager(config)["eager/weights/lm_head.weight"]
+        != (eager(config, change)["eager/weights/lm_head.weight"])
     )
     assert digest(torch.tensor(0.0)) != digest(torch.tensor(-0.0))

@@ -1,4 +1,4 @@
-"""Imports point one way, and no command hides another package's name."""
+"""Imports point one way, go by one name, and nobody imports a command."""
 
 import ast
 from pathlib import Path
@@ -6,35 +6,72 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"kernels", "model", "train", "bench", "tests"}
-ALLOWED = {"kernels": {"kernels"}, "model": {"kernels", "model"}}
-ALLOWED["train"] = {"kernels", "model", "train"}
-ALLOWED["bench"] = {"kernels", "model", "train", "bench"}
-# A command of model/ that needs a run's checkpoint and tokenizer; nothing may import it.
-COMMANDS = {Path("model/generate.py")}
+ROOMS = ("kernels", "model", "train", "bench")
+ALLOWED = {"nanofuse": {"nanofuse", "kernels"}, "kernels": {"kernels"}}
+ALLOWED["model"] = ALLOWED["kernels"] | {"model"}
+ALLOWED["train"] = ALLOWED["model"] | {"train"}
+ALLOWED["bench"] = ALLOWED["train"] | {"bench"}
+COMMANDS = {"train.run", "train.generate", "train.convert", "train.data.__main__"}
+COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call"}
 
 
 def imports(path):
+    """Modules that a file imports, in full; a name taken out of a package counts as its module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("package", sorted(ALLOWED))
-def test_imports_point_one_way(package):
-    files = sorted((ROOT / package).glob("**/*.py"))
-    assert files
-    for path in files:
-        relative = path.relative_to(ROOT)
+def ours(path):
+    """The modules of this project among them, without the package's name."""
+    for name in imports(path):
+        if name.startswith("nanofuse."):
+            yield name.removeprefix("nanofuse.")
+
+
+def files(room):
+    found = sorted((ROOT / room).glob("**/*.py"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_imports_point_one_way(room):
+    for path in files(room):
+        for name in ours(path):
+            assert name.split(".")[0] in ALLOWED[room], f"{path} imports {name}"
+        assert not any(name.split(".")[0] == "tests" for name in imports(path)), path
+
+
+def test_kernels_share_one_room():
+    for path in files("kernels/common"):
+        for name in ours(path):
+            assert name.startswith("kernels.common"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "nanofuse", "tests"])
+def test_one_import_name(room):
+    """`kernels` is Hugging Face's package where that is installed."""
+    for path in files(room):
         for name in imports(path):
-            top = name.split(".")[0]
-            assert name != "model.generate", f"{relative} imports a command"
-            if top in OURS and relative not in COMMANDS:
-                assert top in ALLOWED[package], f"{relative} imports {name}"
+            assert name.split(".")[0] not in ROOMS, f"{path} imports {name}, not nanofuse.{name}"
+
+
+def test_kernels_give_way_to_a_package_of_that_name():
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_nobody_imports_a_command(room):
+    for path in files(room):
+        for name in ours(path):
+            assert name not in COMMANDS, f"{path} imports {name}"
 
 
 def test_train_does_not_name_triton():
-    for path in (ROOT / "train").glob("*.py"):
+    for path in files("train"):
         assert not any(name.split(".")[0] == "triton" for name in imports(path)), path

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention import select_attention
-from model.fused import FusedGPT
-from model.gemm import make_gemm
-from model.gpt import GPT
-from model.linear import set_fp8
-from train.fused_optim import FusedMuonAdamW
-from train.optim import MuonAdamW
+from nanofuse.model.backends.select import select_attention
+from nanofuse.model.fp8.linear import set_fp8
+from nanofuse.model.fp8.products import make_gemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model.attention import SDPAttention
-from model.config import GPTConfig
-from model.errors import UserError
-from model.gpt import GPT
-from train.files import atomic_folder
-from train.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.model.backends.torch_backends import SDPAttention
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.gpt import GPT
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.train.files import atomic_folder
 
 FORMAT = 1
 META, MODEL, OPTIM, LOADER = (

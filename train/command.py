@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):

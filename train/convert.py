@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from model.config import GPTConfig
-from model.errors import UserError
-from model.gpt import GPT
-from train.checkpoint import (
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.gpt import GPT
+from nanofuse.train.checkpoint import (
     MODEL,
     config_of,
     find_checkpoint,
@@ -29,9 +29,9 @@ from train.checkpoint import (
     run_dir,
     save_checkpoint,
 )
-from train.command import CommandParser, run_command
-from train.files import atomic_folder
-from train.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.train.files import atomic_folder
 
 NANOCHAT_FIELDS = (
     "sequence_len",

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.errors import UserError
-from model.fused import fp8_fits, kernels_are_interpreted
-from model.gemm import make_gemm
-from model.linear import FP8_CAPABILITY
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.linear import FP8_CAPABILITY
+from nanofuse.model.fp8.products import make_gemm
+from nanofuse.model.fused import fp8_fits, kernels_are_interpreted
 
 HOPPER = (9, 0)  # compute capability
 

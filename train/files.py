@@ -7,7 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
 
 
 def make_folder(path):

@@ -1,23 +1,21 @@
 """Text from a trained run.
 
-    python -m model.generate --run NAME --prompt "…" [--num-samples 2] [--temperature 0.8]
-
-A command, so it may import train/ for checkpoints and the tokenizer; model/ itself does not.
+python -m train.generate --run NAME --prompt "…" [--num-samples 2] [--temperature 0.8]
 """
 
 import sys
 
 import torch
 
-from model.engine import Sampling, generate
-from model.errors import UserError
-from train.checkpoint import find_checkpoint, load_model, load_tokenizer, run_dir
-from train.command import CommandParser, run_command
-from train.device import select_device
+from nanofuse.model.engine import Sampling, generate
+from nanofuse.model.errors import UserError
+from nanofuse.train.checkpoint import find_checkpoint, load_model, load_tokenizer, run_dir
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.device import select_device
 
 
 def main(argv=None):
-    parser = CommandParser(prog="python -m model.generate", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m train.generate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", required=True, metavar="NAME", help="run under runs/")
     add("--step", type=int, help="checkpoint to use (default: the latest)")

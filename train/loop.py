@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from model.engine import Sampling, generate
-from model.errors import UserError
-from model.fused import FusedGPT
-from model.gpt import GPT
-from train.checkpoint import save_checkpoint
-from train.corpus import ParquetCorpus, StdlibCorpus
-from train.data import DeviceLoader, PackedLoader
-from train.evaluate import evaluate_bpb
-from train.fused_optim import FusedMuonAdamW
-from train.logging import RunLog
-from train.optim import MuonAdamW
-from train.plan import Plan
-from train.schedules import Schedule
-from train.settings import Settings
-from train.tokenizer import Tokenizer
+from nanofuse.model.engine import Sampling, generate
+from nanofuse.model.errors import UserError
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.bpb import evaluate_bpb
+from nanofuse.train.checkpoint import save_checkpoint
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
+from nanofuse.train.data.loader import DeviceLoader, PackedLoader
+from nanofuse.train.data.tokenizer import Tokenizer
+from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
+from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.plan import Plan
+from nanofuse.train.runlog import RunLog
+from nanofuse.train.schedules import Schedule
+from nanofuse.train.settings import Settings
 
 SAMPLE_TOKENS = 64
 

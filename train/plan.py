@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from model.config import GPTConfig
-from model.errors import UserError
-from train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
 
 REFERENCE_DEPTH = 12
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from model.config import GPTConfig
-from model.errors import UserError
-from train.assemble import assemble
-from train.checkpoint import (
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.train.assemble import assemble
+from nanofuse.train.checkpoint import (
     LOADER,
     MODEL,
     OPTIM,
@@ -30,17 +30,17 @@ from train.checkpoint import (
     load_weights,
     run_dir,
 )
-from train.command import run_command
-from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus
-from train.data import DeviceLoader, LoaderState, PackedLoader
-from train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
-from train.logging import RunLog
-from train.loop import Progress, Trainer
-from train.optim import OptimConfig
-from train.plan import make_plan
-from train.schedules import Schedule
-from train.settings import Settings, build_parser, flag_name, resolve, resolve_resumed
-from train.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
+from nanofuse.train.command import run_command
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
+from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
+from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
+from nanofuse.train.loop import Progress, Trainer
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.plan import make_plan
+from nanofuse.train.runlog import RunLog
+from nanofuse.train.schedules import Schedule
+from nanofuse.train.settings import Settings, build_parser, flag_name, resolve, resolve_resumed
 
 GIB = 2**30
 

@@ -5,8 +5,8 @@ import sys
 
 from tqdm import tqdm
 
-from model.errors import UserError
-from train.files import make_folder
+from nanofuse.model.errors import UserError
+from nanofuse.train.files import make_folder
 
 METRICS_FILE = "metrics.jsonl"
 

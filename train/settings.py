@@ -9,11 +9,11 @@ import math
 from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
 from dataclasses import dataclass, field
 
-from kernels.newton_schulz import EQUILIBRATIONS
-from model.attention import BACKENDS as ATTENTION_BACKENDS
-from model.errors import UserError
-from model.gemm import PROVIDERS
-from train.command import CommandParser
+from nanofuse.kernels.newton_schulz import EQUILIBRATIONS
+from nanofuse.model.backends.select import BACKENDS as ATTENTION_BACKENDS
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.train.command import CommandParser
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 

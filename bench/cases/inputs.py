@@ -9,23 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.bench_bigram_residual import Inputs
-from bench.bench_muon_update import NUMBERS, fp8_copies, squares_of, state
-from bench.harness import copy_ceiling, matmul_ceiling, zipf_tokens
-from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
-from kernels.bigram_residual import bigram_residual_bwd, bigram_residual_fwd
-from kernels.embedding_grad import embedding_grad, sort_rows
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
-from kernels.muon_momentum import muon_momentum
-from kernels.muon_update import muon_apply, muon_factors, muon_hyper
-from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
-from kernels.residual_gradients import residual_gradients
-from kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd, rotary_table
-from kernels.smear import embed_smear_bwd, embed_smear_fwd
-from kernels.softcap_cross_entropy import softcap_cross_entropy_bwd, softcap_cross_entropy_fwd
-from kernels.symmetric_matmul import batched_matmul, symmetric_matmul
+from nanofuse.bench.bench_muon_update import NUMBERS, fp8_copies, squares_of, state
+from nanofuse.bench.bench_residual_mix import Inputs
+from nanofuse.bench.harness import copy_ceiling, matmul_ceiling, zipf_tokens
+from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
+from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
+from nanofuse.kernels.muon_momentum import muon_momentum
+from nanofuse.kernels.muon_update import muon_apply, muon_factors, muon_hyper
+from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
+from nanofuse.kernels.residual_gradients import residual_gradients
+from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd
+from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd, rotary_table
+from nanofuse.kernels.softcap_cross_entropy import (
+    softcap_cross_entropy_bwd,
+    softcap_cross_entropy_fwd,
+)
+from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
 
 SEQUENCE = 2048  # most positions of a row of tokens
 
@@ -81,7 +84,7 @@ def quantize_case(rows, device):
     return Case(lambda: quantize(x, scaling), 4 * x.numel())
 
 
-def bigram_residual_fwd_case(rows, device):
+def residual_mix_fwd_case(rows, device):
     inputs = Inputs(device, *rows_of_tokens(rows))
     return Case(inputs.opening, 10 * inputs.x.numel() + inputs.row_bytes)
 
@@ -91,7 +94,7 @@ def residual_norm_fwd_case(rows, device):
     scaling = Scaling.from_bound(32.0, E4M3, device)
 
     def run():
-        return bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
+        return residual_mix_fwd(x, branch, scaling=scaling, want_normed=False)
 
     return Case(run, 8 * x.numel())
 
@@ -103,7 +106,7 @@ def norm_backward_case(rows, device, opening):
     options = {"x": y, "resid_lambda": one} if opening else {}
 
     def run():
-        return bigram_residual_bwd(h, y, rstd, stream, one, scaling=scaling, **options)
+        return residual_mix_bwd(h, y, rstd, stream, one, scaling=scaling, **options)
 
     return Case(run, 10 * y.numel())
 

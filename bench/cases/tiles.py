@@ -3,15 +3,17 @@
 import itertools
 from functools import partial
 
-from bench.cases import inputs
-from kernels.adamw import AdamWConfig
-from kernels.bigram_residual import RowTile
-from kernels.linear_relu_squared import LinearTile
-from kernels.residual_gradients import Config
-from kernels.rotary_qk_norm import HeadTile
-from kernels.softcap_cross_entropy import LossTile
-from kernels.symmetric_matmul import MatmulTile
-from kernels.tuning import Tile
+from nanofuse.bench.cases import inputs
+from nanofuse.kernels.adamw import AdamWConfig
+from nanofuse.kernels.common.tuning import Tile
+from nanofuse.kernels.linear_relu_squared import LinearTile
+from nanofuse.kernels.residual_gradients import Config
+from nanofuse.kernels.residual_mix import RowTile
+from nanofuse.kernels.rotary_qk_norm import HeadTile
+from nanofuse.kernels.softcap_cross_entropy import LossTile
+from nanofuse.kernels.symmetric_matmul import MatmulTile
+
+WARM_ROWS = 256  # few, to compile a candidate
 
 
 def tiles(rows, cols, warps, stages=(2,)):
@@ -71,9 +73,9 @@ HEAD_TILES = [
 ]
 CASES = {  # op: (function of inputs.py, candidates)
     "quantize": (inputs.quantize_case, ELEMENTWISE),
-    "bigram_residual_fwd": (inputs.bigram_residual_fwd_case, NORMS_FORWARD),
+    "residual_mix_fwd": (inputs.residual_mix_fwd_case, NORMS_FORWARD),
     "residual_norm_fwd": (inputs.residual_norm_fwd_case, NORMS_FORWARD),
-    "bigram_residual_bwd": (partial(inputs.norm_backward_case, opening=True), NORMS_BACKWARD),
+    "residual_mix_bwd": (partial(inputs.norm_backward_case, opening=True), NORMS_BACKWARD),
     "residual_norm_bwd": (partial(inputs.norm_backward_case, opening=False), NORMS_BACKWARD),
     "residual_gradients": (
         inputs.residual_gradients_case,

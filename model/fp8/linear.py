@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.quantize import quantize_ref
+from nanofuse.kernels.quantize import quantize_ref
 
 FP8_MIN_DIM = 128
 FP8_MULTIPLE = 16  # torch._scaled_mm's requirement on both dimensions

@@ -8,7 +8,7 @@ A linear layer y = x @ w.T has three products, each a method:
 
 `off` takes tensors; `te` (Transformer Engine's general GEMM) and `torch` (torch._scaled_mm) take
 FP8Operands that our kernels wrote, both layouts at hand, because Hopper's FP8 products reduce over
-the contiguous dimension of either factor. As in the baseline (model/linear.py), products that
+the contiguous dimension of either factor. As in the baseline (model/fp8/linear.py), products that
 reduce over features accumulate fast, and weight gradients, which reduce over all tokens of a
 micro-step, with the split accumulator.
 """
@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from kernels.fp8 import E4M3, E5M2
-from model.errors import UserError
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
+from nanofuse.model.errors import UserError
 
 
 class PlainGemm:

@@ -11,7 +11,7 @@ Source: delayed scaling as in Transformer Engine's FP8 recipe
 
 import torch
 
-from kernels.fp8 import Scaling
+from nanofuse.kernels.common.fp8 import Scaling
 
 HISTORY = 16  # optimiser steps
 MARGIN = 2.0  # room for growth between two updates; a power of two costs no precision

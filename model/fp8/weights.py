@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.fp8 import E4M3, FP8Operand
-from kernels.quantize import quantize
+from nanofuse.kernels.common.fp8 import E4M3, FP8Operand
+from nanofuse.kernels.quantize import quantize
 
 KINDS = ("qkv", "attn_proj", "fc", "mlp_proj")  # the products of a layer
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from bench.cases import inputs
-from bench.cases.tiles import CASES
-from kernels import tuning
+from nanofuse.bench.cases import inputs
+from nanofuse.bench.cases.tiles import CASES
+from nanofuse.kernels.common import tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 32

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench.curves import gaps, main, plot, read_run
-from model.errors import UserError
+from nanofuse.bench.curves import gaps, main, plot, read_run
+from nanofuse.model.errors import UserError
 
 
 def write_run(folder, bpbs, ms=10.0):

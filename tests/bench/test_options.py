@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.conftest import pytest_configure
-from bench.training import gpu_workload
+from nanofuse.bench.conftest import pytest_configure
+from nanofuse.bench.training import gpu_workload
 
 DEFAULTS = {"--depth": "", "--fp8": "auto", "--device-batch-size": 32}
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from bench.report import main, summarize
-from model.errors import UserError
+from nanofuse.bench.report import main, summarize
+from nanofuse.model.errors import UserError
 
 
 def contender(backend, attention, ms, fp8="te"):

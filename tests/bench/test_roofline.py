@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.roofline import attention_ms, floor_ms, floor_parts
-from model.config import GPTConfig
+from nanofuse.bench.roofline import attention_ms, floor_ms, floor_parts
+from nanofuse.model.config import GPTConfig
 
 D16 = GPTConfig.from_depth(16)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.roofline import floor_parts
-from bench.step_profile import class_table, kernel_table, load_trace, main, record
-from bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
-from bench.training import tiny_workload
-from model.config import GPTConfig
-from model.errors import UserError
-from train.assemble import assemble
-from train.device import select_machine
-from train.optim import OptimConfig
+from nanofuse.bench.roofline import floor_parts
+from nanofuse.bench.step_profile import class_table, kernel_table, load_trace, main, record
+from nanofuse.bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
+from nanofuse.bench.training import tiny_workload
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.train.assemble import assemble
+from nanofuse.train.device import select_machine
+from nanofuse.train.optim.config import OptimConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import kernels
-from bench.trace import (
+from nanofuse.bench.trace import (
     CLASSES,
     OPTIMIZER,
     OTHER,
@@ -17,6 +16,7 @@ from bench.trace import (
     read_kernels,
 )
 
+ROOT = Path(__file__).parents[2]
 NAMES = {
     "GEMM": [
         "nvjet_qqtst_128x256_128x5_2x1_v_bz_coopA_NNT",
@@ -43,8 +43,8 @@ NAMES = {
         "triton_poi_fused_clone_t_21",
     ],
     "norm/rotary": [
-        "bigram_residual_fwd_kernel",
-        "bigram_residual_bwd_kernel",
+        "residual_mix_fwd_kernel",
+        "residual_mix_bwd_kernel",
         "rotary_qk_norm_bwd_kernel",
         "_residual_gradients_kernel",
         "_gate_logits_fwd_kernel",
@@ -79,7 +79,7 @@ def test_optimizer_phase_wins_over_the_name():
 def test_every_kernel_of_ours_has_a_class():
     names = [
         name
-        for path in Path(kernels.__path__[0]).glob("*.py")
+        for path in (ROOT / "kernels").glob("**/*.py")
         for name in re.findall(r"^def (\w*kernel)\($", path.read_text(), re.M)
     ]
     assert len(names) > 20

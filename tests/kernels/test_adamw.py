@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, same_bits
-from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
+from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
+from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
 
 HYPERS = [
     AdamWHyper(0.3, 0.8, 0.995, 1e-10, 0.001),

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate
-from kernels.backout import backout, backout_ref
-from kernels.rms_norm import rms_norm_ref
+from nanofuse.bench.checks import DTYPES, assert_accurate
+from nanofuse.kernels.backout import backout, backout_ref
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
 
 
 def test_reference_against_longhand():

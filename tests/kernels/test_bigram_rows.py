@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.bigram_hash import bigram_embedding_ref, bigram_rows, bigram_rows_ref
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows, bigram_rows_ref
 
 
 def hash_in_python(tokens, rows):

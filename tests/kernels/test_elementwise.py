@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.relu_squared import relu_squared_ref
-from kernels.rms_norm import rms_norm_ref
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.relu_squared import relu_squared_ref
 
 
 def test_rms_norm():

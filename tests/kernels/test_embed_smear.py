@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, same_bits
-from kernels.smear import embed_smear, embed_smear_ref, smear_ref
+from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
+from nanofuse.kernels.embed_smear import embed_smear, embed_smear_ref, smear_ref
 
 VOCAB = 19
 #         B, T, C, G

@@ -1,17 +1,17 @@
 import pytest
 import torch
 
-import kernels.embedding_grad as module
-from bench.checks import DTYPES, ON_GPU, assert_accurate, same_bits
-from bench.harness import zipf_tokens
-from kernels.bigram_hash import bigram_rows_ref
-from kernels.embedding_grad import (
+import nanofuse.kernels.embedding_grad as module
+from nanofuse.bench.checks import DTYPES, ON_GPU, assert_accurate, same_bits
+from nanofuse.bench.harness import zipf_tokens
+from nanofuse.kernels.bigram_rows import bigram_rows_ref
+from nanofuse.kernels.common.tuning import Tile
+from nanofuse.kernels.embedding_grad import (
     bigram_table_grad,
     embedding_grad,
     embedding_grad_ref,
     sort_rows,
 )
-from kernels.tuning import Tile
 
 NAN = float("nan")
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, same_bits
-from kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
+from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
+from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
 
 # positions, width, heads, channels: none, one, around a program's 128 positions, primes
 SHAPES = [

@@ -4,8 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-import kernels.linear_relu_squared as op_module
-from bench.checks import (
+import nanofuse.kernels.linear_relu_squared as op_module
+from nanofuse.bench.cases.tiles import CASES
+from nanofuse.bench.checks import (
     DTYPES,
     ON_GPU,
     assert_fp8,
@@ -13,9 +14,9 @@ from bench.checks import (
     relative_error,
     same_bits,
 )
-from bench.tune import CASES
-from kernels.fp8 import E4M3, E5M2, FP8Operand, Scaling
-from kernels.linear_relu_squared import (
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
+from nanofuse.kernels.common.tuning import forced
+from nanofuse.kernels.linear_relu_squared import (
     PLAIN_TILES,
     LinearTile,
     linear_relu_squared_bwd,
@@ -24,9 +25,8 @@ from kernels.linear_relu_squared import (
     linear_relu_squared_ref,
     plain_name,
 )
-from kernels.quantize import quantize
-from kernels.relu_squared import relu_squared_fwd
-from kernels.tuning import forced
+from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.relu_squared import relu_squared_fwd
 
 FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 SHAPES = [(16, 16, 16), (64, 32, 64), (80, 48, 144), (160, 32, 48), (112, 80, 160)]  # M, K, N

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-import kernels.softcap_cross_entropy as module
-from bench.checks import DTYPES, ON_GPU, assert_accurate, same_bits
-from kernels.linear_softcap_cross_entropy import (
+import nanofuse.kernels.softcap_cross_entropy as module
+from nanofuse.bench.checks import DTYPES, ON_GPU, assert_accurate, same_bits
+from nanofuse.kernels.common.tuning import Tile
+from nanofuse.kernels.linear_softcap_cross_entropy import (
     linear_softcap_cross_entropy,
     linear_softcap_cross_entropy_ref,
 )
-from kernels.softcap_cross_entropy import LossTile
-from kernels.tuning import Tile
+from nanofuse.kernels.softcap_cross_entropy import LossTile
 
 ROWS, WIDTH, VOCAB, PADDED = 19, 24, 127, 128
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
-from kernels.fp8 import E4M3, FP8Operand, Scaling
-from kernels.muon_momentum import muon_momentum
-from kernels.muon_update import (
+from nanofuse.bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
+from nanofuse.kernels.common.fp8 import E4M3, FP8Operand, Scaling
+from nanofuse.kernels.muon_momentum import muon_momentum
+from nanofuse.kernels.muon_update import (
     WeightCopies,
     muon_apply,
     muon_factors,
@@ -15,7 +15,7 @@ from kernels.muon_update import (
     reduce_variance_ref,
     second_moment_shape,
 )
-from kernels.newton_schulz import (
+from nanofuse.kernels.newton_schulz import (
     POLAR_EXPRESS,
     muon_plus_ref,
     newton_schulz_ref,
@@ -44,7 +44,7 @@ def quick_iteration(monkeypatch):
 
     if not ON_GPU:
         monkeypatch.setattr(ITERATION, iterate)
-        monkeypatch.setattr("kernels.muon_update.newton_schulz", newton_schulz_ref)
+        monkeypatch.setattr("nanofuse.kernels.muon_update.newton_schulz", newton_schulz_ref)
 
 
 class State:

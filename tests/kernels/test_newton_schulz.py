@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bench.checks import ON_GPU, assert_accurate, same_bits
-from kernels.newton_schulz import (
+from nanofuse.bench.checks import ON_GPU, assert_accurate, same_bits
+from nanofuse.kernels.newton_schulz import (
     POLAR_EXPRESS,
     compute_dtype,
     equilibrate_ref,
@@ -15,7 +15,7 @@ from kernels.newton_schulz import (
     rescale,
     unit_rows,
 )
-from kernels.symmetric_matmul import MatmulTile
+from nanofuse.kernels.symmetric_matmul import MatmulTile
 
 SHAPES = [(1, 1, 1), (3, 16, 16), (2, 33, 8), (2, 8, 33), (1, 127, 65), (2, 1, 9), (2, 9, 1)]
 
@@ -133,8 +133,8 @@ def small_tiles(monkeypatch):
     """Several tiles per matrix at small sizes in the interpreter, whose dot is slow."""
     if not ON_GPU:
         tile = MatmulTile(rows=32, cols=32, depth=32, warps=4, stages=3)
-        monkeypatch.setattr("kernels.symmetric_matmul.SYMMETRIC_TILE", tile)
-        monkeypatch.setattr("kernels.symmetric_matmul.TILE", tile)
+        monkeypatch.setattr("nanofuse.kernels.symmetric_matmul.SYMMETRIC_TILE", tile)
+        monkeypatch.setattr("nanofuse.kernels.symmetric_matmul.TILE", tile)
 
 
 def working_dtype(device):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_fp8, same_bits
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.quantize import quantize, quantize_ref
+from nanofuse.bench.checks import DTYPES, assert_fp8, same_bits
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.quantize import quantize, quantize_ref
 
 FORMATS = [(E4M3, 448.0, 2.0**-3), (E5M2, 57344.0, 2.0**-2)]
 SHAPES = [(16, 16), (48, 112), (64, 128), (80, 144), (304, 272)]

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.relu_squared import (
+from nanofuse.bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.relu_squared import (
     relu_squared,
     relu_squared_bwd,
     relu_squared_fwd,

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, same_bits
-from kernels.bigram_hash import bigram_embedding_ref
-from kernels.residual_gradients import Config, residual_gradients, residual_gradients_ref
-from kernels.tuning import forced
+from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref
+from nanofuse.kernels.common.tuning import forced
+from nanofuse.kernels.residual_gradients import Config, residual_gradients, residual_gradients_ref
 
 ROWS_OF_TABLE = 23
 SHAPES = [(1, 1, 1, 1), (2, 1, 3, 127), (4, 2, 4, 128), (5, 1, 9, 129), (3, 1, 13, 97)]

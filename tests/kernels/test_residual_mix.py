@@ -1,20 +1,20 @@
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
-from kernels.bigram_hash import bigram_embedding_ref
-from kernels.bigram_residual import (
+from nanofuse.bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.common.lanes import LANE
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.common.tuning import forced
+from nanofuse.kernels.residual_mix import (
     RowTile,
     _tile,
-    bigram_residual,
-    bigram_residual_bwd,
-    bigram_residual_fwd,
-    bigram_residual_ref,
+    residual_mix,
+    residual_mix_bwd,
+    residual_mix_fwd,
+    residual_mix_ref,
 )
-from kernels.fp8 import E4M3, E5M2, Scaling
-from kernels.lanes import LANE
-from kernels.rms_norm import rms_norm_ref
-from kernels.tuning import forced
 
 ROWS_OF_TABLE = 23
 LAMBDAS = {"resid_lambda": 1.1, "x0_lambda": 0.2, "bigram_lambda": 0.4}
@@ -61,7 +61,7 @@ def reference(case, dtype):
         e = None
         if "table" in leaves:
             e = bigram_embedding_ref(case.tokens, leaves["table"])
-        y = bigram_residual_ref(
+        y = residual_mix_ref(
             x, leaves["x0"], leaves["resid_lambda"], leaves["x0_lambda"], e,
             leaves.get("bigram_lambda"),
         )  # fmt: skip
@@ -74,7 +74,7 @@ def reference(case, dtype):
 
 def kernel(case):
     tokens = case.tokens if "table" in case.leaves else None
-    y, normed = bigram_residual(**case.leaves, tokens=tokens)
+    y, normed = residual_mix(**case.leaves, tokens=tokens)
     grads = torch.autograd.grad([y, normed], list(case.leaves.values()), case.upstream)
     return {"y": y, "normed": normed, **dict(zip(case.leaves, grads, strict=True))}
 
@@ -128,7 +128,7 @@ def test_reserved_row_serves_position_zero_only(device):
     case = Case((3, 5, 16), torch.float32, device)
     with torch.no_grad():
         case.leaves["table"][-1] = 1000.0
-    y, _ = bigram_residual(**case.leaves, tokens=case.tokens)
+    y, _ = residual_mix(**case.leaves, tokens=case.tokens)
     big = y.abs().amax(dim=-1) > 100
     assert big[:, 0].all() and not big[:, 1:].any()
 
@@ -148,12 +148,12 @@ def test_fp8_forward_is_the_rounded_norm(tile, device):
     x, branch, *_ = operand_case(device)
     scaling = Scaling.from_bound(12.0, E4M3, device)
     with forced("residual_norm_fwd", tile):
-        y, rstd, normed, operand = bigram_residual_fwd(x, branch, scaling=scaling)
+        y, rstd, normed, operand = residual_mix_fwd(x, branch, scaling=scaling)
     torch.testing.assert_close(y, x + branch)
     torch.testing.assert_close(normed, rms_norm_ref(x + branch))
     assert_fp8("normed", operand, normed, scaling)
     with forced("residual_norm_fwd", tile):
-        without = bigram_residual_fwd(x, branch, scaling=scaling, want_normed=False)
+        without = residual_mix_fwd(x, branch, scaling=scaling, want_normed=False)
     assert without[2] is None and torch.equal(without[0], y) and torch.equal(without[1], rstd)
 
 
@@ -166,8 +166,8 @@ def test_fp8_backward_is_the_branch_gradient(x_is_y, tile, device, monkeypatch):
     resid, stream_scale = (torch.tensor([v], device=device) for v in (1.3, 0.7))
     scaling = Scaling.from_bound(40.0, E5M2, device)
     monkeypatch.setattr(torch, "empty_like", None)  # no tensor of it is made beside the operand
-    with forced("bigram_residual_bwd", tile):
-        grad, of_resid, operand = bigram_residual_bwd(
+    with forced("residual_mix_bwd", tile):
+        grad, of_resid, operand = residual_mix_bwd(
             h, y, rstd, stream, stream_scale, x, resid, scaling, out
         )
     monkeypatch.undo()
@@ -189,8 +189,8 @@ def test_plain_backward_is_the_branch_gradient(dtype, tile, device):
     rstd = y.float().square().mean(dim=-1).add(2.0**-23).rsqrt()
     resid = torch.tensor([1.3], device=device)
     with forced("residual_norm_bwd", tile):
-        grad, _, branch = bigram_residual_bwd(h, y, rstd, stream, resid_lambda=resid)
-        same, _, without = bigram_residual_bwd(h, y, rstd, stream)
+        grad, _, branch = residual_mix_bwd(h, y, rstd, stream, resid_lambda=resid)
+        same, _, without = residual_mix_bwd(h, y, rstd, stream)
     assert without is same and torch.equal(same, grad) and branch.dtype == dtype
     # grad is rounded after fp32 arithmetic, as branch is: half an ulp of either
     rtol = 2 * torch.finfo(dtype).eps
@@ -202,7 +202,7 @@ def test_nan_stays_in_its_row_and_inf_shows(device):
     with torch.no_grad():
         case.leaves["x"][0, 7, 3] = torch.nan
         case.leaves["x"][0, 33, 3] = torch.inf
-    y, normed = bigram_residual(**case.leaves, tokens=case.tokens)
+    y, normed = residual_mix(**case.leaves, tokens=case.tokens)
     assert normed[0, 7].isnan().all() and y[0, 33, 3] == torch.inf and normed[0, 33].isnan().any()
     clean = torch.ones(40, dtype=torch.bool)
     clean[[7, 33]] = False
@@ -217,14 +217,14 @@ def test_two_runs_give_the_same_bits(device):
 def test_what_does_not_fit_is_refused(device):
     x = torch.randn(4, 8, device=device)
     with pytest.raises(ValueError, match="branch must be contiguous and of shape"):
-        bigram_residual_fwd(x, x[:, :4])
+        residual_mix_fwd(x, x[:, :4])
     with pytest.raises(ValueError, match="x must be contiguous"):
-        bigram_residual_fwd(x.t())
+        residual_mix_fwd(x.t())
     with pytest.raises(ValueError, match="tokens"):
         tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
-        bigram_residual_fwd(x, None, x, tokens, torch.zeros(9, 8, device=device))
+        residual_mix_fwd(x, None, x, tokens, torch.zeros(9, 8, device=device))
     with pytest.raises(ValueError, match="at least 2 rows"):
-        bigram_residual_fwd(x, None, x, tokens.new_zeros(1, 4), x[:1])
+        residual_mix_fwd(x, None, x, tokens.new_zeros(1, 4), x[:1])
     scalar, ids = torch.ones((), device=device), tokens.new_zeros(1, 4)
     for match, arguments in {
         "bigram_lambda and x0 go together": {"table": x, "tokens": ids, "bigram_lambda": scalar},
@@ -237,13 +237,13 @@ def test_what_does_not_fit_is_refused(device):
         },
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            bigram_residual(x[None], **arguments)
+            residual_mix(x[None], **arguments)
     scaling = Scaling.from_bound(12.0, E4M3, device)
     y, h = torch.randn(2, 16 * 32 + 1, device=device)[:, 1:].view(2, 16, 32)
     with pytest.raises(ValueError, match="x must start at a multiple of 16 bytes"):
-        bigram_residual_fwd(y, scaling=scaling)
+        residual_mix_fwd(y, scaling=scaling)
     with pytest.raises(ValueError, match="grad_normed must start at a multiple of 16 bytes"):
-        bigram_residual_bwd(h, y.clone(), torch.ones(16, device=device), scaling=scaling)
+        residual_mix_bwd(h, y.clone(), torch.ones(16, device=device), scaling=scaling)
 
 
 @pytest.mark.cuda
@@ -258,11 +258,11 @@ def test_more_than_two_to_the_31_elements(device):
     x = torch.zeros(n, c, dtype=torch.bfloat16, device=device)
     x[-1], x[0] = 3.0, 2.0
     scaling = Scaling.from_bound(32.0, E4M3, device)
-    y, rstd, normed, operand = bigram_residual_fwd(x, scaling=scaling)
+    y, rstd, normed, operand = residual_mix_fwd(x, scaling=scaling)
     assert torch.equal(y[-1], x[-1]) and (normed[-1] == 1).all() and (normed[0] == 1).all()
     assert (operand.data[-1].float() == 14).all()
     assert (operand.transposed[:, -1].float() == 14).all()
     assert (operand.transposed[:, -2].float() == 0).all()
-    grad, _, _ = bigram_residual_bwd(x, y, rstd, x)
+    grad, _, _ = residual_mix_bwd(x, y, rstd, x)
     torch.testing.assert_close(grad[-1], x[-1], rtol=0.01, atol=0)
     assert (grad[-2] == 0).all()

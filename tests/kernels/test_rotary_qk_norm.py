@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from bench.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
-from kernels.fp8 import E5M2, Scaling
-from kernels.rms_norm import rms_norm_ref
-from kernels.rotary_qk_norm import (
+from nanofuse.bench.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
+from nanofuse.kernels.common.fp8 import E5M2, Scaling
+from nanofuse.kernels.common.rms_norm import rms_norm_ref
+from nanofuse.kernels.common.tuning import forced
+from nanofuse.kernels.rotary_qk_norm import (
     HeadTile,
     rotary_qk_norm,
     rotary_qk_norm_bwd,
@@ -16,7 +17,6 @@ from kernels.rotary_qk_norm import (
     rotary_table,
     value_gate_ref,
 )
-from kernels.tuning import forced
 
 VOCAB = 11
 # B, T, H, K, D: single heads and rows, ragged tiles and groups, odd halves, a prime, GQA

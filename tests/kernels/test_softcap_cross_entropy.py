@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-import kernels.softcap_cross_entropy as module
-from bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
-from kernels.fp8 import E5M2, Scaling
-from kernels.softcap_cross_entropy import (
+import nanofuse.kernels.softcap_cross_entropy as module
+from nanofuse.bench.checks import DTYPES, ON_GPU, assert_accurate, assert_fp8, same_bits
+from nanofuse.kernels.common.fp8 import E5M2, Scaling
+from nanofuse.kernels.common.tuning import Tile
+from nanofuse.kernels.softcap_cross_entropy import (
     LossTile,
     mean_grad_scale,
     softcap_cross_entropy,
@@ -14,7 +15,6 @@ from kernels.softcap_cross_entropy import (
     softcap_cross_entropy_ref,
     softcap_ref,
 )
-from kernels.tuning import Tile
 
 VOCAB, PADDED = 13, 16
 

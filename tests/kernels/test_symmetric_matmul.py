@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bench.checks import ON_GPU, assert_accurate, same_bits
-from kernels.symmetric_matmul import (
+from nanofuse.bench.checks import ON_GPU, assert_accurate, same_bits
+from nanofuse.kernels.symmetric_matmul import (
     MatmulTile,
     batched_matmul,
     batched_matmul_ref,

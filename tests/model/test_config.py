@@ -1,8 +1,8 @@
 import pytest
 
-from model.config import GPTConfig
-from model.errors import UserError
-from model.gpt import GPT, count_parameters
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.gpt import GPT, count_parameters
 from tests.helpers import small_config
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.engine import KVCache, Sampling, generate
+from nanofuse.model.engine import KVCache, Sampling, generate
 from tests.helpers import random_model, small_config
 
 GREEDY = Sampling(temperature=0)

@@ -5,18 +5,18 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.checks import ON_GPU
-from kernels.fp8 import FP8Operand
-from model import fused as fused_module
-from model import fused_layer
-from model.attention import SDPAttention
-from model.config import GPTConfig
-from model.errors import UserError
-from model.fused import FusedGPT
-from model.gemm import PROVIDERS, PlainGemm, TorchGemm, make_gemm
-from model.gpt import GPT
-from model.linear import set_fp8
-from model.scaling import CALIBRATED_STEPS
+from nanofuse.bench.checks import ON_GPU
+from nanofuse.kernels.common.fp8 import FP8Operand
+from nanofuse.model import fused as fused_module
+from nanofuse.model import fused_layer
+from nanofuse.model.backends.torch_backends import SDPAttention
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.linear import set_fp8
+from nanofuse.model.fp8.products import PROVIDERS, PlainGemm, TorchGemm, make_gemm
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -91,7 +91,7 @@ def test_losses_without_gradients(gemm, monkeypatch):
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
-    """Errors at most twice those of the eager model with the products of model/linear.py, which
+    """Errors at most twice those of the eager model with the products of model/fp8/linear.py, which
     takes each FP8 scale from the tensor; bf16 on a GPU."""
     try:
         gemm = make_gemm(provider)
@@ -219,7 +219,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
 
     expected = {
         "embed_smear_fwd": 1, "embed_smear_bwd": 1,
-        "bigram_residual_fwd": 2 * 2 + 1, "bigram_residual_bwd": 2 * 2 + 1,
+        "residual_mix_fwd": 2 * 2 + 1, "residual_mix_bwd": 2 * 2 + 1,
         "rotary_qk_norm_fwd": 2, "rotary_qk_norm_bwd": 2,
         "gate_logits_fwd": 1, "gate_logits_bwd": 1,  # of the layers with a value embedding
         "quantize": 2 + 1,  # attention outputs, and the gradient where backout reads the stream

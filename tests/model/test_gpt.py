@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.softcap_cross_entropy import IGNORE_INDEX
-from model.config import GPTConfig
-from model.gpt import GPT
+from nanofuse.kernels.softcap_cross_entropy import IGNORE_INDEX
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.gpt import GPT
 from tests.helpers import random_model, small_config
 from tests.model.reference import reference_logits
 
@@ -163,7 +163,7 @@ def test_positions_beyond_the_rotary_table_are_refused():
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 def test_compiled_bf16_on_a_gpu_is_as_close_as_eager(attention):
     """Error of the compiled bf16 loss and gradients at most twice that of eager bf16."""
-    from model.attention import BACKENDS
+    from nanofuse.model.backends.select import BACKENDS
 
     config = GPTConfig.from_depth(4, sequence_len=512, vocab_size=1024)
     tokens, targets = torch.randint(1024, (2, 2, 512), device="cuda")

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from model.fused import FusedGPT
-from model.gemm import PlainGemm
+from nanofuse.model.fp8.products import PlainGemm
+from nanofuse.model.fused import FusedGPT
 from tests.helpers import random_model
 from tests.model.test_fused import DEVICE, batch, make
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from model.errors import UserError
-from train.evaluate import evaluate_bpb
+from nanofuse.model.errors import UserError
+from nanofuse.train.bpb import evaluate_bpb
 
 
 class ConstantModel(torch.nn.Module):

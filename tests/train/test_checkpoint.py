@@ -3,9 +3,8 @@ import json
 import pytest
 import torch
 
-from model.errors import UserError
-from tests.helpers import random_model, small_config
-from train.checkpoint import (
+from nanofuse.model.errors import UserError
+from nanofuse.train.checkpoint import (
     MODEL,
     find_checkpoint,
     load_meta,
@@ -16,6 +15,7 @@ from train.checkpoint import (
     run_dir,
     save_checkpoint,
 )
+from tests.helpers import random_model, small_config
 
 
 @pytest.fixture

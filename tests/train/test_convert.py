@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import GPTConfig
-from model.errors import UserError
-from model.gpt import GPT
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.gpt import GPT
+from nanofuse.train.checkpoint import find_checkpoint, load_model, run_dir
+from nanofuse.train.convert import main
+from nanofuse.train.run import main as run_main
 from tests.model.reference import reference_logits
-from train.checkpoint import find_checkpoint, load_model, run_dir
-from train.convert import main
-from train.run import main as run_main
 
 CONFIG = {
     "sequence_len": 256,
@@ -144,7 +144,7 @@ def test_a_tokenizer_travels_if_it_fits(nanochat_dir, data_dir):
 
 
 def test_bigram_runs_are_not_exported(work_dir):
-    from train.checkpoint import save_checkpoint
+    from nanofuse.train.checkpoint import save_checkpoint
 
     config = GPTConfig.from_depth(2, 16, 16, sequence_len=32, vocab_size=300)
     model = GPT(config)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.config import GPTConfig
-from model.errors import UserError
-from model.gemm import PROVIDERS
-from train import device
-from train.device import select_fp8, select_machine
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.train import device
+from nanofuse.train.device import select_fp8, select_machine
 
 CONFIG = GPTConfig.from_depth(4)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from model.errors import UserError
-from train.files import atomic_folder, make_folder, write_text_atomically
+from nanofuse.model.errors import UserError
+from nanofuse.train.files import atomic_folder, make_folder, write_text_atomically
 
 
 @pytest.mark.parametrize("below", ["", "a", "a/b"])

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from train.run import build_trainer, start_new
-from train.settings import resolve
+from nanofuse.train.run import build_trainer, start_new
+from nanofuse.train.settings import resolve
 
 SIZES = {
     "device_type": "cpu",

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from model.config import GPTConfig
-from model.errors import UserError
-from train.plan import make_plan
-from train.settings import Settings
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.train.plan import make_plan
+from nanofuse.train.settings import Settings
 
 
 def plan(depth=16, **fields):

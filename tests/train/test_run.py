@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model import generate as generate_command
-from model.engine import Sampling, generate
-from model.errors import UserError
-from train import run as run_module
-from train.checkpoint import (
+from nanofuse.model.engine import Sampling, generate
+from nanofuse.model.errors import UserError
+from nanofuse.train import generate as generate_command
+from nanofuse.train import run as run_module
+from nanofuse.train.checkpoint import (
     MODEL,
     OPTIM,
     find_checkpoint,
@@ -32,11 +32,11 @@ from train.checkpoint import (
     load_tokenizer,
     run_dir,
 )
-from train.corpus import StdlibCorpus
-from train.data import PackedLoader
-from train.device import select_machine
-from train.run import main, process_seconds
-from train.tokenizer import Tokenizer
+from nanofuse.train.data.corpus import StdlibCorpus
+from nanofuse.train.data.loader import PackedLoader
+from nanofuse.train.data.tokenizer import Tokenizer
+from nanofuse.train.device import select_machine
+from nanofuse.train.run import main, process_seconds
 
 ROOT = Path(__file__).parent.parent.parent
 # of other processes: libraries may lie beside Python's own
@@ -122,7 +122,7 @@ def test_resume_is_bit_for_bit(data_dir, work_dir):
 def test_initial_bpb_is_log2_vocab_over_bytes_per_token(data_dir, work_dir):
     records = train(data_dir, "a", "--num-iterations", 1)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
-    from train.corpus import ParquetCorpus
+    from nanofuse.train.data.corpus import ParquetCorpus
 
     loader = PackedLoader(ParquetCorpus(data_dir), "val", tokenizer, 4, 64, epochs=1)
     lengths = tokenizer.token_bytes()
@@ -269,7 +269,7 @@ def command(*argv, cwd):
         (["train.run", "--resume", "--run", "x"], "no checkpoint in runs/x"),
         (["train.data", "info", "--data", "absent"], "absent does not exist"),
         (["train.convert", "from-nanochat", "absent", "--run", "x"], "absent holds no model_"),
-        (["model.generate", "--run", "x"], "no checkpoint in runs/x"),
+        (["train.generate", "--run", "x"], "no checkpoint in runs/x"),
         (["bench.tune", "nonsense"], "unknown op 'nonsense'"),
     ],
 )
@@ -459,7 +459,7 @@ def test_out_of_memory_names_the_flag(data_dir, work_dir, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("train.loop.Trainer.train_step", full)
+    monkeypatch.setattr("nanofuse.train.loop.Trainer.train_step", full)
     with pytest.raises(UserError, match="--device-batch-size 4 does not fit"):
         train(data_dir, "a", "--num-iterations", 1)
 
@@ -468,7 +468,7 @@ def test_the_heap_is_frozen_while_training(data_dir, work_dir, monkeypatch):
     """Later collections skip what lives on; at the end everything is collectable again."""
     frozen = []
     monkeypatch.setattr(
-        "train.loop.Trainer.save", lambda self: frozen.append(gc.get_freeze_count())
+        "nanofuse.train.loop.Trainer.save", lambda self: frozen.append(gc.get_freeze_count())
     )
     train(data_dir, "a", "--num-iterations", 2)
     assert frozen[0] > 100_000 and gc.get_freeze_count() == 0

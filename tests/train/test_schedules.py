@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from train.schedules import (
+from nanofuse.train.schedules import (
     Schedule,
     auto_batch_size,
     batch_lr_scale,

@@ -4,8 +4,8 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from model.errors import UserError
-from train.settings import CPU_PRESET, Settings, build_parser, resolve, resolve_resumed
+from nanofuse.model.errors import UserError
+from nanofuse.train.settings import CPU_PRESET, Settings, build_parser, resolve, resolve_resumed
 
 NANOCHAT_FLAGS = (
     "--depth --aspect-ratio --head-dim --max-seq-len --window-pattern --num-iterations "

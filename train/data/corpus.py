@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
 
 DATA_ENV = "NANOFUSE_DIR"
 DEFAULT_DIR = Path("~/.cache/nanofuse")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.errors import UserError
-from train.files import make_folder
+from nanofuse.model.errors import UserError
+from nanofuse.train.files import make_folder
 
 REPO = "karpathy/climbmix-400b-shuffle"
 LAST_SHARD = 6542

@@ -1,7 +1,4 @@
-"""Batches of packed tokens, and the data command.
-
-    python -m train.data download -n 8      ClimbMix shards from the Hugging Face hub
-    python -m train.data info               what is there
+"""Batches of packed tokens.
 
 Worker threads tokenise ahead, one packs ahead, and on a GPU the next batch is copied from pinned
 memory while the current one is used. The batches depend on the corpus, the tokenizer and the
@@ -19,12 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from model.errors import UserError
-from train.command import CommandParser, add_data_argument, run_command
-from train.corpus import SPLITS, ParquetCorpus, data_directory, open_corpus
-from train.download import download_shards
-from train.packing import BestFitPacker
-from train.tokenizer import FILE_NAME
+from nanofuse.model.errors import UserError
+from nanofuse.train.data.packing import BestFitPacker
 
 UNITS_AHEAD = 4
 BATCHES_AHEAD = 4
@@ -66,7 +59,7 @@ class PackedLoader:
 
     Args:
         corpus, split: documents to read (train.corpus).
-        tokenizer: train.tokenizer.Tokenizer.
+        tokenizer: train.data.tokenizer.Tokenizer.
         batch_size, seq_len: B and T.
         epochs: passes over the split; None goes on for ever. Rows left over at the end that do
             not fill a batch are dropped.
@@ -222,42 +215,3 @@ class DeviceLoader:
 
     def close(self):
         self.loader.close()
-
-
-def info(args):
-    """Print what --data holds: shards, documents, row groups and bytes per split."""
-    corpus = open_corpus(args.data)
-    print(f"data: {corpus.name}")
-    for split in SPLITS:
-        print(f"{split}: {corpus.num_units(split)} units")
-    if isinstance(corpus, ParquetCorpus):
-        for path, documents in zip(corpus.shards, corpus.documents, strict=True):
-            print(f"  {path.name}  {documents:>9,} documents  {path.stat().st_size:>13,} bytes")
-        tokenizer = corpus.directory / FILE_NAME
-        print(f"tokenizer: {tokenizer if tokenizer.exists() else 'none yet'}")
-
-
-def download(args):
-    if args.num_shards < 1:
-        raise UserError(f"-n {args.num_shards} must be at least 1")
-    paths = download_shards(data_directory(args.data), args.num_shards, args.workers)
-    print(f"{len(paths)} shards in {data_directory(args.data)}")
-
-
-def main(argv=None):
-    parser = CommandParser(prog="python -m train.data", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
-    fetch = commands.add_parser("download", help="fetch ClimbMix shards from the hub")
-    fetch.add_argument("-n", "--num-shards", type=int, default=8, help="training shards to fetch")
-    fetch.add_argument("--workers", type=int, default=4, help="shards fetched at a time")
-    fetch.set_defaults(call=download)
-    show = commands.add_parser("info", help="print what is there")
-    show.set_defaults(call=info)
-    for command in (fetch, show):
-        add_data_argument(command)
-    args = parser.parse_args(argv)
-    args.call(args)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,6 @@
 """BPE tokenizer: trained with rustbpe, run with tiktoken, saved as JSON.
 
-    python -m train.tokenizer --data DIR [--vocab-size 32768]
+    python -m train.data train-tokenizer --data DIR [--vocab-size 32768]
 
 Split pattern: GPT-4's (https://github.com/openai/tiktoken) with numbers of one or two digits, as
 nanochat's. Special tokens are `<|bos|>` and eight chat markers, numbered after the merges.
@@ -18,10 +18,8 @@ import rustbpe
 import tiktoken
 import torch
 
-from model.errors import UserError
-from train.command import CommandParser, add_data_argument, run_command
-from train.corpus import open_corpus
-from train.files import write_text_atomically
+from nanofuse.model.errors import UserError
+from nanofuse.train.files import write_text_atomically
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -86,7 +84,7 @@ class Tokenizer:
         Raises:
             UserError: the file is missing or is not one.
         """
-        mend = "train one with python -m train.tokenizer --data DIR"
+        mend = "train one with python -m train.data train-tokenizer --data DIR"
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             if fields["format"] != FORMAT or fields["special_tokens"] != list(SPECIAL_TOKENS):
@@ -161,21 +159,3 @@ def train_on_corpus(corpus, vocab_size, max_chars=MAX_TRAINING_CHARS):
                     return
 
     return Tokenizer.train(texts(), vocab_size)
-
-
-def main(argv=None):
-    parser = CommandParser(prog="python -m train.tokenizer", description=__doc__.split("\n")[0])
-    add_data_argument(parser)
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, specials included")
-    args = parser.parse_args(argv)
-    corpus = open_corpus(args.data)
-    if corpus.directory is None:
-        raise UserError("--data names no folder to keep a tokenizer in; pass --data DIR")
-    path = corpus.directory / FILE_NAME
-    tokenizer = train_on_corpus(corpus, args.vocab_size)
-    tokenizer.save(path)
-    print(f"tokenizer of {tokenizer.vocab_size:,} tokens written to {path}")
-
-
-if __name__ == "__main__":
-    run_command(main)

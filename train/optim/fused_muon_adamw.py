@@ -1,4 +1,4 @@
-"""The combined optimiser on the kernels, for a FusedGPT: what train/optim.py computes.
+"""The combined optimiser on the kernels, for a FusedGPT: what train/optim/muon_adamw.py computes.
 
 Muon updates the stacks of model.weights in place, AdamW all other tensors in one launch per pair of
 dtypes; both clear the gradients as they read them, and the operands of the matrix products are made
@@ -7,10 +7,10 @@ anew at the end. State has the names and shapes of MuonAdamW's, so checkpoints s
 
 import torch
 
-from kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
-from kernels.muon_update import muon_hyper, muon_update, second_moment_shape
-from model.errors import UserError
-from train.optim import ADAMW_EPS
+from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from nanofuse.kernels.muon_update import muon_hyper, muon_update, second_moment_shape
+from nanofuse.model.errors import UserError
+from nanofuse.train.optim.config import ADAMW_EPS
 
 FP8_PREFIX = "fp8."
 
@@ -21,7 +21,7 @@ class FusedMuonAdamW:
     Args:
         fused: model.fused.FusedGPT; its operands are made when the optimiser takes a step or
             loads a state.
-        config: train.optim.OptimConfig.
+        config: train.optim.config.OptimConfig.
         lr_scale: factor on every learning rate (batch scaling).
     """
 

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from bench.tune import CASES
-from kernels import tuning
-from kernels.tuning import Tile, forced, tuned
+from nanofuse.bench.tune import CASES
+from nanofuse.kernels.common import tuning
+from nanofuse.kernels.common.tuning import Tile, forced, tuned
 
 DEFAULT = Tile(rows=1, cols=2, warps=3, stages=4)
 

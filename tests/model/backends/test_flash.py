@@ -6,21 +6,16 @@ import types
 import pytest
 import torch
 
-from model.attention import (
-    BACKENDS,
-    SDPAttention,
-    forward_and_backward,
-    select_attention,
-    window_mask,
-)
-from model.errors import UserError
-from model.flash_attention import (
+from nanofuse.model.backends.flash import (
     FlashAttention4,
     TransformerEngineAttention,
     _fa4_backward_op,
     _fa4_forward_op,
     _te_layout,
 )
+from nanofuse.model.backends.select import BACKENDS, forward_and_backward, select_attention
+from nanofuse.model.backends.torch_backends import SDPAttention, window_mask
+from nanofuse.model.errors import UserError
 
 
 def fused_inputs(

@@ -7,11 +7,12 @@ import weakref
 import pytest
 import torch
 
-from model import attention
-from model.attention import BACKENDS, FlexAttention, SDPAttention, select_attention
-from model.config import GPTConfig
-from model.errors import UserError
-from model.flash_attention import FlashAttention4
+from nanofuse.model.backends import select as attention
+from nanofuse.model.backends.flash import FlashAttention4
+from nanofuse.model.backends.select import BACKENDS, select_attention
+from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
 
 
 def longhand(q, k, v, window):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from model.config import GPTConfig
-from model.gpt import GPT
-from model.linear import Linear, ScaledMatmul, fp8_eligible, set_fp8
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.fp8.linear import Linear, ScaledMatmul, fp8_eligible, set_fp8
+from nanofuse.model.gpt import GPT
 
 
 def make(n_in, n_out, device="cpu"):

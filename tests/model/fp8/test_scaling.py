@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.fp8 import E4M3, E5M2
-from model.scaling import HISTORY, LARGEST_SCALE, MARGIN, DelayedScaling
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
+from nanofuse.model.fp8.scaling import HISTORY, LARGEST_SCALE, MARGIN, DelayedScaling
 
 LIMITS = {E4M3: 448.0, E5M2: 57344.0}
 

@@ -2,9 +2,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus, split_text
 from tests.helpers import documents
-from train.corpus import ParquetCorpus, StdlibCorpus, open_corpus, split_text
 
 
 def all_texts(corpus, split):

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.errors import UserError
-from train import data, download
+from nanofuse.model.errors import UserError
+from nanofuse.train.data import __main__ as data
+from nanofuse.train.data import download
 
 
 class FakeHub:

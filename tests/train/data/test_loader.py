@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.errors import UserError
-from train.corpus import ParquetCorpus
-from train.data import DeviceLoader, LoaderState, PackedLoader, main
+from nanofuse.model.errors import UserError
+from nanofuse.train.data.__main__ import main
+from nanofuse.train.data.corpus import ParquetCorpus
+from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_batch_size_does_not_change_the_rows(corpus, tokenizer):
 def test_tasks_do_not_change_the_rows(corpus, tokenizer, monkeypatch, documents):
     """Row groups hold 25 documents: one task each by default, or several."""
     whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
-    monkeypatch.setattr("train.data.DOCUMENTS_A_TASK", documents)
+    monkeypatch.setattr("nanofuse.train.data.loader.DOCUMENTS_A_TASK", documents)
     parts = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
     assert whole[-1][1].epoch >= 1
     for (rows, state), (same_rows, same_state) in zip(whole, parts, strict=True):

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.packing import BestFitPacker
+from nanofuse.train.data.packing import BestFitPacker
 
 BOS = 0
 

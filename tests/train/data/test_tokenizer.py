@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from model.errors import UserError
+from nanofuse.model.errors import UserError
+from nanofuse.train.data.__main__ import main
+from nanofuse.train.data.corpus import StdlibCorpus
+from nanofuse.train.data.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, train_on_corpus
 from tests.helpers import documents
-from train.corpus import StdlibCorpus
-from train.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, main, train_on_corpus
 
 TEXTS = ["", "the cat", "naïve 日本語 🎉", "x = 12345\n\n\tif y:", "<|bos|> is text here", " " * 9]
 
@@ -114,8 +115,8 @@ def test_training_stops_at_the_character_budget():
 
 def test_command_writes_a_tokenizer(data_dir, capsys):
     (data_dir / "tokenizer.json").unlink()
-    main(["--data", str(data_dir), "--vocab-size", "300"])
+    main(["train-tokenizer", "--data", str(data_dir), "--vocab-size", "300"])
     assert Tokenizer.load(data_dir / "tokenizer.json").vocab_size == 300
     assert "300 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data"):
-        main(["--data", "stdlib"])
+        main(["train-tokenizer", "--data", "stdlib"])

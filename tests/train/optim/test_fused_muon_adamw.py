@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from bench.checks import ON_GPU
-from model.config import GPTConfig
-from model.errors import UserError
-from model.fused import FusedGPT
-from model.gemm import PlainGemm, TorchGemm
-from model.gpt import GPT
+from nanofuse.bench.checks import ON_GPU
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.errors import UserError
+from nanofuse.model.fp8.products import PlainGemm, TorchGemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.helpers import random_model
-from train.fused_optim import FusedMuonAdamW
-from train.optim import MuonAdamW, OptimConfig
 
 DEVICE = "cuda" if ON_GPU else "cpu"  # on a GPU Newton-Schulz runs in fp16
 WEIGHTS_ERROR, STATE_ERROR = (1e-3, 2e-2) if ON_GPU else (1e-4, 1e-4)

@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from model.errors import UserError
-from model.gpt import GPT
+from nanofuse.model.errors import UserError
+from nanofuse.model.gpt import GPT
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.helpers import random_model, small_config
-from train.optim import MuonAdamW, OptimConfig
 
 
 def with_gradients(seed=0, **fields):

@@ -1,0 +1,1 @@
+"""Attention backends behind one call, and the choice between them."""
