@@ -1,4 +1,7 @@
-"""Which attention backend runs, and why: the one asked for, or the first that works here."""
+"""Selects the attention backend: the one named, or the first that passes a self-check here.
+
+The reason for the choice is returned too, for the training log.
+"""
 
 import torch
 
@@ -11,7 +14,7 @@ from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.errors import UserError
 
-CHECKED_BEYOND_WINDOW = 256  # rows of the self-check are this much longer than the window
+CHECKED_BEYOND_WINDOW = 256  # the self-check's sequence exceeds the window by so many positions
 
 BACKENDS = {  # in the order in which "auto" tries them on a GPU
     backend.name: backend
@@ -31,7 +34,7 @@ def forward_and_backward(
     window,
     dtype,
 ):
-    """y, grad_q, grad_k, grad_v of the shapes of `tensors`, computed in `dtype`."""
+    """Run attention in `dtype`: y, grad_q, grad_k, grad_v, each shaped like its tensor."""
     q, k, v, grad_y = (x.to(dtype) for x in tensors)
     y, saved = backend.forward(q, k, v, window)
     return y, *backend.backward(saved, grad_y)
@@ -46,13 +49,14 @@ def _distance(
 
 
 def self_check(backend, device, config):
-    """Largest relative error of a small bf16 forward and backward pass; SDPA in fp64 is the truth.
+    """Largest relative error of `backend` on a small bf16 forward and backward pass.
 
-    Two cases, the shortest window of a GPTConfig and plain causal attention, with its head size
-    and as many query heads to a key head; q, k, v are views of one buffer.
+    The reference is SDPA in fp64. Two cases: the shortest window of `config` (a GPTConfig) and full
+    causal attention, both with its head size and its ratio of query to key heads. q, k, v and
+    grad_y are non-contiguous views of one buffer.
 
     Raises:
-        RuntimeError: an error above twice that of SDPA in bf16, or NaN.
+        RuntimeError: a relative error above twice that of SDPA in bf16, or NaN.
     """
     batch, kv_heads, short = 2, 2, min(config.windows)
     heads = kv_heads * config.n_head // config.n_kv_head
@@ -81,10 +85,10 @@ def self_check(backend, device, config):
 
 
 def _check_gpu(backend):
-    """Refuse a GPU that the backend's library has no kernels for.
+    """Check that the backend's library has kernels for this GPU's compute capability.
 
     Raises:
-        RuntimeError: naming the compute capability.
+        RuntimeError: it has none; the message names the capability needed and the one found.
     """
     lowest, highest = backend.capabilities
     if lowest == (0, 0):
@@ -97,12 +101,12 @@ def _check_gpu(backend):
 
 
 def _line(error):
-    """The first line of an error's message, or its type."""
+    """First line of an error's message; the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _first_that_works(device_type, deterministic, compiled, config):
-    """The first of BACKENDS that runs and agrees with SDPA, and what became of those before it."""
+    """The first of BACKENDS that passes its self-check, and a line on it and each one before it."""
     reasons = []
     for name, backend_class in BACKENDS.items():
         backend = backend_class(deterministic)
@@ -113,7 +117,7 @@ def _first_that_works(device_type, deterministic, compiled, config):
             backend.load()
             _check_gpu(backend)
             distance = self_check(backend, device_type, config)
-        except Exception as error:  # a foreign library may raise anything; the user is told
+        except Exception as error:  # a third-party library may raise anything; goes into the reason
             missing = isinstance(error, ModuleNotFoundError) and backend.is_part(error.name)
             reasons.append(f"{name} is not installed" if missing else f"{name}: {_line(error)}")
         else:
@@ -123,15 +127,18 @@ def _first_that_works(device_type, deterministic, compiled, config):
 
 
 def select_attention(name, device_type, deterministic=False, compiled=False, config=None):
-    """Attention backend and the reason for it, as (object, str); name "auto" picks by device.
+    """The attention backend and the reason for its choice, as (object, str).
 
     Args:
-        deterministic: ask it for a backward pass that gives the same bits every time.
-        compiled: the model around it goes through torch.compile.
-        config: GPTConfig whose heads and windows "auto" tries; depth 4 of the recipe if None.
+        name: a key of BACKENDS, or "auto": the first that works on a GPU, SDPA elsewhere.
+        device_type: "cuda", "cpu", ...
+        deterministic: require a backward pass with the same bits on every run.
+        compiled: the model that calls it goes through torch.compile.
+        config: GPTConfig whose head counts, head size and windows the self-check of "auto" uses;
+            None stands for the recipe's depth 4.
 
     Raises:
-        UserError: an unknown name, or one that cannot run here.
+        UserError: an unknown name, or a backend that cannot run here.
     """
     if name == "auto":
         if device_type != "cuda":
@@ -151,7 +158,7 @@ def select_attention(name, device_type, deterministic=False, compiled=False, con
         )
     try:
         backend.load()
-    except Exception as error:  # a damaged library may raise anything; the user is told
+    except Exception as error:  # a broken install may raise anything
         raise UserError(
             f"--attention {name} needs {backend.title}: {backend.install}; or use --attention auto "
             f"({_line(error)})"

@@ -1,16 +1,18 @@
-"""Matrix products of the fused path behind one interface, with three providers.
+"""The fused pass's matrix products (GEMMs) behind one interface, with three providers.
 
-A linear layer y = x @ w.T has three products, each a method:
+A linear layer y = x @ w.T takes three products, each a method of a provider:
 
     forward       y = x @ w.T        (M, K), (N, K) -> (M, N)
     input_grad    dx = g @ w         (M, N), (N, K) -> (M, K)
     weight_grad   dw += g.T @ x      (M, N), (M, K) -> added to (N, K) in fp32, in place
 
-`off` takes tensors; `te` (Transformer Engine's general GEMM) and `torch` (torch._scaled_mm) take
-FP8Operands that our kernels wrote, both layouts at hand, because Hopper's FP8 products reduce over
-the contiguous dimension of either factor. As in the baseline (model/fp8/linear.py), products that
-reduce over features accumulate fast, and weight gradients, which reduce over all tokens of a
-micro-step, with the split accumulator.
+Provider `off` takes plain bf16 or fp32 tensors. `te` (Transformer Engine's general_gemm) and
+`torch` (torch._scaled_mm) take FP8Operands, which hold a matrix row-major and transposed: Hopper's
+FP8 tensor cores need both operands contiguous along the reduction dimension, and that dimension
+differs between the three products. As in the baseline (model/fp8/linear.py), forward and
+input_grad, which reduce over features, use fast accumulation; weight_grad, which reduces over all
+tokens of a micro-step, promotes its partial sums to fp32 registers (Transformer Engine's split
+accumulator, use_fast_accum=False in torch).
 """
 
 from dataclasses import replace
@@ -22,7 +24,7 @@ from nanofuse.model.errors import UserError
 
 
 class PlainGemm:
-    """Products of bf16 (or fp32) tensors by torch; weight gradients accumulate in fp32."""
+    """Products of bf16 or fp32 tensors by torch; weight gradients accumulate in fp32."""
 
     name, fp8 = "off", False
 
@@ -43,7 +45,7 @@ class PlainGemm:
     def weight_grad(
         self,
         g,  # (M, N)
-        x,  # (M, K), or what `keep` left of it
+        x,  # (M, K), as returned by `keep`
         out,  # (N, K) fp32, added to
     ):
         if out.dtype == g.dtype:
@@ -55,12 +57,14 @@ class PlainGemm:
         self,
         x,  # (M, K)
     ):
-        """What weight_grad needs of x."""
+        """The part of x that weight_grad reads, to be saved for the backward pass: all of it."""
         return x
 
 
 class TorchGemm:
-    """FP8 products by torch._scaled_mm; weight gradients are added in a pass of their own."""
+    """FP8 products by torch._scaled_mm, which cannot accumulate into its output: a weight gradient
+    is computed into a temporary and then added by a second kernel.
+    """
 
     name, fp8 = "torch", True
 
@@ -81,34 +85,41 @@ class TorchGemm:
     def weight_grad(
         self,
         g,  # FP8Operand (M, N)
-        x,  # FP8Operand (M, K), or what `keep` left of it
+        x,  # FP8Operand (M, K), as returned by `keep`
         out,  # (N, K) fp32, added to
     ):
         out += self._product(g.transposed, x.transposed, g, x, torch.float32, fast=False)
 
-    def _product(self, a, b, of_a, of_b, dtype, fast):
-        """a @ b.T of row-major FP8 matrices, with the scales of the operands they belong to."""
-        return torch._scaled_mm(
-            a, b.t(), of_a.inverse_scale, of_b.inverse_scale, out_dtype=dtype, use_fast_accum=fast
-        )
+    def _product(
+        self,
+        a,  # FP8, row-major: one layout of operand_a
+        b,  # FP8, row-major: one layout of operand_b
+        operand_a,  # FP8Operand
+        operand_b,  # FP8Operand
+        dtype,
+        fast,
+    ):
+        """a @ b.T in `dtype`, dequantised with the inverse scales of the two operands."""
+        scales = operand_a.inverse_scale, operand_b.inverse_scale
+        return torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=fast)
 
     def keep(
         self,
         x,  # FP8Operand (M, K)
     ):
-        """What weight_grad needs of x: the transposed copy."""
+        """The part of x that weight_grad reads, to be saved for backward: the transposed layout."""
         return replace(x, data=None)
 
 
 class TransformerEngineGemm:
     """FP8 products by Transformer Engine (https://github.com/NVIDIA/TransformerEngine); weight
-    gradients accumulate inside the product. Raises what the import raises.
+    gradients accumulate in the GEMM's epilogue. Constructing one raises whatever the import raises.
     """
 
     name, fp8 = "te", True
 
     def __init__(self):
-        # transformer_engine.pytorch loads the libraries that transformer_engine_torch links to
+        # import order: transformer_engine.pytorch loads what transformer_engine_torch links to
         from transformer_engine.pytorch.cpp_extensions import general_gemm
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (
             Float8TensorStorage,
@@ -119,6 +130,7 @@ class TransformerEngineGemm:
         self._dtypes = {E4M3: DType.kFloat8E4M3, E5M2: DType.kFloat8E5M2}
 
     def _wrap(self, operand):
+        """An FP8Operand as Transformer Engine's tensor storage; shares its memory."""
         data, transposed = operand.data, operand.transposed
         return self._storage(
             data=None if data is None else data.view(torch.uint8),
@@ -144,7 +156,7 @@ class TransformerEngineGemm:
     def weight_grad(
         self,
         g,  # FP8Operand (M, N)
-        x,  # FP8Operand (M, K), or what `keep` left of it
+        x,  # FP8Operand (M, K), as returned by `keep`
         out,  # (N, K) fp32, added to
     ):
         self._gemm(
@@ -162,11 +174,11 @@ class TransformerEngineGemm:
 
 
 PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
-MENDS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch", "torch": "use --fp8 off"}
+HINTS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch", "torch": "use --fp8 off"}
 
 
 def make_gemm(provider):
-    """The products of one of PROVIDERS.
+    """An instance of the provider named `provider`, a key of PROVIDERS.
 
     Raises:
         UserError: its library is not installed, or does not load.
@@ -174,8 +186,8 @@ def make_gemm(provider):
     products = PROVIDERS[provider]
     try:
         return products()
-    except Exception as error:  # a damaged library may raise anything; the user is told
+    except Exception as error:  # a broken install may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--fp8 {provider} needs a library that does not load ({reason}); {MENDS[provider]}"
+            f"--fp8 {provider} needs a library that does not load ({reason}); {HINTS[provider]}"
         ) from error
