@@ -1,0 +1,131 @@
+"""This tree's training step against another commit's, taking turns on one GPU.
+
+    python -m bench.against REVISION [--depth 16] [--rounds 20] [--fp8 auto] [--json FILE]
+
+REVISION is a commit, which is checked out into a temporary worktree, or a folder that holds another
+tree. Each tree runs its own bench/step_worker.py in a process of its own; both keep their models in
+the GPU's memory and take one step each in turn, the first of a round changing from round to round.
+Printed are the medians, and the median of the rounds' differences with a 95 % interval from
+resampled rounds.
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from nanofuse.model.errors import UserError
+from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.files import write_text_atomically
+
+ROOT = Path(__file__).parent.parent
+RESAMPLES = 2000
+
+
+@contextmanager
+def checked_out(revision):
+    """The folder of a tree: `revision` itself if it is a folder, else a temporary worktree.
+
+    Raises:
+        UserError: no such commit.
+    """
+    if Path(revision).is_dir():
+        yield Path(revision).resolve()
+        return
+    git = ["git", "-C", str(ROOT), "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        added = subprocess.run(
+            [*git, "add", "--quiet", "--detach", str(tree), revision],
+            capture_output=True,
+            text=True,
+        )
+        if added.returncode:
+            raise UserError(f"{revision} is neither a folder nor a commit of this repository")
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+class Worker:
+    """A tree's step_worker in a process of its own."""
+
+    def __init__(self, tree, options):
+        self.tree = tree
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.step_worker", *options],
+            cwd=tree,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = json.loads(self._answer())
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the step of {self.tree} ended with an error, printed above")
+        return line
+
+    def step(self):
+        """Milliseconds of one step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def difference(ours, theirs, seed=0):
+    """Median of the rounds' relative differences ours / theirs - 1, and its 95 % interval."""
+    ratios = [a / b - 1 for a, b in zip(ours, theirs, strict=True)]
+    draw = random.Random(seed)
+    medians = sorted(
+        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES)
+    )
+    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    return statistics.median(ratios), (low, high)
+
+
+def main(argv=None):
+    parser = CommandParser(prog="python -m bench.against", description=__doc__.splitlines()[0])
+    parser.add_argument("revision", metavar="REVISION", help="a commit, or a tree's folder")
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=32, help="rows of a micro-step [32]")
+    parser.add_argument("--backend", default="fused", choices=["fused", "compile", "eager"])
+    parser.add_argument("--fp8", default="auto", help="as train.run's; off is bf16")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round's times")
+    args = parser.parse_args(argv)
+    if args.rounds < 2:
+        raise UserError(f"--rounds must be at least 2, got {args.rounds}")
+    options = [f"--{n}={getattr(args, n)}" for n in ("depth", "rows", "backend", "fp8")]
+    times = {"ours": [], "theirs": []}
+    with checked_out(args.revision) as tree, ExitStack() as stack:
+        workers = {}
+        for name, folder in (("ours", ROOT), ("theirs", tree)):
+            workers[name] = Worker(folder, options)
+            stack.callback(workers[name].close)
+            print(f"{name}: {'; '.join(workers[name].facts)}", flush=True)
+        for index in range(args.rounds):
+            for name in sorted(workers, reverse=index % 2 == 1):
+                times[name].append(workers[name].step())
+    middle, (low, high) = difference(times["ours"], times["theirs"])
+    for name, values in times.items():
+        print(f"{name}: {statistics.median(values):.1f} ms, {min(values):.1f} to {max(values):.1f}")
+    print(f"ours against {args.revision}: {middle:+.2%} ({low:+.2%} to {high:+.2%})")
+    if args.json:
+        facts = {name: worker.facts for name, worker in workers.items()}
+        result = {"against": args.revision, "options": options, "facts": facts, "ms": times}
+        write_text_atomically(args.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

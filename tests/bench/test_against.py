@@ -1,0 +1,64 @@
+"""bench.against: two trees take turns, and the figures are those of the rounds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanofuse.bench import against
+from nanofuse.bench.against import difference, main
+from nanofuse.model.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--depth", "1", "--backend", "eager", "--rounds", "3"]
+
+
+def test_a_tree_against_itself(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    main([str(ROOT), *TINY, "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert [len(result["ms"][name]) for name in ("ours", "theirs")] == [3, 3]
+    assert result["facts"]["ours"] == result["facts"]["theirs"]
+    assert f"ours against {ROOT}: " in capsys.readouterr().out
+
+
+def test_the_first_of_a_round_changes(monkeypatch):
+    calls = []
+
+    class Fake:
+        facts = []
+
+        def __init__(self, tree, options):
+            self.name = "theirs" if tree != ROOT else "ours"
+
+        def step(self):
+            calls.append(self.name)
+            return 1.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(against, "Worker", Fake)
+    main([str(ROOT / "bench"), "--rounds", "2"])
+    assert calls == ["ours", "theirs", "theirs", "ours"]
+
+
+def test_difference_is_the_rounds_median():
+    middle, (low, high) = difference([11.0, 22.0, 36.0], [10.0, 20.0, 30.0])
+    assert middle == pytest.approx(0.1) and low <= middle <= high
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["nonsense"], "neither a folder nor a commit"), ([".", "--rounds", "1"], "--rounds")],
+)
+def test_bad_input_is_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_a_worker_that_fails_is_named(capfd):
+    with pytest.raises(UserError, match="ended with an error"):
+        main([str(ROOT), "--depth", "-1", "--backend", "eager"])
+    assert "depth" in capfd.readouterr().err
