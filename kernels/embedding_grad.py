@@ -1,17 +1,18 @@
 """Gradient of an embedding table from the gradients of its looked-up rows.
 
-    table_grad[r] += scale * sum of grad_rows[n] over all n with indices[n] == r
+    table_grad[r] += sum of grad_rows[n] over all positions n with indices[n] == r
 
-`sort_rows` orders the positions by row once per micro-step: every table that is indexed by the
-same tokens shares the order. Equal rows are then segments of the sorted positions. A program sums
-L consecutive ones: a segment wholly inside goes straight into the table; the sums of a segment
-that enters from the block before or leaves into the next are partial, and go to a buffer, from
-which the block where the segment starts collects them in a second kernel. No atomics: the order of
-every sum is fixed. Rows that do not occur are neither read nor written.
+`sort_rows` sorts the positions by table row, once per micro-step: all tables that are indexed by
+the same tokens share the order. Equal rows then form segments of the sorted positions. A program
+of the first kernel walks over a block of L consecutive sorted positions. It accumulates a segment
+that lies inside its block straight into the table. A segment that spans blocks gets one partial sum
+per block, kept in a buffer; the second kernel adds these up, in one program per block, for the
+segment that starts there and runs on. No atomics: the order of every sum is fixed. Table rows that
+are not looked up are neither read nor written.
 
 Bytes for N positions of width C at s bytes and D distinct rows at t bytes: N*C*s read, and D*C*t
-read and written; partial sums add at most 16*N*C/L. FLOPs: N*C. The serial counterpart is
-torch.embedding_dense_backward, which writes a dense gradient that must still be added.
+read and written; partial sums add at most 16*N*C/L. FLOPs: N*C. PyTorch's counterpart is
+torch.embedding_dense_backward, which writes a dense gradient that autograd must then add.
 """
 
 from dataclasses import dataclass
@@ -23,38 +24,34 @@ import triton.language as tl
 from nanofuse.kernels.bigram_rows import bigram_rows
 from nanofuse.kernels.common.tuning import Tile, tuned
 
-TILE = Tile(rows=64, cols=256, warps=1)  # one 16-byte bf16 load per lane and row
-SPAN_TILE = Tile(rows=64, cols=128, warps=4)  # partial sums added at once
+TILE = Tile(rows=64, cols=256, warps=1)  # rows: L; cols: one 16-byte bf16 load per lane and row
+SPAN_TILE = Tile(rows=64, cols=128, warps=4)  # rows: partial sums loaded and added at once
 
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Positions ordered by the table row that they look up; equal rows keep their order."""
+    """Positions sorted by the table row that they look up (stable: equal rows keep their order)."""
 
     rows: torch.Tensor  # (N,) int32, ascending
-    order: torch.Tensor  # (N,) int32: the position that rows[i] comes from
-    num_rows: int  # rows of the table
+    order: torch.Tensor  # (N,) int32: the position that looks up rows[i]
+    num_rows: int  # rows of the table, R
 
 
 def embedding_grad_ref(
     grad_rows,  # (N, C)
     indices,  # (N,) or (B, T) integer
     table_grad,  # (R, C); not written
-    scale=None,  # number, or one-element tensor
 ):
-    """New (R, C) gradient of the table: table_grad plus the scaled rows, in table_grad's dtype."""
-    rows = grad_rows.to(table_grad.dtype)
-    if scale is not None:
-        rows = rows * scale
-    return table_grad.index_add(0, indices.flatten(), rows)
+    """table_grad plus the rows of grad_rows, each at its index; new (R, C), table_grad's dtype."""
+    return table_grad.index_add(0, indices.flatten(), grad_rows.to(table_grad.dtype))
 
 
 @triton.jit
 def _load_position(
-    i,  # sorted position
+    i,  # index into the sorted positions
     stop,  # end of the block
-    previous,  # row before the block, -1 at the start
-    following,  # row after the block, -1 at the end
+    previous,  # table row of the last position before the block, -1 without one
+    following,  # table row of the first position after the block, -1 without one
     rows_ptr,  # (N,) int32
     order_ptr,  # (N,) int32
     grad_ptr,  # (N, C), rows grad_stride apart
@@ -65,7 +62,13 @@ def _load_position(
     C,
     col,  # (BC,)
 ):
-    """Gradient row of position i, where its segment goes if it ends here, and what is there."""
+    """Load what `_fold` needs of sorted position i.
+
+    Returns its gradient row (BC,); of the table row that it looks up the old values (BC,) and
+    pointers (BC,); the width to store there: C if its segment ends here and is whole, else 0;
+    whether the segment ends here; whether its sum is a partial one, for the buffer; and whether it
+    started in this block.
+    """
     valid = i < stop
     row = tl.load(rows_ptr + i, mask=valid, other=-1)
     after = tl.load(rows_ptr + i + 1, mask=i + 1 < stop, other=-1)
@@ -83,21 +86,21 @@ def _load_position(
 @triton.jit
 def _fold(
     acc,  # (BC,) fp32 sum of the segment so far
-    x,  # (BC,)
-    old,  # (BC,)
+    x,  # (BC,) gradient row
+    old,  # (BC,) the table's values
     target,  # (BC,) pointers into the table
-    width,  # C if the segment ends here and goes to the table, else 0
-    ends,
-    spans,  # the segment ends here and goes to the partial sums
-    slot,  # 0: it began in an earlier block; 1: it begins in this one
+    width,  # C if the segment ends here and is whole, so that its sum goes to the table, else 0
+    ends,  # the segment ends here, or the block does
+    spans,  # it ends here and its sum is partial: it goes to the buffer
+    slot,  # of the buffer; 0: the segment began in an earlier block, 1: in this one
     partial_ptr,  # (2, C) fp32 of this block
-    scale,
     C,
     col,  # (BC,)
 ):
-    """Add one row to the running sum; store the sum where a segment ends, and start anew."""
+    """Accumulate one gradient row; where its segment ends, store the sum. Returns acc (BC,), reset
+    to 0 at the end of a segment."""
     acc += x.to(tl.float32)
-    total = old.to(tl.float32) + scale * acc
+    total = old.to(tl.float32) + acc
     tl.store(target, total.to(target.dtype.element_ty), mask=col < width)
     if spans:
         tl.store(partial_ptr + slot.to(tl.int32) * C + col, acc, mask=col < C)
@@ -111,7 +114,6 @@ def _embedding_grad_kernel(
     order_ptr,  # (N,) int32
     table_ptr,  # (R, C), rows table_stride apart
     partial_ptr,  # (blocks, 2, C) fp32
-    scale_ptr,  # (1,) fp32, or None
     N,
     R,
     C,
@@ -127,11 +129,8 @@ def _embedding_grad_kernel(
     previous = tl.load(rows_ptr + start - 1, mask=start > 0, other=-1)
     following = tl.load(rows_ptr + stop, mask=stop < N, other=-1)
     partial_ptr += 2 * block.to(tl.int64) * C
-    scale = 1.0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
     acc = tl.zeros((BC,), tl.float32)
-    for i in range(start, stop, 4):  # four rows of the gradient and of the table in flight
+    for i in range(start, stop, 4):  # loads of four gradient and four table rows in flight
         x0, old0, to0, width0, ends0, spans0, slot0 = _load_position(
             i, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
             R, grad_stride, table_stride, C, col,
@@ -148,10 +147,10 @@ def _embedding_grad_kernel(
             i + 3, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
             R, grad_stride, table_stride, C, col,
         )  # fmt: skip
-        acc = _fold(acc, x0, old0, to0, width0, ends0, spans0, slot0, partial_ptr, scale, C, col)
-        acc = _fold(acc, x1, old1, to1, width1, ends1, spans1, slot1, partial_ptr, scale, C, col)
-        acc = _fold(acc, x2, old2, to2, width2, ends2, spans2, slot2, partial_ptr, scale, C, col)
-        acc = _fold(acc, x3, old3, to3, width3, ends3, spans3, slot3, partial_ptr, scale, C, col)
+        acc = _fold(acc, x0, old0, to0, width0, ends0, spans0, slot0, partial_ptr, C, col)
+        acc = _fold(acc, x1, old1, to1, width1, ends1, spans1, slot1, partial_ptr, C, col)
+        acc = _fold(acc, x2, old2, to2, width2, ends2, spans2, slot2, partial_ptr, C, col)
+        acc = _fold(acc, x3, old3, to3, width3, ends3, spans3, slot3, partial_ptr, C, col)
 
 
 @triton.jit
@@ -159,7 +158,6 @@ def _spanning_segments_kernel(
     rows_ptr,  # (N,) int32
     table_ptr,  # (R, C), rows table_stride apart
     partial_ptr,  # (blocks, 2, C) fp32
-    scale_ptr,  # (1,) fp32, or None
     R,
     C,
     table_stride,
@@ -168,7 +166,8 @@ def _spanning_segments_kernel(
     BB: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """The segment that starts inside block program_id(0) and leaves it, if there is one."""
+    """If a segment starts inside block program_id(0) and runs on into the next, add up its partial
+    sums and accumulate them into its table row; BC columns a program."""
     block = tl.program_id(0)
     row = tl.load(rows_ptr + block * L + L - 1)
     following = tl.load(rows_ptr + block * L + L)
@@ -187,8 +186,6 @@ def _spanning_segments_kernel(
             k = tl.where(tl.sum(same.to(tl.int32)) == BB, k + BB, blocks)
         first = partial_ptr + (2 * block.to(tl.int64) + 1) * C + col
         total = tl.load(first, mask=inside, other=0.0) + tl.sum(acc, axis=0)
-        if scale_ptr is not None:
-            total *= tl.load(scale_ptr)
         target = table_ptr + row.to(tl.int64) * table_stride + col
         total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
         tl.store(target, total.to(target.dtype.element_ty), mask=inside)
@@ -201,24 +198,23 @@ def sort_rows(
     """SortedRows of a batch of look-ups into a table of `num_rows` rows.
 
     Raises:
-        ValueError: indices are not integers, or num_rows or their number is beyond int32.
+        ValueError: indices are not integers, or num_rows or the number of indices exceeds int32.
     """
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"table rows must be integers, not {indices.dtype}")
     if not 0 < num_rows < 2**31 or indices.numel() >= 2**31:
         raise ValueError("a table and its look-ups may have 1 to 2^31 - 1 rows")
-    rows = indices.flatten().clamp(-1, num_rows)  # before int32 folds an index onto a real row
+    rows = indices.flatten().clamp(-1, num_rows)  # before int32 wraps an index onto a real row
     rows, order = rows.to(torch.int32).sort(stable=True)
     return SortedRows(rows, order.to(torch.int32), num_rows)
 
 
 def embedding_grad(
     grad_rows,  # (N, C) bf16 or fp32, stride 1 along the rows
-    sorted_rows,
+    sorted_rows,  # SortedRows of the N positions
     table_grad,  # (R, C) bf16 or fp32, stride 1 along the rows; accumulated into
-    scale=None,  # (1,) or () fp32 tensor, or None for 1
 ):
-    """Add the gradient rows of every look-up to `table_grad` in place; returns table_grad.
+    """Accumulate the gradient row of every look-up into `table_grad`, in place; returns table_grad.
 
     Sums are in fp32 and rounded once, at the store. Look-ups outside of [0, R) are skipped.
 
@@ -235,8 +231,6 @@ def embedding_grad(
             raise ValueError(f"{name} must have shape {size}, not {tuple(x.shape)}")
         if x.size(1) > 1 and x.stride(1) != 1:
             raise ValueError(f"{name} must have contiguous rows; call .contiguous() on it")
-    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
-        raise ValueError("scale must be one fp32 value in a tensor")
     if grad_rows.numel() == 0:
         return table_grad
     cols = grad_rows.size(1)
@@ -250,7 +244,6 @@ def embedding_grad(
         sorted_rows.order,
         table_grad,
         partial,
-        scale,
         positions,
         rows,
         cols,
@@ -265,7 +258,6 @@ def embedding_grad(
             sorted_rows.rows,
             table_grad,
             partial,
-            scale,
             rows,
             cols,
             table_grad.stride(0),
@@ -282,13 +274,15 @@ def bigram_table_grad(
     tokens,  # (B, T) integer, contiguous
     grad_rows,  # (B*T, C) bf16 or fp32, stride 1 along the rows
     table_grad,  # (R, C) bf16 or fp32; accumulated into
-    scale=None,  # (1,) or () fp32 tensor, or None for 1
 ):
-    """Add the gradient of the bigram embeddings of `tokens` to `table_grad`; returns table_grad.
+    """Accumulate the gradient of the bigram table into `table_grad`, in place; returns table_grad.
+
+    Row n of grad_rows is the gradient of position n's bigram embedding, whose table row is the hash
+    of the position's tokens (kernels/bigram_rows.py).
 
     Raises:
         ValueError: as `embedding_grad`; tokens are not contiguous; a table has fewer than 2 rows.
     """
     rows = table_grad.size(0)
     sorted_rows = sort_rows(bigram_rows(tokens, rows), rows)
-    return embedding_grad(grad_rows, sorted_rows, table_grad, scale)
+    return embedding_grad(grad_rows, sorted_rows, table_grad)

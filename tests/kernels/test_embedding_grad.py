@@ -18,7 +18,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 8 positions and 2 parts, so that short inputs span many of both."""
+    """Blocks of 8 positions, 2 partial sums at a time, so that short inputs need many of both."""
     if not ON_GPU:
         monkeypatch.setattr(module, "TILE", Tile(rows=8, cols=128, warps=1))
         monkeypatch.setattr(module, "SPAN_TILE", Tile(rows=2, cols=128, warps=4))
@@ -43,7 +43,7 @@ PATTERNS = {
 
 
 def case(pattern, num, cols, dtype, table_dtype, device):
-    """Gradient rows, look-ups, a gradient table, and the rows that do not occur."""
+    """Gradient rows, look-ups, a gradient table, and a mask of the rows that are not looked up."""
     indices = PATTERNS[pattern](num, device)
     table_rows = max(int(indices.max()) + 2, 4)
     grad_rows = torch.randn(num, cols, device=device).to(dtype)
@@ -53,13 +53,13 @@ def case(pattern, num, cols, dtype, table_dtype, device):
     return grad_rows, indices, table, absent
 
 
-def check(name, grad_rows, indices, table, absent, scale=None):
-    """Kernel against fp64, with NaN in the rows that do not occur; they must keep their bits."""
-    exact = embedding_grad_ref(grad_rows.double(), indices, table.double(), scale)
-    same_dtype = embedding_grad_ref(grad_rows, indices, table, scale)
+def check(name, grad_rows, indices, table, absent):
+    """Kernel against fp64. Table rows that are not looked up hold NaN, and must keep it."""
+    exact = embedding_grad_ref(grad_rows.double(), indices, table.double())
+    same_dtype = embedding_grad_ref(grad_rows, indices, table)
     got = table.clone()
     got[absent] = NAN
-    embedding_grad(grad_rows, sort_rows(indices, table.size(0)), got, scale)
+    embedding_grad(grad_rows, sort_rows(indices, table.size(0)), got)
     assert got[absent].isnan().all()
     assert_accurate(name, got[~absent], same_dtype[~absent], exact[~absent])
 
@@ -75,11 +75,6 @@ def test_patterns(pattern, num, device):
 @pytest.mark.parametrize("table_dtype", DTYPES)
 def test_widths_and_dtypes(cols, dtype, table_dtype, device):
     check("random", *case("random", 33, cols, dtype, table_dtype, device))
-
-
-def test_the_scale_multiplies_the_sum_of_inner_and_spanning_segments(device):
-    scale = torch.tensor([-0.37], device=device)
-    check("scaled", *case("runs of 16", 127, 24, torch.float32, torch.float32, device), scale)
 
 
 def test_a_table_of_one_row(device):
@@ -138,8 +133,6 @@ def test_what_does_not_fit_is_refused(device):
         embedding_grad(x, sorted_rows, table[:4])
     with pytest.raises(ValueError, match="table_grad must have shape"):
         embedding_grad(x, sorted_rows, table[:, :3])
-    with pytest.raises(ValueError, match="one fp32 value"):
-        embedding_grad(x, sorted_rows, table, torch.ones(2, device=device))
     with pytest.raises(ValueError, match="integers"):
         sort_rows(indices.float(), 5)
     with pytest.raises(ValueError, match="1 to 2"):
@@ -186,11 +179,10 @@ def test_bigram_gradient_includes_the_reserved_row(device):
     tokens = torch.randint(5, (3, 17), device=device)
     grad_rows = torch.randn(51, 24, device=device)
     table = torch.randn(11, 24, device=device)
-    scale = torch.tensor(0.5, device=device)
     rows = bigram_rows_ref(tokens, 11)
-    expected = embedding_grad_ref(grad_rows, rows, table, scale)
+    expected = embedding_grad_ref(grad_rows, rows, table)
     assert (rows == 10).sum() == 3
-    assert bigram_table_grad(tokens, grad_rows, table, scale) is table
+    assert bigram_table_grad(tokens, grad_rows, table) is table
     torch.testing.assert_close(table, expected)
 
 
