@@ -3,14 +3,15 @@
     p <- p * (1 - lr*wd);  m <- lerp(m, g, 1 - b1);  v <- lerp(v, g^2, 1 - b2)
     p <- p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Arithmetic is fp32 or wider whatever the storage. Bytes, n elements of s bytes: 7*n*s
-(p, m, v read and written, g read), 8*n*s where the gradient is cleared. FLOPs: 16 per element.
+Arithmetic is fp32 or wider whatever the storage dtype. Bytes, n elements of s bytes: 7*n*s
+(p, m, v read and written, g read), 8*n*s if the gradient is cleared too. FLOPs: 16 per element.
 
-`adamw` updates a whole list of tensors in one launch per pair of storage dtypes. A table with one
-row per block of elements says where the block's four arrays lie; it is built once. What changes
-from step to step (the schedule's factor and the step count) is read from device memory, so that a
-CUDA graph replays with new values; a launch of one program turns it into the scalars of each
-tensor, with 1 - b^t in fp64, where the subtraction costs no digits.
+`adamw` updates a whole list of tensors with one launch per pair of parameter and gradient dtype.
+The launch reads a table, built once, with a row per block of elements that holds the addresses of
+the block's p, g, m and v. What changes from step to step (learning-rate multiplier and step count)
+is read from device memory, so that a CUDA graph can be replayed with new values: a launch of a
+single program first computes the step's scalars of every tensor from it, with 1 - b^t in fp64,
+where the subtraction does not cancel.
 """
 
 from dataclasses import astuple, dataclass
@@ -22,12 +23,12 @@ import triton.language as tl
 from nanofuse.kernels.common.tuning import tuned
 
 STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-VECTOR_BYTES = 16  # widest access of one thread
+VECTOR_BYTES = 16  # widest load or store of a lane
 
 
 @dataclass(frozen=True)
 class AdamWHyper:
-    """Hyperparameters of one tensor; `lr` is multiplied by the schedule's lr_mult."""
+    """Hyperparameters of one tensor; the schedule's lr_mult multiplies `lr`."""
 
     lr: float
     beta1: float
@@ -38,7 +39,7 @@ class AdamWHyper:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """Bytes of a parameter that one program updates, and its warps."""
+    """Bytes of a parameter that one program updates, and the program's warps."""
 
     block_bytes: int = 8192
     warps: int = 8
@@ -56,7 +57,7 @@ def adamw_ref(
     weight_decay,  # ()
     step,  # (), 1 at the first update
 ):
-    """Update one tensor and its two moments."""
+    """AdamW step of one tensor: updates it and its two moments in place."""
     wide = torch.promote_types(param.dtype, torch.float32)
     g = grad.to(wide)
     m = exp_avg.to(wide).lerp(g, 1 - beta1)
@@ -76,7 +77,8 @@ def _adamw_scalars_kernel(
     T,
     BT: tl.constexpr,
 ):
-    """What `_adamw_block` needs of each tensor at this step."""
+    """Compute each tensor's scalars of this step: 1 - beta1, 1 - beta2, lr / bias1,
+    1 / sqrt(bias2), eps, lr * weight_decay, where bias = 1 - beta^step."""
     t = tl.arange(0, BT)
     ok = t < T
     lr_mult = tl.load(schedule_ptr).to(tl.float64)
@@ -103,17 +105,18 @@ def _adamw_block(
     m_ptr,  # (BLOCK,)
     v_ptr,  # (BLOCK,)
     scalars_ptr,  # (6,) fp32, a row of _adamw_scalars_kernel's output
-    mask,  # (BLOCK,), or None for a whole block: no mask keeps the accesses 16 bytes wide
+    mask,  # (BLOCK,), or None for a full block, whose loads then stay 16 bytes wide
     CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """AdamW step of one block, in place; with CLEAR its gradient becomes 0."""
     i = tl.arange(0, BLOCK)
     g = tl.load(g_ptr + i, mask=mask).to(tl.float32)
     m = tl.load(m_ptr + i, mask=mask).to(tl.float32)
     v = tl.load(v_ptr + i, mask=mask).to(tl.float32)
     p = tl.load(p_ptr + i, mask=mask).to(tl.float32)
     w1, w2 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
-    m = (m - w1 * m) + w1 * g  # m + w1 * (g - m) would cancel where w1 is near 1
+    m = (m - w1 * m) + w1 * g  # in m + w1 * (g - m), g - m would cancel where w1 is near 1
     v = (v - w2 * v) + w2 * (g * g)
     denominator = tl.sqrt(v) * tl.load(scalars_ptr + 3) + tl.load(scalars_ptr + 4)
     update = tl.load(scalars_ptr + 2) * m / denominator
@@ -149,7 +152,12 @@ def _adamw_kernel(
 
 
 def _block_table(quadruples, block):
-    """Rows of `_adamw_kernel`'s blocks_ptr for [(index, (p, g, m, v))], on the CPU."""
+    """The table that `_adamw_kernel` reads as blocks_ptr, (B, 6) int64 on the CPU.
+
+    Args:
+        quadruples: [(index of the tensor, (p, g, m, v))].
+        block: elements of a block.
+    """
     rows = []
     for index, tensors in quadruples:
         count = tensors[0].numel()
@@ -161,15 +169,15 @@ def _block_table(quadruples, block):
 
 
 class AdamWTensors:
-    """Tensors that `adamw` updates together, with the tables that its launches read.
+    """Tensors that `adamw` updates together, and the tables of addresses that its launches read.
 
-    Keeps references to the tensors: their storage must stay where it is.
+    The tensors' storage must not move as long as this object is used; it keeps them alive.
 
     Args:
-        params: tensors of any shape, fp32 or bf16, contiguous, all on one device.
-        grads: a gradient for each, of its shape, fp32 or bf16.
-        exp_avgs, exp_avg_sqs: both moments of each, of its shape and dtype.
-        hypers: an AdamWHyper for each.
+        params: parameters of any shape, fp32 or bf16, contiguous, all on one device.
+        grads: the gradient of each parameter, of its shape, fp32 or bf16.
+        exp_avgs, exp_avg_sqs: first and second moment of each, of its shape and dtype.
+        hypers: the AdamWHyper of each.
 
     Raises:
         ValueError: lists of different lengths or empty; a shape, dtype, device, layout or
@@ -222,7 +230,7 @@ class AdamWTensors:
             raise ValueError(f"tensor {index}: betas must be in [0, 1), got {hyper}")
 
     def check_addresses(self):
-        """Host-side check that the tables still describe the tensors.
+        """Check on the host that the tables still hold the tensors' addresses.
 
         Raises:
             ValueError: a tensor's storage moved, or a parameter's .grad is not the registered one.
@@ -239,9 +247,9 @@ class AdamWTensors:
 
 
 def adamw_schedule(lr_mult, step, device):
-    """(2,) fp32 tensor that `adamw` reads: factor on every lr, and the step (1 at the first).
+    """The (2,) fp32 tensor that `adamw` reads: multiplier of every lr, and step (the first is 1).
 
-    The copy to a GPU comes from pinned memory, so that the host does not wait for it.
+    It is copied to a GPU from pinned memory, asynchronously.
     """
     pinned = torch.device(device).type == "cuda"
     schedule = torch.tensor([lr_mult, step], dtype=torch.float32, pin_memory=pinned)
@@ -253,9 +261,12 @@ def adamw(
     schedule,  # (2,) fp32: lr_mult, step
     clear_grad=False,
 ):
-    """One AdamW step of an AdamWTensors, in place; `clear_grad` zeroes the gradients as it goes.
+    """One AdamW step of all tensors of an AdamWTensors, in place.
 
-    A CUDA graph that holds it follows what is copied into `schedule` and into `tensors.hyper`.
+    A CUDA graph of this call reads `schedule` and `tensors.hyper` anew at every replay.
+
+    Args:
+        clear_grad: set every gradient to zero after it is read.
 
     Raises:
         ValueError: schedule is not (2,) fp32; a tensor moved (AdamWTensors.check_addresses).

@@ -1,8 +1,8 @@
-"""Rows of the hashed bigram table.
+"""Row of the bigram embedding table for every position: a hash of its token and the one before.
 
     row_t = ((36313 * tok_t) XOR (27191 * tok_{t-1})) mod (rows - 1),   row_0 = rows - 1
 
-The last row of the table is reserved for positions without a previous token. Recipe:
+The table's last row is reserved for positions without a previous token. Recipe:
 karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747); hash constants as in
 modded-nanogpt's bigram table. Bytes: one token read, one row written per position.
 """
@@ -25,7 +25,7 @@ def bigram_rows_ref(
     """Table row of every position, (B, T) int64 in [0, num_rows); num_rows - 1 is the reserved row.
 
     Raises:
-        ValueError: num_rows < 2, which leaves no row to hash to.
+        ValueError: num_rows < 2: beside the reserved row there is none to hash to.
     """
     if num_rows < 2:
         raise ValueError(f"a bigram table needs at least 2 rows, got {num_rows}")
@@ -91,7 +91,11 @@ def bigram_rows(
     tokens,  # (B, T) integer, contiguous
     num_rows,
 ):
-    """Table row of every position of whole rows, (B, T) int32; bigram_rows_ref on the GPU."""
+    """Table row of every position, (B, T) int32: bigram_rows_ref in a kernel, without prev_token.
+
+    Raises:
+        ValueError: num_rows < 2, or tokens are not contiguous.
+    """
     if num_rows < 2:
         raise ValueError(f"a bigram table needs at least 2 rows, got {num_rows}")
     if not tokens.is_contiguous():

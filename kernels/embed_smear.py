@@ -1,17 +1,19 @@
-"""Smear: mix the previous position's embedding into each position (karpathy/nanochat at dc54a1a).
+"""Token embedding, RMSNorm and smear, which adds to each position a gated share of the previous
+position's normalised embedding (karpathy/nanochat at dc54a1a).
 
     n_t = rms_norm(wte[token_t]);   gate_t = W . n_t[:G]
     y_t = n_t + smear_lambda * sigmoid(gate_t) * n_{t-1},        y_0 = n_0
 
-`embed_smear` does all of it in one kernel, forward and backward. With g the gradient of y,
-s = sigmoid(gate) and q_t = g_t . n_{t-1}:
+`embed_smear` computes all of it in one kernel, forward and backward. With g the upstream gradient
+(of y), s = sigmoid(gate) and q_t = g_t . n_{t-1}:
 
     grad gate_t = smear_lambda * s_t * (1 - s_t) * q_t,      grad smear_lambda = sum_t s_t * q_t
     grad n_t    = g_t + smear_lambda * s_{t+1} * g_{t+1} + grad gate_t * W
 
-and the gradient of n_t goes through the norm to the table's row. Bytes, N positions of width C at
-s bytes: forward 2*N*C*s, backward 3*N*C*s (a neighbour's row comes from cache). FLOPs: about 8
-forward, 15 backward per element.
+and the backward pass of the norm turns grad n_t into the gradient of the looked-up table row, which
+kernels/embedding_grad.py adds up by token. Bytes, N positions of width C at s bytes: forward
+2*N*C*s, backward 3*N*C*s (rows of neighbouring positions hit in the cache). FLOPs: about 8 forward,
+15 backward per element.
 """
 
 import torch
@@ -32,7 +34,7 @@ def smear_ref(
     smear_lambda,  # (1,)
     prev_embedding=None,  # (B, D): x before x[:, 0], or None at the start of a row
 ):
-    """Smeared stream, (B, T, D) in x's dtype; position 0 is unchanged without prev_embedding."""
+    """Smeared embeddings, (B, T, D) in x's dtype; without prev_embedding x[:, 0] is unchanged."""
     scale = smear_lambda.to(x.dtype) * torch.sigmoid(gate)  # (B, T, 1)
     if prev_embedding is None:
         return torch.cat([x[:, :1], x[:, 1:] + scale[:, 1:] * x[:, :-1]], dim=1)
@@ -46,7 +48,7 @@ def embed_smear_ref(
     gate_weight,  # (1, G)
     smear_lambda,  # (1,)
 ):
-    """Embedding, norm, gate and smear, (B, T, C) in the table's dtype."""
+    """Token embedding, RMSNorm and smear, (B, T, C) in the table's dtype."""
     x = rms_norm_ref(F.embedding(tokens, table))
     gate = F.linear(x[..., : gate_weight.size(1)], gate_weight.to(x.dtype))
     return smear_ref(x, gate, smear_lambda)
@@ -61,7 +63,8 @@ def _normed_rows(
     C,
     eps,
 ):
-    """Normalised table rows (BM, BC) fp32, the same rounded to the table's dtype, rstd (BM,)."""
+    """Look up and normalise table rows: the result (BM, BC) in fp32, the same rounded to the
+    table's dtype (BM, BC), and the inverse root mean squares rstd (BM,)."""
     e = tl.load(table_ptr + tokens[:, None] * C + cols[None, :], mask=ok, other=0.0)
     e = e.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(e * e, axis=1) / C + eps)
@@ -76,7 +79,7 @@ def _embed_smear_fwd_kernel(
     weight_ptr,  # (G,)
     lambda_ptr,  # (1,)
     y_ptr,  # (N, C)
-    gate_ptr,  # (N,) fp32: sigmoid of the gate
+    gate_ptr,  # (N,) fp32: sigmoid(gate), written
     N,
     C,
     T,
@@ -109,9 +112,9 @@ def _embed_smear_bwd_kernel(
     table_ptr,  # (V, C)
     weight_ptr,  # (G,)
     lambda_ptr,  # (1,)
-    gate_ptr,  # (N,) fp32
+    gate_ptr,  # (N,) fp32: sigmoid(gate), from the forward pass
     grad_rows_ptr,  # (N, C) gradient of the looked-up rows
-    partial_ptr,  # (programs, G + 1) fp32: of the gate's weight, of the lambda
+    partial_ptr,  # (programs, G + 1) fp32: gradients of gate_weight (G) and smear_lambda (1)
     N,
     C,
     T,
@@ -137,19 +140,24 @@ def _embed_smear_bwd_kernel(
     smear_lambda = tl.load(lambda_ptr).to(tl.float32)
     gate = tl.load(gate_ptr + rows, mask=row_ok, other=0.0)  # (BM,)
     gate_after = tl.load(gate_ptr + rows + 1, mask=after_ok, other=0.0)
-    of_scale = tl.sum(grad * previous, axis=1)  # (BM,), 0 at first positions
-    of_gate = smear_lambda * gate * (1.0 - gate) * of_scale
-    of_x = grad + (smear_lambda * gate_after)[:, None] * after + of_gate[:, None] * weight[None, :]
-    mean = tl.sum(of_x * normed, axis=1) / C
-    of_row = rstd[:, None] * (of_x - normed * mean[:, None])
-    tl.store(grad_rows_ptr + offsets, of_row.to(grad_rows_ptr.dtype.element_ty), mask=ok)
+    grad_scale = tl.sum(grad * previous, axis=1)  # (BM,), 0 at first positions
+    grad_gate = smear_lambda * gate * (1.0 - gate) * grad_scale
+    grad_x = grad + (smear_lambda * gate_after)[:, None] * after
+    grad_x += grad_gate[:, None] * weight[None, :]
+    mean = tl.sum(grad_x * normed, axis=1) / C
+    grad_row = rstd[:, None] * (grad_x - normed * mean[:, None])
+    tl.store(grad_rows_ptr + offsets, grad_row.to(grad_rows_ptr.dtype.element_ty), mask=ok)
     partial_ptr += tl.program_id(0) * (G + 1)
-    tl.store(partial_ptr + cols, tl.sum(of_gate[:, None] * x, axis=0), mask=cols < G)
-    tl.store(partial_ptr + G, tl.sum(gate * of_scale, axis=0))
+    tl.store(partial_ptr + cols, tl.sum(grad_gate[:, None] * x, axis=0), mask=cols < G)
+    tl.store(partial_ptr + G, tl.sum(gate * grad_scale, axis=0))
 
 
 def _launch(tokens, table, gate_weight):
-    """Grid, sizes and tile shared by both directions."""
+    """Check the inputs; the grid, size arguments and tile of the forward and backward launch.
+
+    Raises:
+        ValueError: as embed_smear.
+    """
     for name, tensor in (("tokens", tokens), ("table", table), ("gate_weight", gate_weight)):
         if not tensor.is_contiguous():
             raise ValueError(f"embed_smear takes contiguous {name}; call .contiguous() on it")
@@ -174,7 +182,7 @@ def embed_smear_fwd(
     gate_weight,  # (1, G)
     smear_lambda,  # (1,)
 ):
-    """The smeared stream (B*T, C) in the table's dtype, and sigmoid(gate) (B*T,) fp32.
+    """Smeared embeddings y (B*T, C) in the table's dtype, and sigmoid(gate) (B*T,) fp32.
 
     Raises:
         ValueError: a tensor that is not contiguous, or a gate wider than the table.
@@ -187,14 +195,15 @@ def embed_smear_fwd(
 
 
 def embed_smear_bwd(
-    grad,  # (B*T, C)
+    grad,  # (B*T, C) upstream gradient
     tokens,  # (B, T) integer
     table,  # (V, C)
     gate_weight,  # (1, G)
     smear_lambda,  # (1,)
-    gate,  # (B*T,) fp32
+    gate,  # (B*T,) fp32: sigmoid(gate), from embed_smear_fwd
 ):
-    """Gradients of the looked-up rows (B*T, C), gate_weight (1, G) and smear_lambda (1,), fp32.
+    """Gradients of the looked-up rows (B*T, C) in grad's dtype, and of gate_weight (1, G) and
+    smear_lambda (1,) in fp32.
 
     Raises:
         ValueError: as embed_smear_fwd, or a grad that is not contiguous or of another shape.
@@ -221,7 +230,7 @@ def embed_smear_bwd(
 
 
 class EmbedSmear(torch.autograd.Function):
-    """embed_smear with the gradients of table, gate and lambda."""
+    """embed_smear for autograd: gradients of table, gate_weight and smear_lambda."""
 
     @staticmethod
     def forward(
@@ -243,7 +252,7 @@ class EmbedSmear(torch.autograd.Function):
     ):
         tokens, table, gate_weight, smear_lambda, gate = ctx.saved_tensors
         grad = grad.contiguous().view(-1, grad.size(-1))
-        grad_rows, of_weight, of_lambda = embed_smear_bwd(
+        grad_rows, grad_gate_weight, grad_lambda = embed_smear_bwd(
             grad, tokens, table, gate_weight, smear_lambda, gate
         )
         grad_table = torch.zeros_like(table)
@@ -251,8 +260,8 @@ class EmbedSmear(torch.autograd.Function):
         return (
             None,
             grad_table,
-            of_weight.to(gate_weight.dtype),
-            of_lambda.to(smear_lambda.dtype),
+            grad_gate_weight.to(gate_weight.dtype),
+            grad_lambda.to(smear_lambda.dtype),
         )
 
 
@@ -262,7 +271,7 @@ def embed_smear(
     gate_weight,  # (1, G), G <= C
     smear_lambda,  # (1,)
 ):
-    """Embedding, norm, gate and smear, (B, T, C) in the table's dtype; differentiable.
+    """Token embedding, RMSNorm and smear, (B, T, C) in the table's dtype; differentiable.
 
     Raises:
         ValueError: a tensor that is not contiguous, or a gate wider than the table.

@@ -1,12 +1,13 @@
-"""FP8 operands: what a matrix product in FP8 takes, and the jit helpers that write them.
+"""FP8 operands of matrix products, and the jit helpers with which kernels write them.
 
     q = fp8(clamp(x * scale)),   x ~ q * inverse_scale,   amax = max |x|
 
-Hopper's FP8 products want both operands with the reduced dimension contiguous, so a tensor that
-feeds a forward or dgrad product and a wgrad product is written twice, row-major and transposed, by
-the kernel that makes it. Its scale is known beforehand: static where the values are bounded,
-else delayed, from the amax that the same kernels record (formats: arXiv 2209.05433; delayed
-scaling: NVIDIA Transformer Engine, https://docs.nvidia.com/deeplearning/transformer-engine).
+Hopper's FP8 tensor cores need both operands contiguous along the reduction dimension. A tensor that
+feeds a forward or dgrad GEMM and a wgrad GEMM is reduced over a different dimension in each, so the
+kernel that produces it writes it in two layouts, row-major and transposed. Its scale is known
+before the kernel runs: static where the values are bounded, else delayed, that is, derived from the
+amax that the same kernel recorded in earlier steps (formats: arXiv 2209.05433; delayed scaling:
+NVIDIA Transformer Engine, https://docs.nvidia.com/deeplearning/transformer-engine).
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,17 @@ import triton.language as tl
 
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients
-MULTIPLE = 16  # what FP8 matrix products ask of both sizes
-ALIGNMENT = 16  # of addresses in bytes and of integers: what Triton specialises kernels on
+MULTIPLE = 16  # both sizes of an FP8 operand must be multiples of it
+ALIGNMENT = 16  # Triton specialises kernels on addresses (in bytes) and integers divisible by it
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How one tensor is quantised: dtype, scale, and the running maximum that kernels record.
+    """How one tensor is quantised: dtype, scale, and the running amax that kernels record.
 
     Fields: dtype (E4M3 or E5M2); scale, inverse_scale and amax, each a (1,) fp32 tensor on the
-    tensor's device. Kernels read scale, raise amax to max|x| and never touch the other two. cuBLAS
-    wants inverse_scale at a multiple of 16 bytes.
+    tensor's device. Kernels read scale, raise amax to max(amax, max|x|) and write nothing else.
+    cuBLAS requires inverse_scale at an address that is a multiple of 16 bytes.
     """
 
     dtype: torch.dtype
@@ -37,7 +38,7 @@ class Scaling:
 
     @classmethod
     def from_bound(cls, bound, dtype=E4M3, device="cuda"):
-        """Scaling that maps magnitudes up to `bound` (a float > 0) onto the whole range of dtype.
+        """Scaling that maps the range [-bound, bound] (bound: a float > 0) onto the range of dtype.
 
         Raises:
             ValueError: bound is not positive.
@@ -51,7 +52,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class FP8Operand:
-    """A quantised (M, K) matrix in both layouts."""
+    """A quantised (M, K) matrix, row-major and transposed."""
 
     data: torch.Tensor  # (M, K) FP8, contiguous
     transposed: torch.Tensor  # (K, M) FP8, contiguous
@@ -63,10 +64,10 @@ class FP8Operand:
 
 
 def empty_operand(rows, cols, scaling, device):
-    """Unwritten FP8Operand of a (rows, cols) matrix.
+    """FP8Operand of a (rows, cols) matrix, with uninitialised data.
 
     Raises:
-        ValueError: sizes that no FP8 product takes.
+        ValueError: rows or cols is not a multiple of 16.
     """
     if rows % MULTIPLE or cols % MULTIPLE:
         raise ValueError(f"an FP8 operand's sizes must be multiples of 16, got {rows} x {cols}")
@@ -76,13 +77,15 @@ def empty_operand(rows, cols, scaling, device):
 
 
 def check_alignment(op, **tensors):
-    """Refuse what a kernel that writes FP8 may not read; None is skipped.
+    """Check that the matrices a kernel reads before it writes FP8 allow 16-byte vector loads.
 
-    Where Triton does not know addresses and row strides as multiples of 16, it loads value by
-    value, and products refuse such operands.
+    Where Triton cannot prove addresses and row strides to be multiples of 16 it falls back to one
+    load per element; tensor descriptors and cuBLAS refuse such operands. A tensor that is None is
+    skipped.
 
     Raises:
-        ValueError: a tensor that starts elsewhere, or rows at another stride.
+        ValueError: an address that is not a multiple of 16 bytes, or a row stride that is not a
+            multiple of 16 elements.
     """
     for name, x in tensors.items():
         if x is None:
@@ -95,7 +98,8 @@ def check_alignment(op, **tensors):
 
 
 def operand_args(operand, scaling):
-    """Kernel arguments (data, transposed, scale, amax as int32) of an operand; None four times."""
+    """The four arguments with which a kernel writes `operand`: data, transposed, scale, and amax
+    viewed as int32; four times None without an operand."""
     if operand is None:
         return None, None, None, None
     return operand.data, operand.transposed, scaling.scale, scaling.amax.view(torch.int32)
@@ -105,7 +109,7 @@ def operand_args(operand, scaling):
 def amax_bits(
     x,  # fp32 block
 ):
-    """Bits of |x| as int32. On them integer order is float order, with NaN above Inf."""
+    """Bits of |x| as int32: their integer order is the order of magnitudes, with NaN above Inf."""
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
@@ -114,10 +118,10 @@ def record_amax(
     amax_ptr,  # (1,) int32: the bits of a non-negative fp32
     x,  # fp32 block
 ):
-    """Raise amax to max|x|, NaN and Inf included. The order of atomic maxima does not show in the
-    result, so it is deterministic."""
+    """Raise amax to max|x|, NaN and Inf included. Deterministic despite the atomic: a maximum does
+    not depend on the order of its updates."""
     bits = tl.max(tl.ravel(amax_bits(x)), axis=0)
-    if bits > tl.load(amax_ptr):  # a stale value costs an atomic too many, no more
+    if bits > tl.load(amax_ptr):  # a stale read only costs a redundant atomic
         tl.atomic_max(amax_ptr, bits, sem="relaxed")
 
 
@@ -126,19 +130,19 @@ def cast_stored(
     x,  # bf16 or fp16 block
     dtype: tl.constexpr,
 ):
-    """x in an FP8 dtype, cast where it is stored: on the way there 16 bits a value change threads.
+    """x in an FP8 dtype, cast after the conversion to the store's register layout, not before it.
 
-    stmatrix transposes 16-bit values on their way through shared memory; FP8 bytes would be moved
-    one by one, and Triton 3.6 moves them wrongly in some layouts (dev/LOG.md, 2026-11-22). The
-    detour over fp32 makes it so: Triton changes layouts before a widening cast, and after a
-    narrowing one.
+    The conversion goes through shared memory. With 16-bit elements it may use stmatrix, which also
+    transposes; FP8 elements would move byte by byte, and Triton 3.6 moves them wrongly in some
+    layouts (dev/LOG.md, 2026-11-22). Triton places a layout conversion before a widening cast and
+    after a narrowing one, so the cast to fp32 in between keeps it on the 16-bit elements.
     """
     return x.to(tl.float32).to(dtype)
 
 
 @triton.jit
 def store_scaled(
-    x,  # (BM, BN) fp32, already times the scale
+    x,  # (BM, BN) fp32, already multiplied by the scale
     data_ptr,  # (M, N) FP8
     transposed_ptr,  # (N, M) FP8
     row,  # first row of the block
@@ -148,9 +152,9 @@ def store_scaled(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Cast one block of a matrix to FP8 and store it in both layouts.
+    """Cast one block of a matrix to FP8 and store it row-major and transposed.
 
-    What x is computed from should pass check_alignment, for speed.
+    Fast only where the matrices that x was computed from pass check_alignment.
     """
     dtype: tl.constexpr = data_ptr.dtype.element_ty
     q = x.to(dtype)  # saturates (cvt.rn.satfinite) and keeps NaN
@@ -178,6 +182,6 @@ def store_fp8(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Quantise the only block of a program: record its maximum and store it in both layouts."""
+    """Quantise a program's only block: record its amax and store it row-major and transposed."""
     record_amax(amax_ptr, x)
     store_scaled(x * tl.load(scale_ptr), data_ptr, transposed_ptr, row, col, M, N, BM, BN)

@@ -1,14 +1,15 @@
-"""Jit helpers that reduce what one thread holds, so that accumulators in a loop stay small.
+"""Jit helpers that reduce the elements of one lane, so that a loop's accumulators stay small.
 
-A thread that loads 16 bytes of a 16-bit row holds eight neighbours of it: reducing them costs no
-exchange between threads, and an accumulator of a block takes an eighth of the registers. With wider
-elements the same code is right too, at the price of a few shuffles.
+In a blocked register layout a lane that loads 16 bytes of a bf16 row holds eight adjacent elements.
+Reducing those first needs no shuffle, and the accumulator of a row reduction takes an eighth of the
+registers: the reduction across lanes happens once, after the loop. With fp32 elements, of which a
+lane holds four, results are right too, at the price of a few shuffles.
 """
 
 import triton
 import triton.language as tl
 
-LANE = tl.constexpr(8)  # neighbours reduced to one
+LANE = tl.constexpr(8)  # adjacent elements that are reduced to one
 
 
 @triton.jit
@@ -17,7 +18,7 @@ def lane_sums(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sums of LANE neighbours of a row, (BM, BN / LANE)."""
+    """Sums of every LANE adjacent elements of a row, (BM, BN / LANE)."""
     return tl.sum(tl.reshape(x, (BM, BN // LANE, LANE)), axis=2)
 
 
@@ -27,5 +28,5 @@ def lane_maxima(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Maxima of LANE neighbours of a row, (BM, BN / LANE)."""
+    """Maxima of every LANE adjacent elements of a row, (BM, BN / LANE)."""
     return tl.max(tl.reshape(x, (BM, BN // LANE, LANE)), axis=2)

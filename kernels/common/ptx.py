@@ -1,8 +1,9 @@
-"""Single instructions that Triton has no word for, or wraps in code that is not needed here.
+"""Approximate special-function instructions as inline PTX: ex2, rcp and sqrt in fp32.
 
-Relative errors: exp2 2^-22, reciprocal and square root 2^-23 (PTX ISA, https://docs.nvidia.com/
-cuda/parallel-thread-execution: ex2.approx.ftz, rcp.approx.ftz, sqrt.approx.ftz). Under the
-interpreter, which takes no PTX, the same is done in plain Triton, exactly.
+Triton has no function for them, or adds code for denormals and exact rounding that is not needed
+here. Relative errors (ex2.approx.ftz 2^-22, rcp.approx.ftz and sqrt.approx.ftz 2^-23) are those of
+the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution. The interpreter takes no PTX:
+under it the same functions are plain Triton, accurate to fp32.
 """
 
 import os
@@ -30,7 +31,7 @@ def fast_exp2(
 def fast_reciprocal(
     x,  # fp32 block
 ):
-    """1 / x; of a denormal it is Inf, NaN stays NaN."""
+    """1 / x; a denormal gives Inf, NaN stays NaN."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -43,7 +44,7 @@ def fast_reciprocal(
 def fast_sqrt(
     x,  # fp32 block
 ):
-    """Square root; of a denormal it is 0, NaN stays NaN."""
+    """Square root; a denormal gives 0, NaN stays NaN."""
     if INTERPRETED:
         return tl.sqrt(x)
     else:

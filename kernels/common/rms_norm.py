@@ -14,5 +14,5 @@ RMS_NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes for an fp
 def rms_norm_ref(
     x,  # (..., D)
 ):
-    """Normalise the last dimension of `x` to unit root mean square; returns x's shape and dtype."""
+    """x with its last dimension normalised to unit root mean square; x's shape and dtype."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_NORM_EPS)

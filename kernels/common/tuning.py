@@ -1,9 +1,8 @@
-"""Launch configurations as data: each op names its default, tuned.json the winners by GPU.
+"""Launch configurations as data: a default per op in its file, tuned ones per GPU in tuned.json.
 
-The defaults serve GPUs that nobody has tuned for; they won on an H200 or an H100.
-
-tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the case}};
-`python -m bench.tune` writes it. Nothing is tuned at start-up.
+tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the timed
+case}}; `python -m bench.tune` writes it. A GPU without an entry gets the defaults, which are the
+winners of an H200 or an H100. Nothing is tuned at start-up.
 """
 
 import contextlib
@@ -15,12 +14,12 @@ from pathlib import Path
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
-_forced = {}  # op -> configuration, within `forced`
+_forced = {}  # op -> configuration, inside a `forced` context
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block of rows x cols per program, warps per program, stages of the software pipeline."""
+    """A program's tile of rows x cols, its warps, and the stages of its software pipeline."""
 
     rows: int
     cols: int
@@ -42,17 +41,20 @@ def gpu_name():
 
 
 def sm_count(device):
-    """Multiprocessors of a CUDA device; 2 for the interpreter, so that persistent loops turn."""
+    """Streaming multiprocessors of a CUDA device; 2 in the interpreter, so that the loops of
+    persistent kernels take several turns there too."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tuned(op, default, gpu=None):
-    """Configuration of `op` (a name): what won on `gpu` (default: this one), else `default`.
+    """The launch configuration of `op`: tuned.json's for the GPU, else `default`.
 
     Args:
-        default: a frozen dataclass, such as Tile; the entry of tuned.json replaces its fields.
+        op: name of the op, the key in tuned.json.
+        default: a frozen dataclass, such as Tile, whose fields the entry of tuned.json replaces.
+        gpu: name of the GPU; None for the current one.
     """
     if op in _forced:
         return _forced[op]
@@ -62,7 +64,7 @@ def tuned(op, default, gpu=None):
 
 @contextlib.contextmanager
 def forced(op, config):
-    """Within the context `op` runs with `config`: for measuring one against another."""
+    """Context in which `tuned(op, ...)` returns `config`: to measure configurations."""
     _forced[op] = config
     try:
         yield
