@@ -1,16 +1,17 @@
-"""Logits of the value embedding's gate: a linear layer on the first channels of a normalised row.
+"""Logits of the value embeddings' gate: a linear layer on the first G channels of a normalised row.
 
-    n_g = y_g * rstd  (g < G),    logit_k = sum_g n_g * w_kg
+    n_g = y_g * rstd  (g < G),    logit_k = sum_g n_g * w_kg      per key/value head k
 
-Source: modded-nanogpt's gated value embeddings, as nanochat has them
-(https://github.com/karpathy/nanochat). Backward, for the gradient h of the logits:
+Source: modded-nanogpt's gated value embeddings, as in nanochat
+(https://github.com/karpathy/nanochat). Backward, with h the upstream gradient (of the logits):
 
     grad n_g += sum_k h_k * w_kg,    grad w_kg += sum over positions of h_k * n_g
 
-The products are far too thin for tensor cores (12 terms, 8 results); all sums are fp32, in a fixed
-order. kernels/rotary_qk_norm.py takes the logits and gives their gradient.
+The product is too thin for tensor cores (12 terms, 8 columns), so it is computed by plain fp32
+arithmetic, summed in a fixed order. kernels/rotary_qk_norm.py consumes the logits and produces
+their gradient.
 
-Bytes a position, K heads: 32 (one sector of y's row) + 4 (rstd) + 4*K; backward 64 more.
+Bytes per position, K heads: 32 (one sector of y's row) + 4 (rstd) + 4*K; backward 64 more.
 FLOPs: 2*N*K*G forward, twice that backward.
 """
 
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 128  # positions a program
+ROWS = 128  # positions per program
 
 
 def gate_logits_ref(
@@ -26,7 +27,7 @@ def gate_logits_ref(
     rstd,  # (N,)
     weight,  # (K, G)
 ):
-    """(N, K) in fp32 (fp64 of an fp64 weight)."""
+    """Logits (N, K) in weight's dtype."""
     normed = y[:, : weight.size(1)].to(weight.dtype) * rstd[:, None]
     return normed @ weight.t()
 
@@ -41,8 +42,8 @@ def _normed(
     BG: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Of a program: rows (BM,) int64, channels (BG,), their mask (BM, BG), and their normalised
-    values (BM, BG) fp32."""
+    """Load and normalise the program's block of y: row indices (BM,) int64, channel indices (BG,),
+    the block's mask (BM, BG), and the normalised values (BM, BG) fp32."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     channels = tl.arange(0, BG)
     ok = (rows < N)[:, None] & (channels < G)[None, :]
@@ -116,10 +117,10 @@ def _check(y, rstd, weight, **more):
 
 def gate_logits_fwd(
     y,  # (N, C) bf16 or fp32, before the norm
-    rstd,  # (N,) fp32, of the norm
+    rstd,  # (N,) fp32: the norm's inverse root mean squares
     weight,  # (K, G) fp32
 ):
-    """Logits (N, K) in fp32.
+    """Logits (N, K) fp32: the first G channels of y * rstd, times weight transposed.
 
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.
@@ -139,10 +140,10 @@ def gate_logits_bwd(
     y,  # (N, C) bf16 or fp32
     rstd,  # (N,) fp32
     weight,  # (K, G) fp32
-    grad_normed,  # (N, C) bf16 or fp32: the gradient goes onto its first G columns
+    grad_normed,  # (N, C) bf16 or fp32: gradient of the normalised rows; first G columns added to
     grad_weight,  # (K, G) fp32, added to
 ):
-    """Add the gradients of the normalised channels and of the weight, in place.
+    """Accumulate the gradients of the normalised channels and of the weight, in place.
 
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.

@@ -1,23 +1,26 @@
-"""A linear layer and its squared ReLU, or the backward of both, in one kernel, in FP8 or bf16.
+"""A GEMM with squared ReLU, or the backward pass of squared ReLU, in its epilogue; FP8 or bf16.
 
     forward     y = max(h, 0)^2,        h = x w^T       x (M, K), w (N, K)
     backward    dh = 2 max(h, 0) g,     g = dz v        dz (M, K), v (K, N), max(h, 0) = sqrt(y)
 
-v is the weight of the layer that follows, z = y v^T. y and dh are all that is written: in FP8 as
-operands in both layouts (kernels/common/fp8.py), as they feed products alone. h is not kept.
-max(h, 0) is the root of y, to half of y's relative error: in bf16 2^-9, half of that of h rounded
-to bf16; in FP8 3 % at most for normal e4m3 numbers, where dh is rounded to e5m2 by up to 12 %;
-there y below half of the smallest e4m3 number, 2^-10 / scale, passes no gradient, and y clipped
-beyond its scale that of its clipped value.
-Products accumulate in fp32 (FP8: fast accumulation, as cuBLAS's with use_fast_accum). What the
-epilogue makes of them is rounded to bf16 and then to FP8: one value in 30, next to the middle
-between two e4m3 numbers, goes the other way (e5m2: one in 60). The amax of dh is that of the bf16
-values. Maxima are taken of scaled values, so amax is not finite where value times scale leaves
-fp32. fp32 tensors are multiplied without tensor cores, for tests.
+The forward pass is the MLP's first linear layer with its activation. The backward pass is the input
+gradient of the second one, z = y v^T, followed by the activation's gradient. Each writes its result
+alone, y or dh: in FP8 as an operand in both layouts (kernels/common/fp8.py), since only GEMMs
+consume it. The pre-activation h is never stored; backward recovers max(h, 0) as the root of y.
 
-FLOPs: 2*M*N*K. Bytes from and to memory: (M + N)*K of operands and 2 per element of y, 3 per
-element of dh, where a product and kernels/relu_squared.py move 6 and 8; in bf16 2*(M + N)*K, 2 and
-4, where they move 6 and 8.
+Accuracy. The root halves y's relative error: in bf16 that is 2^-9, half the error of an h stored in
+bf16. In FP8 it is at most 3 % for normal e4m3 numbers, where rounding dh to e5m2 alone costs up to
+12 %; elements whose y underflowed in e4m3 (y < 2^-10 / scale) get no gradient, and those whose y
+saturated get the gradient at the saturated value.
+Products accumulate in fp32 (FP8: fast accumulation, as cuBLAS's with use_fast_accum). The epilogue
+rounds to bf16 and then to FP8: this double rounding moves about one e4m3 value in 30 (e5m2: one in
+60), near a tie, to the other neighbour. The amax of dh is that of its bf16 values. Maxima are taken
+after scaling, so amax is not finite where value times scale overflows fp32. fp32 tensors are
+multiplied without tensor cores, for tests.
+
+FLOPs: 2*M*N*K. Bytes in FP8: (M + N)*K for the operands, 2 per element of y forward, 3 per element
+of dh backward (y read); an unfused GEMM and kernels/relu_squared.py move 6 and 8 per element. In
+bf16: 2*(M + N)*K, 2 and 4; unfused 6 and 8.
 """
 
 from dataclasses import dataclass
@@ -34,10 +37,13 @@ from nanofuse.kernels.relu_squared import relu_squared_ref
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Tile of rows x cols that advances by depth terms of one byte (64 bf16 ones for 128).
+    """Tile of the output and launch parameters of the persistent GEMM.
 
-    `group` tiles of a column follow each other; `programs` share an SM, one in its epilogue while
-    another multiplies; `registers` caps a thread's.
+    Fields: rows x cols, the tile; depth, the bytes of a row of either operand that one step of the
+    K loop loads (128: 128 FP8 or 64 bf16 terms); warps, and stages of the software pipeline; group,
+    the tiles of one column that are computed in succession, for L2 reuse; programs per SM, so that
+    one runs its epilogue while another one's tensor cores are busy; registers, the most per thread
+    (None: the compiler's choice).
     """
 
     rows: int
@@ -51,7 +57,7 @@ class LinearTile:
 
 
 TILE = LinearTile(128, 128, 128, warps=8, stages=3, programs=2, registers=128)
-PLAIN_TILES = {  # by dtype of tensors
+PLAIN_TILES = {  # without FP8, by the tensors' dtype
     torch.bfloat16: LinearTile(128, 256, 128, warps=8, stages=4),
     torch.float32: LinearTile(64, 64, 128, warps=4, stages=3),
 }
@@ -75,14 +81,24 @@ def linear_relu_squared_bwd_ref(
 
 
 def plain_name(op, dtype):
-    """Name of `op` on tensors of `dtype` where tiles are kept, such as linear_relu_squared_bf16."""
+    """Key of tuned.json for `op` on plain tensors, such as linear_relu_squared_bf16."""
     return f"{op}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
 
 def _launch(op, factors, y, inverse_scales, scaling):
-    """The epilogue of a b^T, or of a b for a backward pass without FP8: an FP8Operand under
-    `scaling`, or a tensor without one. factors is {name of a: a, name of b: b}; backward reads y;
-    inverse_scales are those of a, b and y."""
+    """Check the inputs and launch the kernel.
+
+    Args:
+        op: name of the op, for tiles and messages.
+        factors: {name: matrix} of the product's left operand a (M, K) and right operand b (N, K);
+            for a backward pass without FP8 b is (K, N).
+        y: (M, N) forward result that the backward epilogue reads; None forward.
+        inverse_scales: those of a, b and y in FP8, each (1,) fp32; else three times None.
+        scaling: Scaling of the result; None for plain tensors.
+
+    Returns:
+        The result (M, N): an FP8Operand under `scaling`; without one a tensor in a's dtype.
+    """
     matrices = factors if y is None else factors | {"y": y}
     a, b = factors.values()
     for name, matrix in matrices.items():
@@ -92,8 +108,8 @@ def _launch(op, factors, y, inverse_scales, scaling):
             raise ValueError(f"{op}: {name} must be a contiguous matrix, and not empty")
         if scaling is None and matrix.dtype != a.dtype:
             raise ValueError(f"{op}: {name} is {matrix.dtype}, not {a.dtype} as the first factor")
-    by_terms = scaling is None and y is not None  # b is (K, N), else (N, K)
-    cols, terms = reversed(b.shape) if by_terms else b.shape
+    b_is_kn = scaling is None and y is not None  # b is (K, N), else (N, K)
+    cols, terms = reversed(b.shape) if b_is_kn else b.shape
     rows = a.size(0)
     if a.size(1) != terms:
         raise ValueError(f"{op}: factors of {a.size(1)} and {terms} terms")
@@ -115,7 +131,7 @@ def _launch(op, factors, y, inverse_scales, scaling):
     programs = min(tiles, config.programs * sm_count(a.device))
     linear_relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.rows, depth]),
-        TensorDescriptor.from_tensor(b, [depth, config.cols] if by_terms else [config.cols, depth]),
+        TensorDescriptor.from_tensor(b, [depth, config.cols] if b_is_kn else [config.cols, depth]),
         *inverse_scales,
         y,
         *written,
@@ -138,13 +154,16 @@ def linear_relu_squared_fwd(
     w,  # FP8Operand (N, K); (N, K) in x's dtype
     scaling=None,
 ):
-    """max(x w^T, 0)^2, (M, N): an FP8Operand under `scaling`, from x.data and w.data; without
-    scaling a tensor in x's dtype.
+    """y = max(x w^T, 0)^2, (M, N): with a scaling an FP8Operand, from the operands' row-major
+    layouts; without one a tensor in x's dtype.
+
+    Args:
+        scaling: kernels.common.fp8.Scaling of y; None if x and w are plain tensors.
 
     Raises:
-        ValueError: shapes disagree or are empty; K, N or with a scaling M are no multiples of 16;
-            tensors have different dtypes, or others than bf16 and fp32; or the data is not
-            contiguous and aligned (kernels.fp8.check_alignment).
+        ValueError: shapes disagree or are empty; K or N, or with a scaling M, is not a multiple of
+            16; dtypes differ or are neither bf16 nor fp32; or a matrix is not contiguous or not
+            aligned (kernels.common.fp8.check_alignment).
     """
     op, scales = "linear_relu_squared", (None, None, None)
     if scaling is not None:
@@ -154,13 +173,16 @@ def linear_relu_squared_fwd(
 
 
 def linear_relu_squared_bwd(
-    dz,  # FP8Operand (M, K), gradient of y v^T; (M, K) bf16 or fp32 without scaling
+    dz,  # FP8Operand (M, K), gradient of z = y v^T; (M, K) bf16 or fp32 without scaling
     v,  # FP8Operand (K, N); (K, N) in dz's dtype
     y,  # FP8Operand (M, N), from linear_relu_squared_fwd; (M, N) in dz's dtype
     scaling=None,
 ):
-    """The gradient 2 sqrt(y) (dz v) of h, (M, N): an FP8Operand under `scaling`, from dz.data,
-    v.transposed and y.data; without scaling a tensor in dz's dtype.
+    """The pre-activation's gradient dh = 2 sqrt(y) (dz v), (M, N): with a scaling an FP8Operand,
+    from dz.data, v.transposed and y.data; without one a tensor in dz's dtype.
+
+    Args:
+        scaling: kernels.common.fp8.Scaling of dh; None if dz, v and y are plain tensors.
 
     Raises:
         ValueError: as linear_relu_squared_fwd.

@@ -1,9 +1,9 @@
-"""Kernel of linear_relu_squared, which has the maths, the bytes and the launchers.
+"""Kernel of kernels/linear_relu_squared.py, which has the maths, the bytes and the launchers.
 
-It is persistent: a program computes one tile of the product after another (the loop over tiles and
-the one over K are flattened, so that the next tile's loads are under way during an epilogue). The
-epilogue works on the accumulator. Its result is stored in the operands' dtype; on the way to FP8 in
-both layouts it changes threads as bf16 (kernels.fp8.cast_stored).
+A persistent GEMM: each program computes a sequence of tiles, and the loop over tiles is flattened
+with the one over K, so that the loads of the next tile are in flight during an epilogue. The
+epilogue works in registers, on the accumulator. With FP8 its result goes through shared memory to
+the store's register layout as bf16 and is cast there (kernels.common.fp8.cast_stored).
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 from nanofuse.kernels.common.fp8 import amax_bits, cast_stored, record_amax
 from nanofuse.kernels.common.ptx import INTERPRETED, fast_sqrt
 
-FOLD = tl.constexpr(16)  # columns: maxima are kept of each so many, or of every 16th column
+FOLD = tl.constexpr(16)  # columns that the running maxima fold into one: adjacent or strided ones
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def _tile_corner(
     BN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """First row and column of a tile; GROUP tiles of a column follow each other, for the L2."""
+    """First row and column of tile number `tile`; the order is grouped for L2 reuse: GROUP tiles
+    of one column follow each other before the next column starts."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -34,16 +35,16 @@ def _tile_corner(
 
 @triton.jit
 def linear_relu_squared_kernel(
-    a_desc,  # (M, K) in blocks of BM x BK: FP8, or a tensor's dtype
+    a_desc,  # (M, K) in blocks of BM x BK; FP8, bf16 or fp32
     b_desc,  # (N, K) in blocks of BN x BK; backward without FP8 (K, N) in blocks of BK x BN
-    a_inverse_ptr,  # (1,) fp32; None without FP8, like all that follow but y and data
-    b_inverse_ptr,  # (1,) fp32
-    y_inverse_ptr,  # (1,) fp32, with y
-    y_ptr,  # (M, N) squared ReLU; None in the forward pass
-    data_ptr,  # (M, N)
-    transposed_ptr,  # (N, M) FP8
-    scale_ptr,  # (1,) fp32
-    amax_ptr,  # (1,) int32
+    a_inverse_ptr,  # (1,) fp32 inverse scale of a, or None without FP8
+    b_inverse_ptr,  # (1,) fp32 inverse scale of b, or None without FP8
+    y_inverse_ptr,  # (1,) fp32 inverse scale of y, or None without FP8 or y
+    y_ptr,  # (M, N) result of the forward pass; None in the forward pass
+    data_ptr,  # (M, N) result: FP8, or a's dtype
+    transposed_ptr,  # (N, M) FP8, or None without FP8
+    scale_ptr,  # (1,) fp32, or None without FP8
+    amax_ptr,  # (1,) int32, or None without FP8
     M,
     N,
     K,
@@ -52,20 +53,20 @@ def linear_relu_squared_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    factor = 1.0 if y_ptr is None else 2.0  # of the accumulator
+    factor = 1.0 if y_ptr is None else 2.0  # multiplies the accumulator
     if transposed_ptr is not None:
         scale = tl.load(scale_ptr)
         factor *= tl.load(a_inverse_ptr) * tl.load(b_inverse_ptr)
-        # the largest magnitudes are kept apart along the dimension whose reduction is a thread's
+        # running maxima over the tiles, folded along columns that one lane holds: no shuffles
         if y_ptr is None:
             factor *= tl.sqrt(scale)
-            peaks = tl.zeros((BM, FOLD), tl.int32)  # an accumulator's thread has far columns
+            peaks = tl.zeros((BM, FOLD), tl.int32)  # accumulator layout: a lane's columns are apart
         else:
             factor *= scale * tl.sqrt(tl.load(y_inverse_ptr))
-            peaks = tl.zeros((BM, BN // FOLD), tl.int32)  # one that loads y has neighbours
+            peaks = tl.zeros((BM, BN // FOLD), tl.int32)  # y's layout: they are adjacent
     first, tiles = tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
-    tl.assume(K > 0)  # else the loops do not flatten
+    tl.assume(K > 0)  # otherwise the compiler does not flatten the loops
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
         row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
@@ -75,7 +76,7 @@ def linear_relu_squared_kernel(
                 b = b_desc.load([k * BK, col])
             else:
                 b = b_desc.load([col, k * BK]).T
-            if INTERPRETED:  # its dot is right in fp32 only
+            if INTERPRETED:  # the interpreter's tl.dot is right in fp32 only
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b, product, input_precision="ieee")
         inside = (row + m < M)[:, None] & (col + n < N)[None, :]
@@ -92,7 +93,7 @@ def linear_relu_squared_kernel(
         else:
             narrow = x.to(tl.bfloat16)
             if y_ptr is not None:
-                x = narrow.to(tl.float32)  # in the layout of y and of the stores
+                x = narrow.to(tl.float32)  # widened in the register layout of y and of the stores
             bits = tl.reshape(amax_bits(x), (BM, BN // FOLD, FOLD))
             peaks = tl.maximum(peaks, tl.max(bits, axis=1 if y_ptr is None else 2))
             dtype: tl.constexpr = data_ptr.dtype.element_ty

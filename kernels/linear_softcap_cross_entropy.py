@@ -1,13 +1,14 @@
-"""Softcapped cross-entropy of x @ weight.T without the whole matrix of logits in memory.
+"""Softcapped cross-entropy of x @ weight.T without the whole logits matrix in memory.
 
     loss = softcap_cross_entropy(x @ weight.T, targets)
 
-Rows go in chunks: logits of one chunk, their gradient in place, its products with weight and x.
-The gradients are ready after the forward, for an upstream gradient of 1, and are multiplied by the
-real one in the backward (a fused linear cross-entropy, as in Liger-Kernel, arXiv 2410.10989).
+A fused linear cross-entropy, as in Liger-Kernel (arXiv 2410.10989). The forward pass goes over
+chunks of rows: it computes a chunk's logits, overwrites them with their gradient, and multiplies
+that with weight and x, which gives the gradients of x and weight for an upstream gradient of 1. The
+backward pass multiplies both by the actual upstream gradient.
 
-Bytes beyond the inputs and gradients: chunk_rows * V logits and two fp32 copies of weight's
-gradient, of the chunk and of the sum. FLOPs: 6 N V C, and the loss.
+Memory beyond the inputs and gradients: chunk_rows * V logits and two fp32 matrices of weight's
+shape, the chunk's gradient and the sum. FLOPs: 6 N V C, and the loss.
 """
 
 import torch
@@ -34,7 +35,7 @@ def linear_softcap_cross_entropy_ref(
 
 
 def _product_fp32(a, b):
-    """a @ b in fp32; the CPU has no such product of narrower dtypes."""
+    """a @ b with an fp32 result; on a CPU, where torch.mm has no out_dtype, the inputs are cast."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
@@ -43,7 +44,8 @@ def _product_fp32(a, b):
 class _LinearSoftcapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, scale, vocab_size, chunk_rows, softcap, train):
-        """Sum of the losses times `scale` (1,); gradients are computed if `train`."""
+        """Sum of the losses times `scale` (1,). With `train` the gradients of x and weight are
+        computed on the way and saved."""
         rows = x.size(0)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         buffer = torch.empty(min(chunk_rows, rows), weight.size(0), dtype=x.dtype, device=x.device)
