@@ -260,8 +260,9 @@ class EmbedSmear(torch.autograd.Function):
         return (
             None,
             grad_table,
-            grad_gate_weight.to(gate_weight.dtype),
-            grad_lambda.to(smear_lambda.dtype),
+            # copies: both lie in one buffer, and .grad of two leaves may not share memory
+            grad_gate_weight.to(gate_weight.dtype, copy=True),
+            grad_lambda.to(smear_lambda.dtype, copy=True),
         )
 
 

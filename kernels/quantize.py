@@ -2,9 +2,10 @@
 
     q = fp8(clamp(x * scale)),   x ~ q / scale
 
-`quantize_ref` takes its scale from the tensor itself (dynamic scaling: a pass for the maximum,
-another for the cast). `quantize` takes it from a Scaling, writes both layouts and records the
-maximum in one pass. Bytes for n elements of s bytes: n*s read, 2*n written. FLOPs: 3 per element.
+`quantize_ref` derives the scale from the tensor itself (dynamic scaling: one pass for the amax, one
+for the cast). `quantize` is given the scale by a Scaling, and writes the row-major and the
+transposed layout and records the amax in one pass. Bytes for n elements of s bytes: n*s read, 2*n
+written. FLOPs: 3 per element.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
 from nanofuse.kernels.common.tuning import Tile, tuned
 
-AMAX_FLOOR = 1e-12  # an all-zero tensor keeps a finite scale
+AMAX_FLOOR = 1e-12  # keeps the scale of an all-zero tensor finite
 TILE = Tile(rows=64, cols=128, warps=8)
 
 
@@ -22,7 +23,7 @@ def quantize_ref(
     x,  # any shape, bf16 or fp32
     dtype,
 ):
-    """FP8 copy of `x` in its shape, and the fp32 inverse scale () that undoes it.
+    """x quantised to FP8 in its shape, and the inverse scale () fp32 that dequantises it.
 
     Args:
         dtype: torch.float8_e4m3fn (forward operands) or torch.float8_e5m2 (gradients).
@@ -31,6 +32,24 @@ def quantize_ref(
     amax = x.abs().amax().float().clamp_min(AMAX_FLOOR)
     scaled = x.float() * (fp8_max / amax)
     return scaled.clamp(-fp8_max, fp8_max).to(dtype), amax / fp8_max
+
+
+def quantize_by_scaling_ref(
+    x,  # (M, N) bf16 or fp32
+    scaling,
+):
+    """What `quantize` does, in plain PyTorch.
+
+    Raises:
+        ValueError: M or N is no multiple of 16.
+    """
+    operand = empty_operand(*x.shape, scaling, x.device)
+    limit = torch.finfo(scaling.dtype).max
+    operand.data.copy_((x.float() * scaling.scale).clamp(-limit, limit).to(scaling.dtype))
+    operand.transposed.copy_(operand.data.t())
+    if x.numel():
+        scaling.amax.copy_(torch.maximum(scaling.amax, x.abs().amax().float()))
+    return operand
 
 
 @triton.jit
@@ -61,14 +80,15 @@ def quantize(
     scaling,
     out=None,
 ):
-    """FP8Operand of `x` under a kernels.fp8.Scaling, whose amax is raised to max|x|.
+    """Quantise x into an FP8Operand, row-major and transposed; raises scaling.amax to max|x|.
 
     Args:
-        out: FP8Operand of an earlier x of this shape and scaling, to be written again.
+        scaling: kernels.common.fp8.Scaling.
+        out: FP8Operand of this shape and scaling to overwrite; None for a new one.
 
     Raises:
-        ValueError: x is not a matrix with contiguous rows, or they are not aligned
-            (kernels.fp8.check_alignment).
+        ValueError: x is not a matrix with contiguous rows, or not aligned
+            (kernels.common.fp8.check_alignment).
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError("quantize takes a matrix with contiguous rows; call .contiguous() on it")

@@ -232,20 +232,26 @@ def residual_mix_bwd(
 
 
 class ResidualMix(torch.autograd.Function):
-    """One layer's mix and norm, with the gradients of all its inputs."""
+    """One layer's mix and norm, with the gradients of all its inputs.
+
+    x and branch may have one tensor as their gradient. They come in their own shape, so that
+    autograd sees it is one and copies it where both are leaves: two views of it would pass for two.
+    """
 
     @staticmethod
     def forward(
         ctx,
-        x,  # (N, C)
-        branch,  # (N, C) or None
-        x0,  # (N, C) or None
+        x,  # (B, T, C)
+        branch,  # (B, T, C) or None
+        x0,  # (B, T, C) or None
         tokens,  # (B, T) or None
         table,  # (num_rows, C) or None
         resid_lambda,  # (), or None
         x0_lambda,  # (), or None
         bigram_lambda,  # (), or None
     ):
+        ctx.shape = x.shape
+        x, branch, x0 = (None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0))
         y, rstd, normed, _ = residual_mix_fwd(
             x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
         )
@@ -272,6 +278,7 @@ class ResidualMix(torch.autograd.Function):
         grad, of_resid, grad_x = residual_mix_bwd(
             grad_normed, y, rstd, grad_y, x=x, resid_lambda=resid
         )
+        grad_x = grad_x.view(ctx.shape)
         grad_branch = None if branch is None else grad_x
         if x0 is None:
             return grad_x, grad_branch, None, None, None, of_resid, None, None
@@ -283,8 +290,9 @@ class ResidualMix(torch.autograd.Function):
         if table is not None:
             grad_table = torch.zeros_like(table)
             bigram_table_grad(tokens, grad_e, grad_table)
-            of_bigram = of_bigram[0]
-        return grad_x, grad_branch, grad_x0, None, grad_table, of_resid, of_x0[0], of_bigram
+            of_bigram = of_bigram[0].clone()  # it lies in one buffer with of_x0
+        grad_x0, of_x0 = grad_x0.view(ctx.shape), of_x0[0].clone()
+        return grad_x, grad_branch, grad_x0, None, grad_table, of_resid, of_x0, of_bigram
 
 
 def residual_mix(
@@ -313,6 +321,7 @@ def residual_mix(
             f"residual_mix: tokens must be {tuple(x.shape[:2])}, not {tuple(tokens.shape)}"
         )
     _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
-    flat = [None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0)]
-    y, normed = ResidualMix.apply(*flat, tokens, table, resid_lambda, x0_lambda, bigram_lambda)
+    y, normed = ResidualMix.apply(
+        x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
+    )
     return y.view(x.shape), normed.view(x.shape)
