@@ -1,10 +1,10 @@
-"""Muon before the iteration: momentum, Nesterov and unit rows in one pass.
+"""Muon's first pass: momentum, Nesterov gradient and row normalisation in one kernel.
 
     m <- lerp(m, g, 1 - mu);  u = lerp(g, m, mu);  z = u / ||u|| per row
 
-Equal rows are what row equilibration makes (https://arxiv.org/abs/2603.28254), up to one factor per
-matrix, which kernels/newton_schulz.py takes from the norms. Bytes per parameter, c-byte compute
-dtype: g 4 (bf16: 2) + m 8 + z c, and 4 (2) more where the gradient is cleared. FLOPs: 10 per
+Unit rows are row equilibration (https://arxiv.org/abs/2603.28254) up to one factor per matrix,
+which kernels/newton_schulz.py computes from the norms. Bytes per parameter, with a compute dtype of
+c bytes: g 4 (bf16: 2) + m 8 + z c, and 4 (2) more if the gradient is cleared. FLOPs: 10 per
 parameter.
 """
 
@@ -15,8 +15,8 @@ import triton.language as tl
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.newton_schulz import NORM_FLOOR
 
-TILE = Tile(rows=1024, cols=4096, warps=8)  # the largest; wider rows take two passes
-TILE_ELEMENTS = 4096
+TILE = Tile(rows=1024, cols=4096, warps=8)  # upper bounds; rows wider than cols are read twice
+TILE_ELEMENTS = 4096  # elements of a tile, as far as TILE allows
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _nesterov(
     mu,
     mask,  # (BM, BN)
 ):
-    """The new momentum and the Nesterov gradient, both (BM, BN) fp32."""
+    """The new momentum m and the Nesterov gradient u, both (BM, BN) fp32."""
     g = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(moment_ptr, mask=mask, other=0.0)
     m += (1 - mu) * (g - m)
@@ -43,6 +43,7 @@ def _store_momentum(
     mask,  # (BM, BN)
     CLEAR: tl.constexpr,
 ):
+    """Store m and z, and with CLEAR zeros over the gradient."""
     tl.store(moment_ptr, m, mask=mask)
     if CLEAR:
         tl.store(grad_ptr, tl.zeros_like(m).to(grad_ptr.dtype.element_ty), mask=mask)
@@ -51,7 +52,7 @@ def _store_momentum(
 
 @triton.jit
 def _momentum_kernel(
-    grad_ptr,  # (M, C) fp32 or bf16, M rows of all matrices
+    grad_ptr,  # (M, C) fp32 or bf16; M: the rows of all matrices
     moment_ptr,  # (M, C) fp32
     hyper_ptr,  # (3,) fp32: lr, momentum, weight decay
     z_ptr,  # (M, C)
@@ -61,7 +62,7 @@ def _momentum_kernel(
     norm_floor,
     UNIT: tl.constexpr,
     CLEAR: tl.constexpr,
-    ONE_PASS: tl.constexpr,  # C <= BN: rows stay in registers, else they are read twice
+    ONE_PASS: tl.constexpr,  # C <= BN: whole rows stay in registers; else they are read twice
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -100,15 +101,21 @@ def _momentum_kernel(
 def muon_momentum(
     grad,  # (N, R, C) fp32 or bf16, contiguous
     momentum_buffer,  # (N, R, C) fp32, contiguous, updated in place
-    hyper,  # (3,) fp32
+    hyper,  # (3,) fp32: lr, momentum, weight decay; see muon_update.muon_hyper
     dtype,
     unit_rows=True,
     clear_grad=False,
 ):
-    """Momentum and Nesterov, and with `unit_rows` the division of every row by its norm.
+    """Update the momentum in place and compute the Nesterov gradient u, by default with unit rows.
 
-    Returns z (N, R, C) in `dtype` and the norms (N, R) fp32 of its rows before the division (None
-    without unit_rows). Rows of zeros stay zero.
+    Args:
+        dtype: of the result.
+        unit_rows: divide every row of u by its norm; rows of zeros stay zero.
+        clear_grad: set the gradient to zero after it is read.
+
+    Returns:
+        z (N, R, C) in `dtype`: u, or u with unit rows; and with unit_rows the norms (N, R) fp32 of
+        u's rows, else None.
     """
     n, rows, cols = grad.shape
     z = torch.empty(n, rows, cols, dtype=dtype, device=grad.device)

@@ -6,10 +6,11 @@
     u <- u / sqrt(max(s, 1e-10)), rescaled to its former Frobenius norm    (NorMuon, 2510.05491)
     p <- p - lr'*u - lr'*wd*p*[u*p >= 0],   lr' = lr * sqrt(max(1, rows / cols))
 
-Muon: https://kellerjordan.github.io/posts/muon/. Two passes touch matrices, muon_momentum before
-the iteration (kernels/muon_momentum.py) and muon_apply after it. Between them the iteration gives
-x and its sums of squares per row or column, from which muon_factors makes s and one factor f per
-row or column for Muon+, variance reduction and the kept norm, so that u = f*x.
+Muon: https://kellerjordan.github.io/posts/muon/. Outside of the Newton-Schulz iteration only two
+passes read and write whole matrices: muon_momentum before it (kernels/muon_momentum.py) and
+muon_apply after it. The iteration returns x and the sums of squares of its rows or columns. From
+these muon_factors updates s and computes one factor f per row or column, which combines Muon+,
+variance reduction and the rescaling to the former norm, so that u = f*x.
 
 Bytes per parameter: muon_momentum g 4 (bf16: 2) + m 8 + z 2, and 4 (2) more to clear g; muon_apply
 x 2 + p 8 + copies 2 (bf16) and 1 + 1 (FP8). FLOPs: 20 per parameter outside of the iteration.
@@ -47,10 +48,11 @@ TILE = Tile(rows=64, cols=128, warps=8)
 
 @dataclass(frozen=True)
 class WeightCopies:
-    """Copies of a stack of N matrices that `muon_update` writes in its last pass, each or None.
+    """Low-precision copies of the updated weights that `muon_update` writes in its last pass.
 
-    Fields: bf16; fp8, an FP8Operand of stacks: data (N, R, C), transposed (N, C, R); and the
-    Scaling that fp8 needs, with one scale, inverse scale and amax per matrix: (N,) tensors.
+    Fields, each may be None: bf16, (N, R, C); fp8, an FP8Operand of a stack, with data (N, R, C)
+    and transposed (N, C, R); scaling, the Scaling of fp8 with one scale, inverse scale and amax per
+    matrix, each an (N,) tensor.
     """
 
     bf16: torch.Tensor | None = None  # (N, R, C)
@@ -59,7 +61,8 @@ class WeightCopies:
 
     @classmethod
     def empty(cls, shape, device, bf16=False, scaling=None):
-        """Unwritten copies of a stack of `shape` (N, R, C); FP8 if there is a scaling."""
+        """Uninitialised copies of a stack of `shape` (N, R, C): in bf16 if asked for, in FP8 if
+        there is a scaling."""
         n, rows, cols = shape
         copy = torch.empty(n, rows, cols, dtype=torch.bfloat16, device=device) if bf16 else None
         if scaling is None:
@@ -82,7 +85,8 @@ def reduce_variance_ref(
     second_moment,  # (N, R, 1) or (N, 1, C), updated in place
     beta2,
 ):
-    """Divide rows (columns) by their running root mean square at an unchanged Frobenius norm."""
+    """Divide every row (R >= C) or column by the root of its running second moment, which is
+    updated, and rescale each matrix to its former Frobenius norm; (N, R, C)."""
     dim = -1 if u.size(-2) >= u.size(-1) else -2
     second_moment.lerp_(u.square().mean(dim=dim, keepdim=True), 1 - beta2)
     norm = u.square().sum(dim=(-2, -1), keepdim=True).sqrt()  # (N, 1, 1)
@@ -104,7 +108,8 @@ def muon_update_ref(
     muon_plus=True,
     compute_dtype=None,
 ):
-    """Update a stack of matrices; `compute_dtype` (default param's) is Newton-Schulz's dtype."""
+    """One Muon step of a stack of matrices; Newton-Schulz runs in `compute_dtype` (default:
+    param's dtype)."""
     momentum_buffer.lerp_(grad, 1 - momentum)
     nesterov = grad.lerp(momentum_buffer, momentum)
     u = newton_schulz_ref(nesterov.to(compute_dtype or param.dtype), equilibration, muon_plus)
@@ -116,9 +121,9 @@ def muon_update_ref(
 
 @triton.jit
 def _factors_kernel(
-    squares_ptr,  # (N, L) fp32
-    moment_ptr,  # (N, L) fp32
-    factors_ptr,  # (N, L) fp32
+    squares_ptr,  # (N, L) fp32 sums of squares; L: rows or columns of a matrix
+    moment_ptr,  # (N, L) fp32 second moment, updated
+    factors_ptr,  # (N, L) fp32, written
     L,
     reduced,  # elements in each sum of squares
     target,  # Frobenius norm after Muon+
@@ -135,7 +140,7 @@ def _factors_kernel(
     if MUON_PLUS:
         norm = tl.sqrt(tl.sum(root * root, axis=0))
         kappa = target / tl.maximum(norm, norm_floor, propagate_nan=tl.PropagateNan.ALL)
-    root *= kappa  # before squaring: kappa^2 may not be finite
+    root *= kappa  # not squares *= kappa^2, which may overflow
     squares = root * root
     moment = tl.load(moment_ptr + n * L + i, mask=ok, other=1.0)
     moment += weight * (squares / reduced - moment)
@@ -203,9 +208,10 @@ def _apply_kernel(
 
 
 def muon_hyper(lr, momentum, weight_decay, device):
-    """(3,) fp32 tensor from which `muon_update` reads its numbers, so that a CUDA graph can.
+    """The (3,) fp32 tensor of learning rate, momentum and weight decay that `muon_update` reads.
 
-    The copy to a GPU comes from pinned memory, so that the host does not wait for it.
+    On the device, so that a CUDA graph can be replayed with new values. It is copied to a GPU from
+    pinned memory, asynchronously.
     """
     pinned = torch.device(device).type == "cuda"
     hyper = torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, pin_memory=pinned)
@@ -219,7 +225,8 @@ def muon_factors(
     beta2,
     muon_plus,
 ):
-    """Factor of each row (column) for Muon+ and variance reduction, (N, R) or (N, C) fp32."""
+    """Update the second moment, and return the factor f of every row (R >= C) or column that
+    applies Muon+ and variance reduction, (N, R) or (N, C) fp32."""
     n, rows, cols = shape
     count, reduced = (rows, cols) if rows >= cols else (cols, rows)
     factors = torch.empty(n, count, dtype=torch.float32, device=squares.device)
@@ -242,12 +249,13 @@ def muon_factors(
 
 def muon_apply(
     param,  # (N, R, C) fp32, updated in place
-    x,  # (N, R, C)
+    x,  # (N, R, C) result of the iteration
     factors,  # (N, R) if R >= C, else (N, C); fp32
     hyper,  # (3,) fp32
     weights=None,
 ):
-    """Scale x, decay and update param, and write the WeightCopies `weights` if given."""
+    """Apply u = factors * x and cautious weight decay to param, in place, and write the new values
+    into the WeightCopies `weights`, if given."""
     n, rows, cols = param.shape
     weights = weights or WeightCopies()
     config = tuned("muon_apply", TILE)
@@ -312,17 +320,19 @@ def muon_update(
     weights=None,
     clear_grad=False,
 ):
-    """Update a stack of matrices in place; what `muon_update_ref` does.
+    """One Muon step of a stack of matrices, in place; muon_update_ref by kernels.
 
     Args:
-        equilibration: one of EQUILIBRATIONS; "row" is the fast path.
+        equilibration: one of EQUILIBRATIONS; "row" is fused into the first pass, "col" and "none"
+            are slower.
+        muon_plus: rescale the orthogonalised matrices to Frobenius norm sqrt(min(R, C)).
         weights: WeightCopies to fill with the updated parameter; its amaxes are raised.
-        clear_grad: write zeros over the gradient after it is read.
+        clear_grad: set the gradient to zero after it is read.
 
     Raises:
         ValueError: shapes or dtypes other than above, a tensor that is not contiguous, a param that
-            is not aligned with FP8 copies (kernels.fp8.check_alignment), or an unknown
-            equilibration.
+            is not aligned although FP8 copies are asked for (kernels.common.fp8.check_alignment),
+            or an unknown equilibration.
     """
     if equilibration not in EQUILIBRATIONS:
         raise ValueError(f"unknown equilibration {equilibration!r}")

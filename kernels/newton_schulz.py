@@ -6,20 +6,23 @@
                                                                (Polar Express, arXiv 2505.16932)
     4. Muon+: X <- X * sqrt(min(rows, cols)) / ||X||_F         (arXiv 2602.21545)
 
-`newton_schulz` keeps Z = X with unit rows and one scale sigma per matrix, so that sigma Z is X
-after step 2; sigma enters where a Gram matrix is made, sigma^2 Z Z^T, and the last product. Z and
-all matrices of the iteration are fp16 (fp32 in the interpreter): sigma in fp32 keeps them in
-range, and three more bits than bf16 make the result ten times as exact. Each step's polynomial
-P = aI + bA + cA^2 is one symmetric product with its addend and diagonal.
+`newton_schulz` represents X after step 2 as sigma Z: Z has unit rows, and sigma is one fp32 scale
+per matrix. sigma enters only where a Gram matrix is computed from Z, as sigma^2 Z Z^T, and in the
+last product. Z and all matrices of the iteration are fp16 (fp32 in the interpreter), which sigma
+keeps in range; fp16's three additional mantissa bits make the result ten times as accurate as
+bf16. Each step's polynomial P = aI + bA + cA^2 is one symmetric GEMM, with bA and aI in its
+epilogue.
 
 Gram iteration, for m <= n / 2 (Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz):
-all polynomials of one G = X X^T commute, so G <- P G P and Q <- P Q replace the products with X,
-and X <- Q X once per segment. Errors in small eigenvalues of G grow, so G is made afresh from X
-after RESTART steps: in emulated fp16 a restart after 2 of 5 stays below 0.2 x the error of the
-plain iteration in bf16 on decaying and low-rank spectra; after 3, 0.7 x; without, it diverges.
+all polynomials of one G = X X^T commute, so the m x m updates G <- P G P and Q <- P Q replace the
+products with X, and X <- Q X follows once per segment of steps. Errors in small eigenvalues of G
+grow, so G is recomputed from X after RESTART steps: in emulated fp16, with a restart after 2 of the
+5 steps the error stays below 0.2 x that of the plain iteration in bf16 on decaying and low-rank
+spectra; after 3 it is 0.7 x; without a restart it diverges.
 
-FLOPs for one m x n matrix, m <= n, halves of symmetric products: plain 5 * (3 m^2 n + m^3), Gram
-6 m^2 n + 14 m^3. Bytes: x read once, z and the result written once, and the products' operands.
+FLOPs for one m x n matrix, m <= n, with symmetric products at half cost: plain
+5 * (3 m^2 n + m^3), Gram 6 m^2 n + 14 m^3. Bytes: x read once, z and the result written once, and
+the operands of the products.
 """
 
 import torch
@@ -42,10 +45,10 @@ NORM_MARGIN = 1.01
 NORM_EPS = 1e-6
 EQUILIBRATIONS = ("row", "col", "none")
 NORM_FLOOR = 1e-30  # norms below it count as zero, so that 0 / 0 gives 0
-GRAM_ASPECT = 2  # least ratio of the sides for the Gram iteration
+GRAM_ASPECT = 2  # the Gram iteration is used from this ratio of the sides
 RESTART = 2  # steps of its first segment
 PADDING = 16  # sides of unaligned matrices are padded with zeros to multiples of it
-ROWS_TILE = Tile(rows=1, cols=4096, warps=4)  # more rows where they are shorter
+ROWS_TILE = Tile(rows=1, cols=4096, warps=4)  # narrower rows: more of them, as many elements
 RESCALE_TILE = Tile(rows=1, cols=8192, warps=8)
 
 
@@ -116,7 +119,7 @@ def _unit_rows_kernel(
     M,
     C,
     floor,
-    WHOLE: tl.constexpr,  # one block spans the columns
+    WHOLE: tl.constexpr,  # C <= BC: rows stay in registers; else they are read twice
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -166,7 +169,7 @@ def _initial_scale_kernel(
         squares += norm * norm
         count += tl.where(norm >= floor, 1.0, 0.0)
     target = tl.sqrt(tl.sum(squares, axis=0) / R)
-    whole = target * tl.sqrt(tl.sum(count, axis=0))  # Frobenius norm of the equilibrated matrix
+    whole = target * tl.sqrt(tl.sum(count, axis=0))  # Frobenius norm after equilibration
     tl.store(sigma_ptr + n, target / (margin * whole + eps))
 
 
@@ -203,7 +206,8 @@ def compute_dtype(device):
 def unit_rows(
     x,  # (N, R, C) contiguous, bf16 or fp32
 ):
-    """z (N, R, C) in compute_dtype with rows of norm 1 (zero rows 0), row norms (N, R) fp32."""
+    """z (N, R, C) in compute_dtype: x with every row divided by its norm (rows of zeros stay 0);
+    and the norms (N, R) fp32."""
     n, rows, cols = x.shape
     z = torch.empty(x.shape, dtype=compute_dtype(x.device), device=x.device)
     norms = torch.empty(n, rows, dtype=torch.float32, device=x.device)
@@ -228,7 +232,7 @@ def unit_rows(
 def initial_scale(
     norms,  # (N, R) fp32, norms of the rows of X
 ):
-    """sigma (N,) fp32: sigma times the unit rows is X equilibrated by row and scaled (step 2)."""
+    """sigma (N,) fp32 such that sigma * z, with z the unit rows of X, is X after steps 1 and 2."""
     n, rows = norms.shape
     sigma = torch.empty(n, dtype=torch.float32, device=norms.device)
     block = min(1024, triton.next_power_of_2(rows))
@@ -241,7 +245,8 @@ def initial_scale(
 def _plain_scale(
     x,  # (N, R, C)
 ):
-    """(z, sigma) of X without equilibration: z has the Frobenius norm of unit rows."""
+    """X after step 2, without equilibration, as a pair: z (N, R, C) in compute_dtype, of Frobenius
+    norm sqrt(R) as if its rows were unit rows, and sigma (N,) fp32."""
     norm = _norm(x, dim=(-2, -1))  # (N, 1, 1)
     root = x.size(1) ** 0.5
     z = x.float() * (root / norm.clamp_min(NORM_FLOOR))
@@ -262,7 +267,7 @@ def rescale(
     x,  # (N, R, C) contiguous
     sumsq,  # (N, S) fp32, sums of squares over parts of each matrix
 ):
-    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)); fp32 (N, R, C), zeros stay zero."""
+    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)), (N, R, C) fp32; zeros stay zero."""
     n, rows, cols = x.shape
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     config = tuned("newton_schulz_rescale", RESCALE_TILE)
@@ -283,7 +288,7 @@ def rescale(
 
 
 def _segments(shape, gram):
-    """POLAR_EXPRESS cut into segments, each with one Gram matrix made from X."""
+    """POLAR_EXPRESS cut into segments of steps that share one Gram matrix computed from X."""
     if gram not in ("auto", True, False):
         raise ValueError(f"gram must be 'auto', True or False, not {gram!r}")
     if gram == "auto":
@@ -301,12 +306,13 @@ def orthogonalize(
     """Polar Express on sigma * z, whose Frobenius norms must not exceed 1 (step 3).
 
     Args:
-        z: unit rows, so that fp16 holds it; see unit_rows and initial_scale.
+        z: unit rows, which fp16 holds without overflow; not changed. See unit_rows.
+        sigma: see initial_scale.
         gram: True for the Gram iteration, False for the plain one, "auto" by the aspect ratio.
 
     Returns:
-        x (N, R, C), bf16 for an fp16 z and else z's dtype, without Muon+; and its sums of squares
-        in fp32, by row (N, R) if R >= C, else by column (N, C). z is not changed.
+        x (N, R, C), in bf16 for an fp16 z, else in z's dtype, before Muon+; and its sums of squares
+        in fp32, of the rows (N, R) if R >= C, else of the columns (N, C).
 
     Raises:
         ValueError: z or sigma has a wrong shape, z is not contiguous, or gram is unknown.
@@ -328,7 +334,7 @@ def orthogonalize(
             q = symmetric_matmul(p, q)
         operands = (z, q) if tall else (q, z)
         if segment is not segments[-1]:
-            z = torch.bmm(*operands)  # no epilogue, so the library serves
+            z = torch.bmm(*operands)  # needs no epilogue: cuBLAS
     x, partial = batched_matmul(
         *operands,
         scale=sigma,
@@ -348,7 +354,7 @@ def newton_schulz(
     muon_plus=True,
     gram="auto",
 ):
-    """Orthogonalise a batch of matrices in fp16 on a GPU; (N, R, C) fp32. x is not changed.
+    """Orthogonalise a batch of matrices, in fp16 on a GPU; (N, R, C) fp32. x is not changed.
 
     Args:
         equilibration: "row" (one fused kernel), "col" or "none".

@@ -1,8 +1,8 @@
 """Squared ReLU (Primer, https://arxiv.org/abs/2109.08668): y = max(x, 0)^2, dx = 2*max(x, 0)*dy.
 
-Both passes give a plain result, an FP8 operand in both layouts (kernels/common/fp8.py), or both.
-The fused model has both within the products around them (kernels/linear_relu_squared.py), which are
-measured against this kernel.
+Forward and backward write a plain result in x's dtype, an FP8 operand in both layouts
+(kernels/common/fp8.py), or both. The fused model computes them in GEMM epilogues instead
+(kernels/linear_relu_squared.py); this kernel is what those are measured against.
 
 Bytes per element of s bytes: s read forward and 2*s backward (x and dy); s written for a plain
 result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward. FLOPs: 2.
@@ -93,12 +93,13 @@ def relu_squared_fwd(
     scaling=None,
     want_plain=True,
 ):
-    """y = max(x, 0)^2 in x's dtype (None unless want_plain) and as an FP8Operand under `scaling`
-    (None without one); the operand is rounded from fp32, not from the plain y.
+    """y = max(x, 0)^2 as a pair: (M, N) in x's dtype, None unless want_plain; and an FP8Operand
+    under `scaling` (a kernels.common.fp8.Scaling), None without one. The operand is rounded from
+    fp32, not from the plain y.
 
     Raises:
-        ValueError: x is not a matrix with contiguous rows, or they are not aligned and there is a
-            scaling (kernels.fp8.check_alignment).
+        ValueError: x is not a matrix with contiguous rows, or with a scaling not aligned
+            (kernels.common.fp8.check_alignment).
     """
     return _launch("relu_squared", x, None, scaling, want_plain)
 
@@ -109,7 +110,7 @@ def relu_squared_bwd(
     scaling=None,
     want_plain=True,
 ):
-    """dx = 2*max(x, 0)*dy: plain in x's dtype and as an FP8Operand, as for relu_squared_fwd.
+    """dx = 2*max(x, 0)*dy as a pair: plain in x's dtype, and FP8Operand; see relu_squared_fwd.
 
     Raises:
         ValueError: dy or x is not a matrix with contiguous rows, or not aligned with a scaling; or
@@ -139,7 +140,7 @@ class _ReluSquared(torch.autograd.Function):
 def relu_squared(
     x,  # (..., D) bf16 or fp32, contiguous
 ):
-    """Elementwise max(x, 0)^2 in x's shape and dtype, with its gradient.
+    """Elementwise max(x, 0)^2 in x's shape and dtype; differentiable.
 
     Raises:
         ValueError: x is not contiguous.
