@@ -18,8 +18,8 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 
 ROOT = Path(__file__).parent.parent

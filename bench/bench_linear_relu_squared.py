@@ -18,8 +18,8 @@ from nanofuse.kernels.linear_relu_squared import (
 )
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.products import make_gemm
+from nanofuse.train.errors import UserError
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's products of bf16 are wrong

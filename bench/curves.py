@@ -13,8 +13,8 @@ import statistics
 from pathlib import Path
 
 from nanofuse.bench.report import table_lines
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 from nanofuse.train.runlog import METRICS_FILE
 

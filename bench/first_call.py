@@ -10,8 +10,8 @@ import time
 import torch
 
 from nanofuse.bench.harness import ON_GPU
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import run_command
+from nanofuse.train.errors import UserError
 
 
 def main():

@@ -11,8 +11,8 @@ installed, speedup.png, floor.png and breakdown.png (the last from the profiles)
 import json
 from pathlib import Path
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 
 STEP_HEAD = ["depth", "backend", "attention", "fp8", "ms/step", "forward", "backward", "optimiser",

@@ -22,12 +22,12 @@ from nanofuse.bench.roofline import floor_parts
 from nanofuse.bench.trace import GAPS, breakdown, dearest, read_kernels
 from nanofuse.bench.training import gpu_workload, synchronize, train_step
 from nanofuse.model.backends.select import BACKENDS
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.train.assemble import assemble
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 from nanofuse.train.optim.config import OptimConfig
 

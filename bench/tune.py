@@ -17,8 +17,8 @@ from nanofuse.bench.bench_residual_mix import N as ROWS
 from nanofuse.bench.cases.tiles import CASES, WARM_ROWS
 from nanofuse.bench.harness import median_seconds
 from nanofuse.kernels.common import tuning
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")

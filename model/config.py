@@ -1,8 +1,9 @@
 """Shape of a GPT and everything that follows from it: counts, windows, FLOPs, memory."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from nanofuse.model.errors import UserError
+from nanofuse.model.option import option
 
 VOCAB_MULTIPLE = 64
 SMEAR_GATE_CHANNELS = 24
@@ -12,9 +13,53 @@ ROTARY_BASE = 100_000
 ROTARY_LENGTHS = 10  # the rotary table covers this many times sequence_len
 
 
-def round_up(n, multiple):
+def round_up(n: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Dials:
+    """What one sets to get a GPT's shape; every field is a flag of train.run."""
+
+    depth: int = option(16, "layers; the one dial of size", least=1)
+    aspect_ratio: int = option(64, "width per layer of depth", least=1)
+    head_dim: int = option(128, "size of an attention head", least=1)
+    n_kv_head: int = option(
+        0, "key/value heads, a divisor of the heads (0: as many as query heads)", least=0
+    )
+    max_seq_len: int = option(2048, "tokens per row", least=1)
+    window_pattern: str = option("SSSL", "attention windows, tiled: S quarter row, L whole")
+    vocab_size: int = option(32768, "tokens of the tokenizer, where one is trained", least=1)
+    bigram_embed_factor: int = option(5, "bigram rows per vocabulary entry (0: dense)", least=0)
+    bigram_lambda_init: float = option(0.05, "start of every layer's bigram lambda")
+
+    def config(self) -> "GPTConfig":
+        """The shape: width depth * aspect_ratio, rounded up to whole heads.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        for name in ("depth", "aspect_ratio", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; rotary needs an even head dimension"
+            )
+        n_embd = round_up(self.depth * self.aspect_ratio, self.head_dim)
+        n_head = n_embd // self.head_dim
+        return GPTConfig(
+            n_layer=self.depth,
+            n_embd=n_embd,
+            n_head=n_head,
+            n_kv_head=self.n_kv_head or n_head,
+            sequence_len=self.max_seq_len,
+            vocab_size=self.vocab_size,
+            window_pattern=self.window_pattern,
+            bigram_embed_factor=self.bigram_embed_factor,
+            bigram_lambda_init=self.bigram_lambda_init,
+        )
 
 
 @dataclass(frozen=True)
@@ -22,89 +67,86 @@ class GPTConfig:
     """Architecture of one GPT; field names are nanochat's, `bigram_*` this recipe's.
 
     Raises:
-        UserError: sizes that do not fit together; the message names the flag.
+        ValueError: sizes that do not fit together; the message names the fields.
     """
 
-    sequence_len: int = 2048
-    vocab_size: int = 32768
-    n_layer: int = 16
-    n_head: int = 8
-    n_kv_head: int = 8
-    n_embd: int = 1024
-    window_pattern: str = "SSSL"
-    bigram_embed_factor: int = 5
-    bigram_lambda_init: float = 0.05
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    sequence_len: int = Dials.max_seq_len
+    vocab_size: int = Dials.vocab_size
+    window_pattern: str = Dials.window_pattern
+    bigram_embed_factor: int = Dials.bigram_embed_factor
+    bigram_lambda_init: float = Dials.bigram_lambda_init
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.head_dim % 2:
-            raise UserError(f"head dimension {self.head_dim} is odd; rotary needs an even one")
+            raise ValueError(f"head dimension {self.head_dim} is odd; rotary needs an even one")
         if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; "
-                "choose a divisor with --n-kv-head"
+            raise ValueError(
+                f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; choose a divisor"
             )
         if self.n_embd < SMEAR_GATE_CHANNELS:
-            raise UserError(
+            raise ValueError(
                 f"n_embd {self.n_embd} is below the {SMEAR_GATE_CHANNELS} channels of the smear "
-                "gate; raise --depth or --aspect-ratio"
+                "gate; raise depth or aspect_ratio"
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(
-                f"--window-pattern {self.window_pattern!r} must consist of the letters S and L"
+            raise ValueError(
+                f"window_pattern {self.window_pattern!r} must consist of the letters S and L"
             )
         if self.bigram_embed_factor < 0:
-            raise UserError(
-                f"--bigram-embed-factor {self.bigram_embed_factor} is negative; 0 turns it off"
+            raise ValueError(
+                f"bigram_embed_factor {self.bigram_embed_factor} is negative; 0 turns it off"
             )
 
     @classmethod
-    def from_depth(cls, depth, aspect_ratio=64, head_dim=128, n_kv_head=0, **fields):
-        """Config of width depth * aspect_ratio rounded up to whole heads; n_kv_head 0: n_head.
+    def from_depth(
+        cls,
+        depth: int,
+        aspect_ratio: int = Dials.aspect_ratio,
+        head_dim: int = Dials.head_dim,
+        n_kv_head: int = Dials.n_kv_head,
+        sequence_len: int = Dials.max_seq_len,
+        **dials: Any,
+    ) -> "GPTConfig":
+        """Dials.config under this class's name for the row length.
 
         Raises:
-            UserError: as the class; also depth, aspect_ratio or head_dim below 1.
+            ValueError: sizes that do not fit together.
         """
-        sizes = {"--depth": depth, "--aspect-ratio": aspect_ratio, "--head-dim": head_dim}
-        for flag, value in sizes.items():
-            if value < 1:
-                raise UserError(f"{flag} must be at least 1, got {value}")
-        if head_dim % 2:
-            raise UserError(f"--head-dim {head_dim} is odd; rotary needs an even head dimension")
-        n_embd = round_up(depth * aspect_ratio, head_dim)
-        n_head = n_embd // head_dim
-        return cls(
-            n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head or n_head, **fields
-        )
+        return Dials(depth, aspect_ratio, head_dim, n_kv_head, sequence_len, **dials).config()
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def kv_dim(self):
+    def kv_dim(self) -> int:
         return self.n_kv_head * self.head_dim
 
     @property
-    def padded_vocab_size(self):
+    def padded_vocab_size(self) -> int:
         return round_up(self.vocab_size, VOCAB_MULTIPLE)
 
     @property
-    def bigram_rows(self):
+    def bigram_rows(self) -> int:
         """Rows of the bigram table, the reserved last one included; 0 in a dense model."""
         return self.vocab_size * self.bigram_embed_factor
 
     @property
-    def value_embed_layers(self):
+    def value_embed_layers(self) -> list[int]:
         """Indices of the layers that have a value embedding: every other one, the last included."""
         return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2]
 
     @property
-    def windows(self):
+    def windows(self) -> list[int]:
         """Keys to the left that each layer attends to, one int per layer."""
         short = round_up(-(-self.sequence_len // 4), WINDOW_MULTIPLE)
         sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
@@ -112,10 +154,10 @@ class GPTConfig:
         letters = [pattern[i % len(pattern)] for i in range(self.n_layer)]
         return [sizes[letter] for letter in letters[:-1]] + [sizes["L"]]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def param_counts(self):
+    def param_counts(self) -> dict[str, int]:
         """Number of parameters by role, in the order of GPT.param_roles."""
         c, layers = self.n_embd, len(self.value_embed_layers)
         attention = 2 * c * c + 2 * c * self.kv_dim
@@ -134,17 +176,17 @@ class GPTConfig:
         return {role: count for role, count in counts.items() if count}
 
     @property
-    def num_params(self):
+    def num_params(self) -> int:
         return sum(self.param_counts().values())
 
     @property
-    def num_scaling_params(self):
+    def num_scaling_params(self) -> int:
         """Parameters that scaling laws count: block matrices and lm_head (recipe.md)."""
         counts = self.param_counts()
         return counts["matrices"] + counts["lm_head"]
 
     @property
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """Forward + backward FLOPs of one token: 6 per matmul parameter plus attention.
 
         Attention costs 12 * heads * head_dim per key, over min(window, T) keys
@@ -153,7 +195,9 @@ class GPTConfig:
         keys = sum(min(window, self.sequence_len) for window in self.windows)
         return 6 * self.num_scaling_params + 12 * self.n_embd * keys
 
-    def memory_estimate(self, batch_size, activation_bytes, fp8=False, fused=False):
+    def memory_estimate(
+        self, batch_size: int, activation_bytes: int, fp8: bool = False, fused: bool = False
+    ) -> int:
         """Rough peak bytes of a training micro-step of batch_size rows of sequence_len tokens.
 
         State is exact: fp32 weight, gradient and momentum for the matrices, a second moment more

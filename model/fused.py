@@ -33,7 +33,6 @@ from nanofuse.kernels.softcap_cross_entropy import (
     softcap_cross_entropy_bwd,
     softcap_cross_entropy_fwd,
 )
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
 from nanofuse.model.fp8.weights import Weights
 from nanofuse.model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
@@ -105,15 +104,15 @@ class FusedGPT(nn.Module):
         graphs: record CUDA graphs of the training pass once the FP8 scales are known.
 
     Raises:
-        UserError: a width that the MLP's kernel does not take.
+        ValueError: a width that the MLP's kernel does not take.
     """
 
     def __init__(self, model, gemm, graphs=False):
         super().__init__()
         if model.config.n_embd % MULTIPLE:
-            raise UserError(
-                f"--backend fused needs a width that is a multiple of {MULTIPLE}, "
-                f"not {model.config.n_embd}; change --head-dim, or use --backend compile"
+            raise ValueError(
+                f"the fused pass needs a width that is a multiple of {MULTIPLE}, "
+                f"not {model.config.n_embd}; change head_dim"
             )
         self.graphs, self.graphed = graphs, None
         self.ran = False  # a whole pass, in this process

@@ -40,7 +40,7 @@ class GraphedPass:
         if tokens.shape != self.tokens.shape:
             raise ValueError(
                 f"CUDA graphs were recorded for batches of {tuple(self.tokens.shape)}, not "
-                f"{tuple(tokens.shape)}; use --no-cuda-graphs"
+                f"{tuple(tokens.shape)}; run that batch without them"
             )
         self.tokens.copy_(tokens)
         self.targets.copy_(targets)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "model", "train", "bench")
-ALLOWED = {"nanofuse": {"nanofuse", "kernels"}, "kernels": {"kernels"}}
+ALLOWED = {"nanofuse": {"ops", "kernels"}, "kernels": {"kernels"}}
 ALLOWED["model"] = ALLOWED["kernels"] | {"model"}
 ALLOWED["train"] = ALLOWED["model"] | {"train"}
 ALLOWED["bench"] = ALLOWED["train"] | {"bench"}

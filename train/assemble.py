@@ -11,8 +11,10 @@ from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.products import make_gemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.settings import naming_flags
 
 
 @dataclass
@@ -63,7 +65,13 @@ def assemble(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
-    backend, why = select_attention(attention, machine.device.type, deterministic, compiled, config)
+    try:
+        backend, why = select_attention(
+            attention, machine.device.type, deterministic, compiled, config
+        )
+    except ValueError as error:
+        hint = "" if attention == "auto" else "; or use --attention auto"
+        raise UserError(f"--attention {error}{hint}") from error
     backend.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
     raw_model = GPT(config, machine.dtype, backend, machine.device)
@@ -71,7 +79,8 @@ def assemble(
     facts = [f"attention: {backend.name} ({why})"]
     if fused:
         graphs = cuda_graphs and machine.device.type == "cuda"
-        model = FusedGPT(raw_model, make_gemm(provider), graphs)
+        with naming_flags("--backend fused: "):
+            model = FusedGPT(raw_model, make_gemm(provider), graphs)
         optimizer = FusedMuonAdamW(model, optim, lr_scale)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")

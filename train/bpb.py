@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 
 @torch.no_grad()

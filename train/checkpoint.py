@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.gpt import GPT
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder
 
 FORMAT = 1
@@ -152,11 +152,11 @@ def config_of(meta, source):
     """GPTConfig of a checkpoint's meta.
 
     Raises:
-        UserError: fields missing or unknown.
+        UserError: fields missing or unknown, or sizes that do not fit together.
     """
     try:
         return GPTConfig(**meta["model_config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{source}: model_config does not fit this version ({error})") from None
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):

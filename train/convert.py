@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.gpt import GPT
 from nanofuse.train.checkpoint import (
     MODEL,
@@ -31,6 +29,7 @@ from nanofuse.train.checkpoint import (
 )
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder
 
 NANOCHAT_FIELDS = (
@@ -83,7 +82,8 @@ def from_nanochat(directory, step=None):
         UserError: files missing or damaged, or weights that do not fit the architecture.
     """
     tensors, meta, step = read_nanochat(directory, step)
-    model = GPT(GPTConfig(**meta["model_config"], bigram_embed_factor=0))
+    fields = {**meta["model_config"], "bigram_embed_factor": 0}
+    model = GPT(config_of({"model_config": fields}, directory))
     load_weights(model, {name: t.float() for name, t in tensors.items()}, directory)
     return model, meta, step
 

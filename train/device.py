@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.linear import FP8_CAPABILITY
 from nanofuse.model.fp8.products import make_gemm
 from nanofuse.model.fused import fp8_fits, kernels_are_interpreted
+from nanofuse.train.errors import UserError
 
 HOPPER = (9, 0)  # compute capability
 
@@ -104,7 +104,11 @@ def select_fp8(name, machine, config, rows):
             raise UserError(f"--fp8 {name} needs {refusal}; use --fp8 off")
         if name == "te" and not fused:
             raise UserError("--fp8 te needs --backend fused; use --fp8 torch")
-        make_gemm(name)  # refuses where its library is missing
+        hint = {"te": "torch", "torch": "off"}[name]
+        try:
+            make_gemm(name)
+        except ValueError as error:
+            raise UserError(f"--fp8 {error}; or use --fp8 {hint}") from error
         return name, "asked for"
     if refusal:
         return "off", f"auto: needs {refusal}"
@@ -112,6 +116,6 @@ def select_fp8(name, machine, config, rows):
         return "torch", "auto"
     try:
         make_gemm("te")
-    except UserError as error:
+    except ValueError as error:
         return "torch", f"auto: {error}"
     return "te", "auto"

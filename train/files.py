@@ -7,7 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 
 def make_folder(path):

@@ -8,10 +8,10 @@ import sys
 import torch
 
 from nanofuse.model.engine import Sampling, generate
-from nanofuse.model.errors import UserError
 from nanofuse.train.checkpoint import find_checkpoint, load_model, load_tokenizer, run_dir
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.device import select_device
+from nanofuse.train.errors import UserError
 
 
 def main(argv=None):

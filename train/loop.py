@@ -1,6 +1,5 @@
 """The training loop: micro-steps, optimiser step, and what happens between steps."""
 
-import dataclasses
 import gc
 import math
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.engine import Sampling, generate
-from nanofuse.model.errors import UserError
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.train.bpb import evaluate_bpb
@@ -19,6 +17,7 @@ from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.loader import DeviceLoader, PackedLoader
 from nanofuse.train.data.tokenizer import Tokenizer
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.plan import Plan
@@ -112,9 +111,8 @@ class Trainer:
 
     def evaluate(self):
         s = self.settings
-        packed = PackedLoader(
-            self.corpus, "val", self.tokenizer, s.device_batch_size, s.max_seq_len, epochs=1
-        )
+        rows, length = s.horizon.device_batch_size, s.model.max_seq_len
+        packed = PackedLoader(self.corpus, "val", self.tokenizer, rows, length, epochs=1)
         batches = DeviceLoader(packed, self.device)
         try:
             bpb = evaluate_bpb(self.model, batches, self.token_bytes, self.plan.eval_batches)
@@ -129,7 +127,7 @@ class Trainer:
 
     def sample(self):
         ids = [self.tokenizer.bos, *self.tokenizer.encode(self.prompt)]
-        sampling = Sampling(temperature=0.8, top_k=50, seed=self.settings.seed)
+        sampling = Sampling(temperature=0.8, top_k=50, seed=self.settings.job.seed)
         columns = generate(self.raw_model, ids, 1, SAMPLE_TOKENS, sampling, self.tokenizer.bos)
         text = self.prompt + self.tokenizer.decode([column[0] for column in columns])
         self.log.print(f"step {self.progress.step:>6}  sample: {text!r}")
@@ -139,7 +137,7 @@ class Trainer:
         state = self.loader.state
         meta = {
             "model_config": self.raw_model.config.to_dict(),
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.settings.flat(),
             "progress": vars(self.progress),
             "val_bpb": self.progress.val_bpb,
             "num_iterations": self.plan.num_iterations,
@@ -196,9 +194,9 @@ class Trainer:
         Raises:
             UserError: the loss is no longer finite (seen where it is logged).
         """
-        s, progress = self.settings, self.progress
+        s, progress = self.settings.reports, self.progress
         self.model.train()
-        resumed_at = progress.step if s.resume else None
+        resumed_at = progress.step if self.settings.job.resume else None
         window_steps = 0
         while True:
             if progress.step != resumed_at:  # a resumed step was evaluated before it was saved

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
+from nanofuse.train.settings import Settings
 
 REFERENCE_DEPTH = 12
 
@@ -30,18 +31,19 @@ class Plan:
     weight_decay: float
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         return self.num_iterations * self.total_batch_size
 
 
-def make_plan(settings, config):
+def make_plan(settings: Settings, config: GPTConfig) -> Plan:
     """Plan of a run; the horizon is --num-iterations, else --target-flops, else the data ratio.
 
     Raises:
         UserError: no horizon, or batch sizes that do not divide.
     """
-    s = settings
-    device_tokens = s.device_batch_size * s.max_seq_len
+    s, eval_tokens = settings.horizon, settings.reports.eval_tokens
+    rows, length = s.device_batch_size, settings.model.max_seq_len
+    device_tokens = rows * length
     if s.target_param_data_ratio <= 0:
         raise UserError(
             f"--target-param-data-ratio must be above 0, got {s.target_param_data_ratio}; "
@@ -49,7 +51,10 @@ def make_plan(settings, config):
         )
     tokens = s.target_param_data_ratio * config.num_scaling_params
     reference = GPTConfig.from_depth(
-        REFERENCE_DEPTH, s.aspect_ratio, s.head_dim, vocab_size=config.vocab_size
+        REFERENCE_DEPTH,
+        settings.model.aspect_ratio,
+        settings.model.head_dim,
+        vocab_size=config.vocab_size,
     )
     reference_tokens = s.target_param_data_ratio * reference.num_scaling_params
     total = s.total_batch_size
@@ -58,7 +63,7 @@ def make_plan(settings, config):
     if total < 1 or total % device_tokens:
         raise UserError(
             f"--total-batch-size {total} is not a multiple of --device-batch-size "
-            f"{s.device_batch_size} x --max-seq-len {s.max_seq_len} = {device_tokens} tokens"
+            f"{rows} x --max-seq-len {length} = {device_tokens} tokens"
         )
     if s.num_iterations != -1:
         steps, flag = s.num_iterations, "--num-iterations"
@@ -68,15 +73,17 @@ def make_plan(settings, config):
         steps, flag = int(tokens // total), "--target-param-data-ratio"
     if steps < 1:
         raise UserError(f"{flag} gives {steps} steps of {total} tokens; raise it to get one")
-    if s.eval_tokens < device_tokens:
+    if eval_tokens < device_tokens:
         raise UserError(
-            f"--eval-tokens {s.eval_tokens} is less than one device batch of {device_tokens}"
+            f"--eval-tokens {eval_tokens} is less than one device batch of {device_tokens}"
         )
     return Plan(
         num_iterations=steps,
         total_batch_size=total,
         micro_steps=total // device_tokens,
-        eval_batches=s.eval_tokens // device_tokens,
+        eval_batches=eval_tokens // device_tokens,
         lr_scale=batch_lr_scale(total),
-        weight_decay=scaled_weight_decay(s.weight_decay, total, tokens, reference_tokens),
+        weight_decay=scaled_weight_decay(
+            settings.optim.weight_decay, total, tokens, reference_tokens
+        ),
     )

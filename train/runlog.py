@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 
 METRICS_FILE = "metrics.jsonl"

@@ -1,97 +1,123 @@
-"""Every flag of `python -m train.run`: name, default, group and one line of help, in one place.
+"""Every flag of `python -m train.run`, made from the dataclasses that own the defaults.
 
-Flags that nanochat has carry its names and meanings. On a machine without a GPU, flags that were
-not given take CPU_PRESET's values, which train a small model in minutes.
+The model's (model/config.py), the optimiser's (train/optim/config.py) and the schedule's
+(train/schedules.py) stand with what they configure, the others below. A field declared by `option`
+is a flag: some_field is --some-field. Flags that nanochat has carry its names and meanings. On a
+machine without a GPU, flags that were not given take CPU_PRESET's values, which train a small model
+in minutes. Nothing here loads torch, so that --help is there at once.
 """
 
 import dataclasses
 import math
+import re
 from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, dataclass
+from typing import Any
 
-from nanofuse.kernels.newton_schulz import EQUILIBRATIONS
-from nanofuse.model.backends.select import BACKENDS as ATTENTION_BACKENDS
-from nanofuse.model.errors import UserError
-from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.model.config import Dials
+from nanofuse.model.option import option, options
+from nanofuse.model.providers import ATTENTION, PRODUCTS
 from nanofuse.train.command import CommandParser
+from nanofuse.train.errors import UserError
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.schedules import ScheduleConfig
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 
 
-def flag(default, group, text, choices=None, metavar=None):
-    """A dataclass field that is also a command-line flag."""
-    metadata = {"group": group, "help": text, "choices": choices, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is, and its batch."""
+
+    num_iterations: int = option(-1, "steps (-1: from the two flags below)")
+    target_flops: float = option(-1.0, "train for this many FLOPs (-1: off)")
+    target_param_data_ratio: float = option(8.0, "tokens per scaling parameter")
+    device_batch_size: int = option(32, "rows per forward pass", least=1)
+    total_batch_size: int = option(-1, "tokens per step (-1: from the horizon)")
 
 
-MODEL, HORIZON, OPTIM, RECIPE, EVAL, RUN, MACHINE = (
-    "model",
-    "horizon and batch",
-    "optimiser",
-    "bigram and Muon",
-    "evaluation and logging",
-    "run and data",
-    "machine",
-)
+@dataclass(frozen=True)
+class Reports:
+    """Evaluation, samples, checkpoints and logs."""
+
+    eval_every: int = option(250, "steps between evaluations (-1: only at the ends)")
+    eval_tokens: int = option(80 * 524288, "validation tokens per evaluation, at most", least=1)
+    skip_initial_eval: bool = option(False, "no evaluation before the first step")
+    sample_every: int = option(2000, "steps between samples (-1: none, 0: only at the end)")
+    save_every: int = option(-1, "steps between checkpoints (-1: only at the end)")
+    train_log_every: int = option(
+        50, "steps between log lines; others never wait for the GPU", least=1
+    )
+    wandb: bool = option(False, "log to Weights & Biases as well (needs the wandb extra)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which run, and on what."""
+
+    run: str = option("", "name of the folder under runs/ (default d<depth>)", metavar="NAME")
+    resume: bool = option(False, "continue --run NAME from its latest checkpoint")
+    data: str = option("", "folder of parquet shards, or 'stdlib'", metavar="DIR")
+    seed: int = option(42, "seed of the initialisation and of samples", least=0, most=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and how to compute."""
+
+    device_type: str = option("auto", "where to run", ("auto", "cuda", "cpu"))
+    backend: str = option("auto", "how ops run", ("auto", "eager", "compile", "fused"))
+    compile_mode: str = option("default", "torch.compile's mode", COMPILE_MODES, "MODE")
+    attention: str = option("auto", "attention backend", ("auto", *sorted(ATTENTION)))
+    fp8: str = option("auto", "provider of FP8 matrix products", ("auto", *PRODUCTS))
+    cuda_graphs: bool = option(True, "record the fused training pass as CUDA graphs")
+    deterministic: bool = option(False, "same bits every time, attention included (slower)")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags' values; the field `some_flag` is `--some-flag`."""
+    """The values of all flags, by part."""
 
-    depth: int = flag(16, MODEL, "layers; the one dial of size")
-    aspect_ratio: int = flag(64, MODEL, "width per layer of depth")
-    head_dim: int = flag(128, MODEL, "size of an attention head")
-    n_kv_head: int = flag(0, MODEL, "key/value heads, a divisor of the heads (0: as many)")
-    max_seq_len: int = flag(2048, MODEL, "tokens per row")
-    window_pattern: str = flag("SSSL", MODEL, "attention windows, tiled: S quarter row, L whole")
-    vocab_size: int = flag(32768, MODEL, "tokens of the tokenizer, where one is trained")
+    model: Dials = Dials()
+    horizon: Horizon = Horizon()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    reports: Reports = Reports()
+    job: Job = Job()
+    machine: MachineOptions = MachineOptions()
 
-    num_iterations: int = flag(-1, HORIZON, "steps (-1: from the two flags below)")
-    target_flops: float = flag(-1.0, HORIZON, "train for this many FLOPs (-1: off)")
-    target_param_data_ratio: float = flag(8.0, HORIZON, "tokens per scaling parameter")
-    device_batch_size: int = flag(32, HORIZON, "rows per forward pass")
-    total_batch_size: int = flag(-1, HORIZON, "tokens per step (-1: from the horizon)")
+    def flat(self) -> dict[str, Any]:
+        """{name: value} of every flag, the form in which settings are saved."""
+        parts = [getattr(self, part) for part in TITLES]
+        return {f.name: getattr(part, f.name) for part in parts for f in options(part)}
 
-    embedding_lr: float = flag(0.3, OPTIM, "AdamW, token embedding (value embeddings: half)")
-    unembedding_lr: float = flag(0.008, OPTIM, "AdamW, lm_head")
-    matrix_lr: float = flag(0.02, OPTIM, "Muon, matrices inside the blocks")
-    scalar_lr: float = flag(0.3, OPTIM, "AdamW, x0 lambdas (residual lambdas: a hundredth)")
-    weight_decay: float = flag(0.28, OPTIM, "Muon's cautious decay, before scaling")
-    warmup_steps: int = flag(40, OPTIM, "steps of linear warm-up")
-    warmdown_ratio: float = flag(0.65, OPTIM, "last share of the steps, with linear warm-down")
-    final_lr_frac: float = flag(0.05, OPTIM, "share of the learning rate left at the end")
+    def replace(self, values: Mapping[str, Any]) -> "Settings":
+        """These settings with other values for some flags, {name: value}.
 
-    bigram_embed_factor: int = flag(5, RECIPE, "bigram rows per vocabulary entry (0: dense)")
-    bigram_lambda_init: float = flag(0.05, RECIPE, "start of every layer's bigram lambda")
-    bigram_embedding_lr_mult: float = flag(1.0, RECIPE, "bigram table: times --embedding-lr")
-    bigram_lambda_lr: float = flag(0.01, RECIPE, "AdamW, bigram lambdas")
-    muon_plus: bool = flag(True, RECIPE, "rescale Muon's update to norm sqrt(min(rows, cols))")
-    muon_eq: str = flag("row", RECIPE, "equilibration before Muon's iteration", EQUILIBRATIONS)
+        Raises:
+            KeyError: a name that no flag has.
+        """
+        changes: dict[str, dict[str, Any]] = {part: {} for part in TITLES}
+        for name, value in values.items():
+            changes[FLAGS[name][0]][name] = value
+        parts = {p: dataclasses.replace(getattr(self, p), **new) for p, new in changes.items()}
+        return Settings(**parts)
 
-    eval_every: int = flag(250, EVAL, "steps between evaluations (-1: only at the ends)")
-    eval_tokens: int = flag(80 * 524288, EVAL, "validation tokens per evaluation, at most")
-    skip_initial_eval: bool = flag(False, EVAL, "no evaluation before the first step")
-    sample_every: int = flag(2000, EVAL, "steps between samples (-1: none, 0: only at the end)")
-    save_every: int = flag(-1, EVAL, "steps between checkpoints (-1: only at the end)")
-    train_log_every: int = flag(50, EVAL, "steps between log lines; others never wait for the GPU")
-    wandb: bool = flag(False, EVAL, "log to Weights & Biases as well (needs the wandb extra)")
 
-    run: str = flag("", RUN, "name of the folder under runs/ (default d<depth>)", metavar="NAME")
-    resume: bool = flag(False, RUN, "continue --run NAME from its latest checkpoint")
-    data: str = flag("", RUN, "folder of parquet shards, or 'stdlib'", metavar="DIR")
-    seed: int = flag(42, RUN, "seed of the initialisation and of samples")
-
-    device_type: str = flag("auto", MACHINE, "where to run", ("auto", "cuda", "cpu"))
-    backend: str = flag("auto", MACHINE, "how ops run", ("auto", "eager", "compile", "fused"))
-    compile_mode: str = flag("default", MACHINE, "torch.compile's mode", COMPILE_MODES, "MODE")
-    attention: str = flag(
-        "auto", MACHINE, "attention backend", ("auto", *sorted(ATTENTION_BACKENDS))
-    )
-    fp8: str = flag("auto", MACHINE, "provider of FP8 matrix products", ("auto", *PROVIDERS))
-    cuda_graphs: bool = flag(True, MACHINE, "record the fused training pass as CUDA graphs")
-    deterministic: bool = flag(False, MACHINE, "same bits every time, attention included (slower)")
-
+TITLES = {  # of the help's groups, by part of the settings
+    "model": "model",
+    "horizon": "horizon and batch",
+    "optim": "optimiser",
+    "schedule": "learning-rate schedule",
+    "reports": "evaluation and logging",
+    "job": "run and data",
+    "machine": "machine",
+}
+FLAGS: dict[str, tuple[str, Field[Any]]] = {  # name -> part and field
+    f.name: (part, f) for part in TITLES for f in options(getattr(Settings, part))
+}
 
 CPU_PRESET = {
     "depth": 4,
@@ -128,13 +154,35 @@ RESUMABLE = {
     "cuda_graphs",
 }
 
+# Words of model/ for what a flag sets under another name.
+MODEL_WORDS = {"n_layer": "depth", "sequence_len": "max_seq_len"}
 
-def flag_name(name):
+
+def flag_name(name: str) -> str:
     """Command-line spelling of a field: some_flag -> --some-flag."""
     return "--" + name.replace("_", "-")
 
 
-def build_parser():
+@contextmanager
+def naming_flags(prefix: str = "") -> Iterator[None]:
+    """Within the context a ValueError of model/ or kernels/ becomes a UserError, in which the
+    fields of the model are flags.
+
+    Args:
+        prefix: goes before the message, such as "--attention ".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        fields = {f.name: f.name for f in options(Dials)} | MODEL_WORDS
+        words = rf"\b({'|'.join(fields)})\b"
+        text = re.sub(words, lambda word: flag_name(fields[word[1]]), str(error))
+        raise UserError(prefix + text) from error
+
+
+def build_parser() -> CommandParser:
     """The argument parser; values that were not given are absent from its namespace."""
     parser = CommandParser(
         prog="python -m train.run",
@@ -143,13 +191,9 @@ def build_parser():
         description="Train a nanochat-recipe GPT. With no flags and no GPU: a small model on "
         "Python's own standard library, in minutes.",
     )
-    groups = {}
-    for f in dataclasses.fields(Settings):
-        name = f.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        choices, metavar = f.metadata["choices"], f.metadata["metavar"]
-        text = f.metadata["help"]
+    groups = {part: parser.add_argument_group(title) for part, title in TITLES.items()}
+    for part, f in FLAGS.values():
+        choices, metavar, text = (f.metadata[key] for key in ("choices", "metavar", "help"))
         if choices and metavar:
             text += f": {', '.join(choices)}"
         if f.default != "":
@@ -157,83 +201,61 @@ def build_parser():
         kwargs = {"help": text.replace("%", "%%"), "default": SUPPRESS, "dest": f.name}
         if f.type is bool:
             action = BooleanOptionalAction if f.default else "store_true"
-            groups[name].add_argument(flag_name(f.name), action=action, **kwargs)
+            groups[part].add_argument(flag_name(f.name), action=action, **kwargs)
         else:
             if not choices and not metavar:
                 metavar = {int: "N", float: "X", str: "NAME"}[f.type]
             kwargs |= {"type": f.type, "choices": choices, "metavar": metavar}
-            groups[name].add_argument(flag_name(f.name), **kwargs)
+            groups[part].add_argument(flag_name(f.name), **kwargs)
     return parser
 
 
-AT_LEAST_ONE = (
-    "max_seq_len",
-    "vocab_size",
-    "device_batch_size",
-    "eval_tokens",
-    "train_log_every",
-)
-NOT_NEGATIVE = (
-    "embedding_lr",
-    "unembedding_lr",
-    "matrix_lr",
-    "scalar_lr",
-    "weight_decay",
-    "warmup_steps",
-    "final_lr_frac",
-    "bigram_embedding_lr_mult",
-    "bigram_lambda_lr",
-)
-
-
-def check(settings):
+def check(settings: Settings) -> None:
     """Refuse values that no run can have.
 
     Raises:
         UserError: names the flag.
     """
-    for names, least in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
-        for name in names:
-            value = getattr(settings, name)
-            if not value >= least:
-                raise UserError(f"{flag_name(name)} must be at least {least}, got {value}")
-    for name, value in vars(settings).items():
+    for name, value in settings.flat().items():
+        least, most = (FLAGS[name][1].metadata[key] for key in ("least", "most"))
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_name(name)} must be a finite number, got {value}")
-    if settings.n_kv_head < 0:
-        raise UserError(f"--n-kv-head must be at least 0, got {settings.n_kv_head}")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"--seed must lie in 0..2^63-1, got {settings.seed}")
-    if not 0 <= settings.warmdown_ratio <= 1:
-        raise UserError(f"--warmdown-ratio must lie in 0..1, got {settings.warmdown_ratio}")
+        if least is not None and value < least:
+            raise UserError(f"{flag_name(name)} must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise UserError(f"{flag_name(name)} must be at most {most}, got {value}")
 
 
-def resolve(given, device_type):
-    """Settings of a new run from the flags that were given ({field: value})."""
+def resolve(given: Mapping[str, Any], device_type: str) -> Settings:
+    """Settings of a new run from the flags that were given ({name: value}).
+
+    Raises:
+        UserError: a value that no run can have.
+    """
     preset = CPU_PRESET if device_type == "cpu" else {}
-    settings = Settings(**{**preset, **given})
+    settings = Settings().replace({**preset, **given})
     check(settings)
     return settings
 
 
-def resolve_resumed(given, saved):
+def resolve_resumed(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Settings:
     """Settings of a resumed run: the saved ones, with RESUMABLE flags as given now.
 
     Raises:
-        UserError: a flag that differs from the run's and cannot change, or saved settings of
-            another version.
+        UserError: a flag that differs from the run's and cannot change, or saved settings that
+            lack a flag or have one of another version.
     """
-    try:
-        settings = Settings(**saved)
-    except TypeError as error:
-        raise UserError(f"the run's settings do not fit this version ({error})") from None
+    unknown, missing = sorted(saved.keys() - FLAGS), sorted(FLAGS.keys() - saved)
+    if unknown or missing:
+        what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]!r} is missing"
+        raise UserError(f"the run's settings do not fit this version ({what})")
+    settings = Settings().replace(saved)
     for name, value in given.items():
-        if name not in RESUMABLE and value != getattr(settings, name):
+        if name not in RESUMABLE and value != saved[name]:
             raise UserError(
-                f"{flag_name(name)} {value} differs from the run's {getattr(settings, name)}; "
+                f"{flag_name(name)} {value} differs from the run's {saved[name]}; "
                 "drop the flag, or start a new --run"
             )
-    changes = {name: value for name, value in given.items() if name in RESUMABLE}
-    settings = dataclasses.replace(settings, **changes)
+    settings = settings.replace({name: v for name, v in given.items() if name in RESUMABLE})
     check(settings)
     return settings

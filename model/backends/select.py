@@ -12,7 +12,6 @@ from nanofuse.model.backends.flash import (
 )
 from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 
 CHECKED_BEYOND_WINDOW = 256  # the self-check's sequence exceeds the window by so many positions
 
@@ -123,7 +122,7 @@ def _first_that_works(device_type, deterministic, compiled, config):
         else:
             reasons.append(f"{name} agrees with SDPA to {distance:.1g}")
             return backend_class(deterministic), "; ".join(reasons)
-    raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
+    raise ValueError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
 def select_attention(name, device_type, deterministic=False, compiled=False, config=None):
@@ -138,7 +137,7 @@ def select_attention(name, device_type, deterministic=False, compiled=False, con
             None stands for the recipe's depth 4.
 
     Raises:
-        UserError: an unknown name, or a backend that cannot run here.
+        ValueError: an unknown name, or a backend that cannot run here.
     """
     if name == "auto":
         if device_type != "cuda":
@@ -147,24 +146,20 @@ def select_attention(name, device_type, deterministic=False, compiled=False, con
         backend, why = _first_that_works(device_type, deterministic, compiled, config)
         return backend, f"auto on {device_type}: {why}"
     if name not in BACKENDS:
-        raise UserError(f"--attention {name!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{name!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[name](deterministic)
     if backend.cuda_only and device_type != "cuda":
-        raise UserError(f"--attention {name} needs a CUDA GPU; use --attention sdpa")
+        raise ValueError(f"{name} needs a CUDA GPU; sdpa does not")
     if compiled and not backend.compilable:
-        raise UserError(
-            f"--attention {name} does not run under torch.compile; use --backend eager or "
-            "--attention auto"
-        )
+        raise ValueError(f"{name} does not run under torch.compile; it does in eager")
     try:
         backend.load()
     except Exception as error:  # a broken install may raise anything
-        raise UserError(
-            f"--attention {name} needs {backend.title}: {backend.install}; or use --attention auto "
-            f"({_line(error)})"
+        raise ValueError(
+            f"{name} needs {backend.title}: {backend.install} ({_line(error)})"
         ) from error
     try:
         _check_gpu(backend)
     except RuntimeError as error:
-        raise UserError(f"--attention {name} {error}; use --attention auto") from error
+        raise ValueError(f"{name} {error}") from error
     return backend, "asked for"

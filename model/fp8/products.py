@@ -20,7 +20,6 @@ from dataclasses import replace
 import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
-from nanofuse.model.errors import UserError
 
 
 class PlainGemm:
@@ -174,20 +173,20 @@ class TransformerEngineGemm:
 
 
 PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
-HINTS = {"te": "pip install 'nanofuse[fp8]', or use --fp8 torch", "torch": "use --fp8 off"}
+HINTS = {"te": "pip install 'nanofuse[fp8]'", "torch": "install a torch built for CUDA"}
 
 
 def make_gemm(provider):
     """An instance of the provider named `provider`, a key of PROVIDERS.
 
     Raises:
-        UserError: its library is not installed, or does not load.
+        ValueError: its library is not installed, or does not load.
     """
     products = PROVIDERS[provider]
     try:
         return products()
     except Exception as error:  # a broken install may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--fp8 {provider} needs a library that does not load ({reason}); {HINTS[provider]}"
+        raise ValueError(
+            f"{provider} needs a library that does not load ({reason}); {HINTS[provider]}"
         ) from error

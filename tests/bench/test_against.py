@@ -7,7 +7,7 @@ import pytest
 
 from nanofuse.bench import against
 from nanofuse.bench.against import difference, main
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--depth", "1", "--backend", "eager", "--rounds", "3"]

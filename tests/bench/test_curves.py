@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanofuse.bench.curves import gaps, main, plot, read_run
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 
 def write_run(folder, bpbs, ms=10.0):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nanofuse.bench.report import main, summarize
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 
 def contender(backend, attention, ms, fp8="te"):

@@ -11,9 +11,9 @@ from nanofuse.bench.step_profile import class_table, kernel_table, load_trace, m
 from nanofuse.bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
 from nanofuse.bench.training import tiny_workload
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.train.assemble import assemble
 from nanofuse.train.device import select_machine
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,6 @@ from nanofuse.model import fused as fused_module
 from nanofuse.model import fused_layer
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.products import PROVIDERS, PlainGemm, TorchGemm, make_gemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
@@ -95,7 +94,7 @@ def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
     takes each FP8 scale from the tensor; bf16 on a GPU."""
     try:
         gemm = make_gemm(provider)
-    except UserError as error:
+    except ValueError as error:
         pytest.skip(str(error))
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     config = make(depth=2, aspect=32, vocab_size=128)
@@ -205,7 +204,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     evaluation; `describe` names what runs."""
     try:
         gemm, calls = CountingGemm(make_gemm(provider)), Counter()
-    except UserError as error:
+    except ValueError as error:
         pytest.skip(str(error))
     config = make(depth=2, aspect=32, vocab_size=128)
     _, fused = pair(config, gemm, torch.bfloat16 if ON_GPU else torch.float32)
@@ -246,7 +245,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
 
 def test_a_width_that_the_kernels_do_not_take_is_named():
     model = GPT(make(depth=1, aspect=10, head_dim=20), device=DEVICE)
-    with pytest.raises(UserError, match="width that is a multiple of 16, not 40; .*--head-dim"):
+    with pytest.raises(ValueError, match="width that is a multiple of 16, not 40; .*head_dim"):
         FusedGPT(model, PlainGemm())
 
 
@@ -264,7 +263,7 @@ def test_cuda_graphs_change_nothing(provider):
     """Losses and gradients of two batches, bit for bit (SDPA's math backend is deterministic)."""
     try:
         gemm = make_gemm(provider)
-    except UserError as error:
+    except ValueError as error:
         pytest.skip(str(error))
     config = make(depth=4, aspect=64, vocab_size=128)
     results = []

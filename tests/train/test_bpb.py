@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.bpb import evaluate_bpb
+from nanofuse.train.errors import UserError
 
 
 class ConstantModel(torch.nn.Module):

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.checkpoint import (
     MODEL,
     find_checkpoint,
@@ -15,6 +14,7 @@ from nanofuse.train.checkpoint import (
     run_dir,
     save_checkpoint,
 )
+from nanofuse.train.errors import UserError
 from tests.helpers import random_model, small_config
 
 

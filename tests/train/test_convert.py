@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.gpt import GPT
 from nanofuse.train.checkpoint import find_checkpoint, load_model, run_dir
 from nanofuse.train.convert import main
+from nanofuse.train.errors import UserError
 from nanofuse.train.run import main as run_main
 from tests.model.reference import reference_logits
 

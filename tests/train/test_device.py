@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.train import device
 from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.errors import UserError
 
 CONFIG = GPTConfig.from_depth(4)
 
@@ -60,7 +60,7 @@ def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
 
 def test_a_missing_transformer_engine_is_announced(without_te):
     provider, why = select_fp8("auto", machine("fused"), CONFIG, 32)
-    assert provider == "torch" and why.startswith("auto: --fp8 te needs a library that does not")
+    assert provider == "torch" and why.startswith("auto: te needs a library that does not")
     with pytest.raises(UserError, match="--fp8 te needs a library .*nanofuse"):
         select_fp8("te", machine("fused"), CONFIG, 32)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder, make_folder, write_text_atomically
 
 

@@ -1,19 +1,14 @@
-import dataclasses
-
 import pytest
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.plan import make_plan
 from nanofuse.train.settings import Settings
 
 
 def plan(depth=16, **fields):
-    settings = dataclasses.replace(Settings(), depth=depth, **fields)
-    config = GPTConfig.from_depth(
-        depth, settings.aspect_ratio, settings.head_dim, sequence_len=settings.max_seq_len
-    )
-    return make_plan(settings, config)
+    settings = Settings().replace({"depth": depth, **fields})
+    return make_plan(settings, settings.model.config())
 
 
 def test_d16_is_the_headline_run():

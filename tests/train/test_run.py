@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from nanofuse.model.engine import Sampling, generate
-from nanofuse.model.errors import UserError
 from nanofuse.train import generate as generate_command
 from nanofuse.train import run as run_module
 from nanofuse.train.checkpoint import (
@@ -36,7 +35,9 @@ from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.loader import PackedLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.device import select_machine
-from nanofuse.train.run import main, process_seconds
+from nanofuse.train.errors import UserError
+from nanofuse.train.run import main
+from nanofuse.train.start import process_seconds
 
 ROOT = Path(__file__).parent.parent.parent
 # of other processes: libraries may lie beside Python's own
@@ -412,7 +413,9 @@ def test_fused_in_bf16_is_as_close_to_fp32_as_eager(data_dir, work_dir, monkeypa
 
 
 def test_process_seconds_count_from_the_start_of_the_process():
-    program = "import time; time.sleep(0.5); import train.run as r; print(r.process_seconds())"
+    program = (
+        "import time; time.sleep(0.5); import nanofuse.train.start as r; print(r.process_seconds())"
+    )
     began = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     lasted = time.perf_counter() - began

@@ -4,6 +4,7 @@ import pytest
 
 from nanofuse.train.schedules import (
     Schedule,
+    ScheduleConfig,
     auto_batch_size,
     batch_lr_scale,
     scaled_weight_decay,
@@ -37,7 +38,7 @@ def test_weight_decay_is_half_a_cosine():
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_no_warmdown_and_nothing_else(ratio):
-    schedule = Schedule(100, warmup_steps=0, warmdown_ratio=ratio)
+    schedule = Schedule(100, ScheduleConfig(warmup_steps=0, warmdown_ratio=ratio))
     assert schedule.lr(100) == (1.0 if ratio == 0 else pytest.approx(0.05))
     assert schedule.lr(0) == 1.0
 

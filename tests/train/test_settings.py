@@ -1,11 +1,31 @@
 import dataclasses
 import io
+import json
+import subprocess
+import sys
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
 
-from nanofuse.model.errors import UserError
-from nanofuse.train.settings import CPU_PRESET, Settings, build_parser, resolve, resolve_resumed
+from nanofuse.kernels import newton_schulz
+from nanofuse.model.backends.select import BACKENDS
+from nanofuse.model.config import Dials
+from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.model.option import options
+from nanofuse.model.providers import ATTENTION, PRODUCTS
+from nanofuse.train.errors import UserError
+from nanofuse.train.optim.config import EQUILIBRATIONS
+from nanofuse.train.settings import (
+    CPU_PRESET,
+    FLAGS,
+    TITLES,
+    Settings,
+    build_parser,
+    naming_flags,
+    resolve,
+    resolve_resumed,
+)
 
 NANOCHAT_FLAGS = (
     "--depth --aspect-ratio --head-dim --max-seq-len --window-pattern --num-iterations "
@@ -25,25 +45,60 @@ def test_every_promised_flag_is_there_with_help():
     text = build_parser().format_help()
     for flag in f"{NANOCHAT_FLAGS} {OWN_FLAGS}".split():
         assert f"{flag} " in text or f"{flag}\n" in text or f"{flag}," in text, flag
-    assert all(f.metadata["help"] and f.metadata["group"] for f in dataclasses.fields(Settings))
+    assert all(f.metadata["help"] for _, f in FLAGS.values())
+
+
+def test_every_default_has_one_owner():
+    """A field that two parts share would be set in one of them only."""
+    names = [f.name for part in TITLES for f in options(getattr(Settings, part))]
+    assert len(names) == len(set(names)) == len(FLAGS)
+    assert {f.name for f in dataclasses.fields(Settings)} == set(TITLES)
+    assert EQUILIBRATIONS == newton_schulz.EQUILIBRATIONS
+    assert ATTENTION == tuple(BACKENDS) and PRODUCTS == tuple(PROVIDERS)
+
+
+def test_every_flag_reaches_its_part_and_unknown_ones_none():
+    for name, (part, f) in FLAGS.items():
+        value = {bool: not f.default, int: 7, float: 0.125, str: "x"}[f.type]
+        settings = Settings().replace({name: value})
+        assert getattr(getattr(settings, part), name) == settings.flat()[name] == value
+        assert settings.replace({name: f.default}) == Settings()
+    with pytest.raises(KeyError):
+        Settings().replace({"matrix_rate": 0.1})
+
+
+def test_flags_are_parsed_without_torch():
+    code = "import sys; from nanofuse.train.run import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_errors_of_the_model_name_flags():
+    with pytest.raises(UserError, match="--n-kv-head 3 does not divide n_head 8"), naming_flags():
+        Dials(n_kv_head=3).config()
+    with pytest.raises(UserError, match="--attention fa9 is unknown"), naming_flags("--attention "):
+        raise ValueError("fa9 is unknown")
+    with pytest.raises(UserError, match="raise --depth or --aspect-ratio"), naming_flags():
+        Dials(depth=1, aspect_ratio=8, head_dim=8).config()
 
 
 def test_defaults_are_the_recipes():
     s = resolve({}, "cuda")
     assert s == Settings()
-    assert (s.bigram_embed_factor, s.bigram_lambda_init, s.train_log_every) == (5, 0.05, 50)
-    assert (s.scalar_lr, s.weight_decay, s.warmdown_ratio, s.final_lr_frac) == (
-        0.3,
-        0.28,
-        0.65,
-        0.05,
-    )
-    assert s.muon_plus and s.muon_eq == "row" and s.target_param_data_ratio == 8
+    assert (s.model.bigram_embed_factor, s.model.bigram_lambda_init) == (5, 0.05)
+    assert (s.optim.scalar_lr, s.optim.weight_decay) == (0.3, 0.28)
+    assert (s.schedule.warmdown_ratio, s.schedule.final_lr_frac) == (0.65, 0.05)
+    assert s.optim.muon_plus and s.optim.muon_eq == "row"
+    assert s.horizon.target_param_data_ratio == 8 and s.reports.train_log_every == 50
 
 
 def test_preset_yields_to_flags():
     s = resolve({"depth": 6}, "cpu")
-    assert s.depth == 6 and s.max_seq_len == CPU_PRESET["max_seq_len"]
+    assert s.model.depth == 6 and s.model.max_seq_len == CPU_PRESET["max_seq_len"]
 
 
 def parse_error(*argv):
@@ -84,10 +139,20 @@ def test_impossible_values_name_the_flag(given, message):
 
 
 def test_resuming_changes_only_what_may_change():
-    saved = dataclasses.asdict(resolve({"depth": 2, "run": "a"}, "cpu"))
+    saved = json.loads(json.dumps(resolve({"depth": 2, "run": "a"}, "cpu").flat()))
     again = resolve_resumed({"run": "a", "resume": True, "depth": 2, "save_every": 7}, saved)
-    assert again.depth == 2 and again.save_every == 7
+    assert again.model.depth == 2 and again.reports.save_every == 7
     with pytest.raises(UserError, match="--depth 4 differs from the run's 2"):
         resolve_resumed({"depth": 4}, saved)
     with pytest.raises(UserError, match="settings do not fit"):
         resolve_resumed({}, {**saved, "from_the_future": 1})
+    del saved["matrix_lr"]
+    with pytest.raises(UserError, match="'matrix_lr' is missing"):
+        resolve_resumed({}, saved)
+
+
+def test_settings_of_version_0_1_resume():
+    """What 0.1 saved: every flag, flat."""
+    saved = json.loads((Path(__file__).parent / "settings-0.1.json").read_text())
+    settings = resolve_resumed({"resume": True}, saved)
+    assert settings.flat() == {**saved, "resume": True}

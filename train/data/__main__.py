@@ -5,11 +5,11 @@ python -m train.data info                what is there
 python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside its shards
 """
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.command import CommandParser, add_data_argument, run_command
 from nanofuse.train.data.corpus import SPLITS, ParquetCorpus, data_directory, open_corpus
 from nanofuse.train.data.download import download_shards
 from nanofuse.train.data.tokenizer import FILE_NAME, train_on_corpus
+from nanofuse.train.errors import UserError
 
 
 def info(args):

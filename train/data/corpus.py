@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 
 DATA_ENV = "NANOFUSE_DIR"
 DEFAULT_DIR = Path("~/.cache/nanofuse")

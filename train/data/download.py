@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 
 REPO = "karpathy/climbmix-400b-shuffle"

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.data.packing import BestFitPacker
+from nanofuse.train.errors import UserError
 
 UNITS_AHEAD = 4
 BATCHES_AHEAD = 4

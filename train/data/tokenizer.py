@@ -18,7 +18,7 @@ import rustbpe
 import tiktoken
 import torch
 
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 
 SPLIT_PATTERN = (

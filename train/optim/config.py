@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from nanofuse.model.option import option
+
 ADAMW_EPS = 1e-10
+EQUILIBRATIONS = ("row", "col", "none")  # kernels/newton_schulz.py's
 REFERENCE_WIDTH = 768  # AdamW's matrix learning rates are tuned at this width
 
 
@@ -11,31 +14,31 @@ class AdamWGroup:
     """Hyperparameters of one AdamW role; `width_scaled` multiplies lr by sqrt(768 / C)."""
 
     lr: float
-    betas: tuple
+    betas: tuple[float, float]
     weight_decay: float
     width_scaled: bool = False
 
-    def lr_at(self, width):
+    def lr_at(self, width: int) -> float:
         """Learning rate of a model of this width, before schedule and batch scaling."""
         return self.lr * (width / REFERENCE_WIDTH) ** -0.5 if self.width_scaled else self.lr
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates and Muon options; defaults are recipe.md's."""
+    """Learning rates and Muon's options; defaults are those of docs/recipe.md."""
 
-    embedding_lr: float = 0.3
-    unembedding_lr: float = 0.008
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.3
-    weight_decay: float = 0.28
-    bigram_embedding_lr_mult: float = 1.0
-    bigram_lambda_lr: float = 0.01
-    muon_plus: bool = True
-    muon_eq: str = "row"
-    muon_beta2: float = 0.9
+    embedding_lr: float = option(0.3, "AdamW, token embedding (value embeddings: half)", least=0)
+    unembedding_lr: float = option(0.008, "AdamW, lm_head", least=0)
+    matrix_lr: float = option(0.02, "Muon, matrices inside the blocks", least=0)
+    scalar_lr: float = option(0.3, "AdamW, x0 lambdas (residual lambdas: a hundredth)", least=0)
+    weight_decay: float = option(0.28, "Muon's cautious decay, before scaling", least=0)
+    bigram_embedding_lr_mult: float = option(1.0, "bigram table: times --embedding-lr", least=0)
+    bigram_lambda_lr: float = option(0.01, "AdamW, bigram lambdas", least=0)
+    muon_plus: bool = option(True, "rescale Muon's update to norm sqrt(min(rows, cols))")
+    muon_eq: str = option("row", "equilibration before Muon's iteration", EQUILIBRATIONS)
+    muon_beta2: float = 0.9  # of the variance reduction
 
-    def adamw_groups(self):
+    def adamw_groups(self) -> dict[str, AdamWGroup]:
         """AdamW hyperparameters by role (the roles of GPT.param_roles but "matrices")."""
         return {
             "lm_head": AdamWGroup(self.unembedding_lr, (0.8, 0.96), 0.01, True),

@@ -9,7 +9,7 @@ import torch
 
 from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
 from nanofuse.kernels.muon_update import muon_hyper, muon_update, second_moment_shape
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
 
 FP8_PREFIX = "fp8."

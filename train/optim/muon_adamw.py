@@ -8,7 +8,7 @@ import torch
 
 from nanofuse.kernels.adamw import adamw_ref
 from nanofuse.kernels.muon_update import muon_update_ref, second_moment_shape
-from nanofuse.model.errors import UserError
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
 
 RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8

@@ -15,7 +15,6 @@ from nanofuse.model.backends.flash import (
 )
 from nanofuse.model.backends.select import BACKENDS, forward_and_backward, select_attention
 from nanofuse.model.backends.torch_backends import SDPAttention, window_mask
-from nanofuse.model.errors import UserError
 
 
 def fused_inputs(
@@ -183,7 +182,7 @@ def on_gpu(name, deterministic=False):
     """The backend, or a skip where this machine lacks its library or kernels."""
     try:
         return select_attention(name, "cuda", deterministic)[0]
-    except UserError as error:
+    except ValueError as error:
         pytest.skip(str(error))
 
 

@@ -2,8 +2,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus, split_text
+from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data import download
+from nanofuse.train.errors import UserError
 
 
 class FakeHub:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus
 from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.errors import UserError
 
 
 @pytest.fixture

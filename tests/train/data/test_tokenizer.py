@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, train_on_corpus
+from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
 TEXTS = ["", "the cat", "naïve 日本語 🎉", "x = 12345\n\n\tif y:", "<|bos|> is text here", " " * 9]

@@ -5,10 +5,10 @@ import torch
 
 from nanofuse.bench.checks import ON_GPU
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.errors import UserError
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from nanofuse.model.errors import UserError
 from nanofuse.model.gpt import GPT
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.helpers import random_model, small_config

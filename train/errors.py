@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input; the message is one line that names the flag or file and the mend.
+    """Bad input; the message is one line that names the flag or file and a way out.
 
     Commands print it as `error: ...` and exit with code 2.
     """

@@ -1,0 +1,38 @@
+"""A dataclass field that says what a command line needs to know of it.
+
+The dataclasses of the model, the optimiser and the schedules own their defaults, and train/settings
+makes a flag of every field that was declared here. Nothing here or in those modules loads torch.
+"""
+
+from dataclasses import Field, field, fields
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field with a default, a line of help, and its bounds or choices.
+
+    Args:
+        choices: of a str; None: any.
+        metavar: what stands for the value in the help, such as "DIR"; None: by type.
+        least, most: bounds of a number, inclusive.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "metavar": metavar,
+        "least": least,
+        "most": most,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def options(dataclass: Any) -> list[Field[Any]]:
+    """The fields of a dataclass (type or object) that were declared as options, in order."""
+    return [f for f in fields(dataclass) if "help" in f.metadata]

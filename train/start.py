@@ -1,0 +1,296 @@
+"""The start of a run: from the flags that were given to a Trainer, all checked on the way."""
+
+import dataclasses
+import gc
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanofuse.model.config import GPTConfig
+from nanofuse.train.assemble import assemble
+from nanofuse.train.checkpoint import (
+    LOADER,
+    MODEL,
+    OPTIM,
+    config_of,
+    find_checkpoint,
+    load_meta,
+    load_tensors,
+    load_tokenizer,
+    load_weights,
+    run_dir,
+)
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
+from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
+from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
+from nanofuse.train.errors import UserError
+from nanofuse.train.loop import Progress, Trainer
+from nanofuse.train.plan import make_plan
+from nanofuse.train.runlog import RunLog
+from nanofuse.train.schedules import Schedule
+from nanofuse.train.settings import Settings, flag_name, naming_flags, resolve, resolve_resumed
+
+GIB = 2**30
+
+
+def new_run_dir(settings):
+    """Folder of a new run; without --run the first free one of d<depth>, d<depth>-2, ...
+
+    Raises:
+        UserError: --run names one that exists.
+    """
+    if settings.job.run:
+        directory = run_dir(settings.job.run)
+        if directory.exists():
+            raise UserError(
+                f"--run {settings.job.run}: {directory} exists; add --resume or choose another name"
+            )
+        return directory
+    directory, count = run_dir(f"d{settings.model.depth}"), 1
+    while directory.exists():
+        count += 1
+        directory = run_dir(f"d{settings.model.depth}-{count}")
+    return directory
+
+
+def find_tokenizer(corpus, vocab_size, size_given):
+    """The corpus folder's tokenizer, or one trained on the corpus and kept there if it can be.
+
+    Raises:
+        UserError: the folder's tokenizer is damaged, or not of the --vocab-size given.
+    """
+    path = corpus.directory / FILE_NAME if corpus.directory else None
+    if path and path.exists():
+        tokenizer = Tokenizer.load(path)
+        if size_given and tokenizer.vocab_size != vocab_size:
+            raise UserError(
+                f"--vocab-size {vocab_size}: {path} has {tokenizer.vocab_size} tokens; "
+                "drop the flag, or move that file away to train another"
+            )
+        return tokenizer
+    print(f"tokenizer: training {vocab_size:,} tokens on {corpus.name}", flush=True)
+    tokenizer = train_on_corpus(corpus, vocab_size)
+    if path:
+        try:
+            tokenizer.save(path)
+        except OSError as error:
+            print(f"tokenizer: kept with the run only ({error.strerror}: {corpus.directory})")
+    return tokenizer
+
+
+def describe(start, plan, facts):
+    """Lines that say what is about to run; `facts` are train.assemble's."""
+    settings, config, machine = start.settings, start.config, start.machine
+    activation_bytes, rows = machine.dtype.itemsize, settings.horizon.device_batch_size
+    memory = config.memory_estimate(
+        rows,
+        activation_bytes,
+        fp8=start.fp8[0] != "off",
+        fused=machine.backend == "fused",
+    )
+    counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
+    mode = f", mode {settings.machine.compile_mode}" if machine.backend == "compile" else ""
+    return [
+        f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
+        f"backend: {machine.backend} ({machine.why}{mode})",
+        *facts,
+        f"data: {start.corpus.name}; tokenizer of {start.tokenizer.vocab_size:,} tokens",
+        f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
+        f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
+        f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",
+        f"FLOPs per token: {config.flops_per_token:,}",
+        f"plan: {plan.num_iterations:,} steps x {plan.total_batch_size:,} tokens = "
+        f"{plan.tokens:,}; {plan.micro_steps} micro-steps of {rows} rows; "
+        f"lr x{plan.lr_scale:.4f}, weight decay {plan.weight_decay:.4f}",
+        f"memory: about {memory / GIB:.1f} GiB expected",
+        f"run: {start.directory}"
+        + (f", resumed at step {start.meta['step']}" if start.checkpoint else ""),
+    ]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: everything checked, nothing built or written yet."""
+
+    settings: Settings
+    machine: Machine
+    corpus: ParquetCorpus | StdlibCorpus
+    tokenizer: Tokenizer
+    config: GPTConfig
+    fp8: tuple  # provider and why
+    directory: Path
+    checkpoint: Path | None = None
+    meta: dict | None = None  # the checkpoint's
+
+
+def check_backend_flags(given, machine):
+    """Refuse flags that were given and that another backend than this Machine's would read.
+
+    Raises:
+        UserError: naming the flag and its backend.
+    """
+    for field, backend in (("compile_mode", "compile"), ("cuda_graphs", "fused")):
+        if given.get(field) and machine.backend != backend:
+            raise UserError(
+                f"{flag_name(field)} needs --backend {backend}, and this run is {machine.backend}; "
+                "drop it"
+            )
+
+
+def start_new(given):
+    """Start of a new run from the flags that were given ({field: value}).
+
+    Raises:
+        UserError: any bad input.
+    """
+    device_type = select_device(given.get("device_type", "auto")).type
+    settings = resolve(given, device_type)
+    machine = select_machine(settings.machine.device_type, settings.machine.backend)
+    check_backend_flags(given, machine)
+    directory = new_run_dir(settings)
+    with naming_flags():
+        config = settings.model.config()
+    make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
+    fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
+    corpus = open_corpus(settings.job.data)
+    tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
+    settings = settings.replace({"vocab_size": tokenizer.vocab_size})
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, directory)
+
+
+def start_resumed(given):
+    """Start of a run that continues from its latest checkpoint.
+
+    Raises:
+        UserError: nothing to resume, flags or data that differ from the run's, damaged files.
+    """
+    if "run" not in given:
+        raise UserError("--resume needs the run to continue; add --run NAME")
+    directory = run_dir(given["run"])
+    checkpoint = find_checkpoint(directory)
+    meta = load_meta(checkpoint)
+    if "settings" not in meta:
+        raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
+    settings = resolve_resumed(given, meta["settings"])
+    if meta["step"] >= meta["num_iterations"]:
+        raise UserError(f"--resume: {directory} has finished its {meta['step']} steps")
+    corpus = open_corpus(settings.job.data)
+    if meta["loader"]["corpus"] != corpus.fingerprint:
+        raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
+    config = config_of(meta, checkpoint)
+    tokenizer = load_tokenizer(directory, config)
+    machine = select_machine(settings.machine.device_type, settings.machine.backend)
+    check_backend_flags(given, machine)
+    fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, directory, checkpoint, meta)
+
+
+def build_trainer(start, started):
+    """The Trainer of a Start; the run's folder is made here, after everything else worked.
+
+    Args:
+        started: time.perf_counter() at the start of the process.
+
+    Raises:
+        UserError: an attention backend that cannot run here, or a damaged checkpoint.
+    """
+    settings, config, machine = start.settings, start.config, start.machine
+    plan = make_plan(settings, config)
+
+    def set_weights(model):
+        if start.checkpoint:
+            load_weights(model, load_tensors(start.checkpoint / MODEL), start.checkpoint / MODEL)
+        else:
+            model.init_weights(settings.job.seed)
+
+    built = assemble(
+        config,
+        machine,
+        settings.optim,
+        start.fp8,
+        settings.machine.attention,
+        settings.machine.deterministic,
+        settings.machine.compile_mode,
+        settings.machine.cuda_graphs,
+        plan.lr_scale,
+        set_weights,
+    )
+    state, progress = None, Progress()
+    if start.checkpoint:
+        meta, folder = start.meta, start.checkpoint
+        built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
+        position = {name: meta["loader"][name] for name in LoaderState().position()}
+        state = LoaderState.restore(position, load_tensors(folder / LOADER))
+        progress = Progress(**meta["progress"])
+
+    log = RunLog(start.directory, progress.step, plan.num_iterations, settings.reports.wandb)
+    if not start.checkpoint:
+        start.tokenizer.save(start.directory / FILE_NAME)
+    for line in describe(start, plan, built.facts):
+        log.print(line)
+    packed = PackedLoader(
+        start.corpus,
+        "train",
+        start.tokenizer,
+        settings.horizon.device_batch_size,
+        settings.model.max_seq_len,
+        state=state,
+    )
+    return Trainer(
+        model=built.model,
+        raw_model=built.raw_model,
+        optimizer=built.optimizer,
+        schedule=Schedule(plan.num_iterations, settings.schedule),
+        settings=settings,
+        plan=plan,
+        tokenizer=start.tokenizer,
+        corpus=start.corpus,
+        loader=DeviceLoader(packed, machine.device),
+        log=log,
+        directory=start.directory,
+        prompt="def " if isinstance(start.corpus, StdlibCorpus) else "The capital of France is",
+        peak_flops=bf16_peak(machine.name),
+        started=started,
+        progress=progress,
+    )
+
+
+def process_seconds():
+    """Seconds since this process started, imports included; 0 where the system does not tell."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return uptime - int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: start, in ticks
+
+
+def train(given):
+    """Train as the flags say that were given ({name: value}); prints the summary as JSON.
+
+    Raises:
+        UserError: any bad input.
+    """
+    started = time.perf_counter() - process_seconds()
+    start = start_resumed(given) if given.get("resume") else start_new(given)
+    try:
+        trainer = build_trainer(start, started)
+        try:
+            trainer.run()
+        finally:
+            trainer.loader.close()
+            trainer.log.close()
+            gc.unfreeze()
+    except torch.OutOfMemoryError:
+        rows = start.settings.horizon.device_batch_size
+        raise UserError(
+            f"--device-batch-size {rows} does not fit in the memory of {start.machine.name}; "
+            "halve it (the total batch stays the same)"
+        ) from None
+    print(json.dumps(trainer.summary()))
