@@ -79,13 +79,17 @@ class _LinearSoftcapCrossEntropy(torch.autograd.Function):
 def linear_softcap_cross_entropy(
     x,  # (N, C) bf16 or fp32
     weight,  # (V_padded, C), dtype of x
-    targets,  # (N,) int64 or int32; IGNORE_INDEX positions give loss 0 and leave the mean
+    targets,  # (N,) int64 or int32; IGNORE_INDEX positions have loss 0 and do not count in the mean
     vocab_size,
     chunk_rows=8192,
     softcap=LOGIT_SOFTCAP,
     reduction="mean",
 ):
-    """Cross-entropy in nats of x @ weight.T, a scalar in fp32.
+    """Cross-entropy in nats of the logits x @ weight.T, a scalar in fp32; differentiable.
+
+    Args:
+        chunk_rows: rows whose logits exist at once.
+        reduction: "mean" over the targets that count, or "sum".
 
     Raises:
         ValueError: a reduction other than mean and sum; shapes that do not fit.

@@ -1,4 +1,4 @@
-"""Gradients of x0, the bigram table and their lambdas from the residual mixes of all layers.
+"""Gradients of x0, of the bigram embeddings e, and of their lambdas, over all layers in one pass.
 
 Every block opens with y_l = resid_l * x_l + x0_lambda_l * x0 + bigram_lambda_l * e
 (kernels/residual_mix.py). With g_l the gradient of y_l:
@@ -6,9 +6,10 @@ Every block opens with y_l = resid_l * x_l + x0_lambda_l * x0 + bigram_lambda_l 
     grad x0 = sum_l x0_lambda_l * g_l            grad x0_lambda_l     = sum(g_l * x0)
     grad e  = sum_l bigram_lambda_l * g_l        grad bigram_lambda_l = sum(g_l * e)
 
-All four come from one pass over the stacked g, so that x0, e and the two accumulators travel once
-for (up to 16) layers and not once per layer. e is looked up again; grad e goes on to the table
-with kernels/embedding_grad.py.
+All four are computed in one pass over the stacked g (L, N, C), so that x0 and e are read, and
+grad x0 and grad e written, once per 16 layers instead of once per layer. e is not stored by the
+forward pass but looked up again; kernels/embedding_grad.py adds grad e up into the table's
+gradient.
 
 Bytes, L layers, N positions of width C at s bytes: s*N*C*(L + 4). FLOPs: 8 per element of g.
 """
@@ -28,8 +29,8 @@ MAX_WARPS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """Positions a program, how many layers travel together (a power of two), and the most
-    registers that a thread may take (None: as the compiler likes)."""
+    """Positions per program; layers per launch (a power of two: all of a position's gradients are
+    in registers together); and the most registers per thread (None: the compiler's choice)."""
 
     positions: int = 8
     layers: int = 16
@@ -46,12 +47,14 @@ def residual_gradients_ref(
     e=None,  # (N, C)
     bigram_lambdas=None,  # (L,)
 ):
-    """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,); None without e."""
-    of_x0 = torch.einsum("l,lnc->nc", x0_lambdas, grads), torch.einsum("lnc,nc->l", grads, x0)
+    """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,); the last two are
+    None without e."""
+    grad_x0 = torch.einsum("l,lnc->nc", x0_lambdas, grads)
+    grad_x0_lambdas = torch.einsum("lnc,nc->l", grads, x0)
     if e is None:
-        return *of_x0, None, None
-    of_e = torch.einsum("l,lnc->nc", bigram_lambdas, grads), torch.einsum("lnc,nc->l", grads, e)
-    return *of_x0, *of_e
+        return grad_x0, grad_x0_lambdas, None, None
+    grad_e = torch.einsum("l,lnc->nc", bigram_lambdas, grads)
+    return grad_x0, grad_x0_lambdas, grad_e, torch.einsum("lnc,nc->l", grads, e)
 
 
 @triton.jit
@@ -64,7 +67,7 @@ def _residual_gradients_kernel(
     bigram_lambdas_ptr,  # (L,) or None
     grad_x0_ptr,  # (N, C)
     grad_e_ptr,  # (N, C) or None
-    partial_ptr,  # (programs, L, 2) fp32
+    partial_ptr,  # (programs, L, 2) fp32: a program's share of the gradients of both lambdas
     L,
     N,
     C,
@@ -78,13 +81,14 @@ def _residual_gradients_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
 ):
-    # One position at a time, all its layers at once: with LANE columns a thread, every sum over
-    # layers stays within a thread, and those over columns wait for the end of the program.
+    # The loop takes one position at a time, with the gradients of all its layers, (BL, BC). A lane
+    # holds LANE adjacent columns of every layer, so that sums over layers need no shuffle; sums
+    # over columns are kept per lane and reduced across lanes after the loop.
     layers, cols = tl.arange(0, BL), tl.arange(0, BC)
     layer_ok, col_ok = layers < L, cols < C
     x0_lambdas = tl.load(x0_lambdas_ptr + layers, mask=layer_ok, other=0.0).to(tl.float32)
-    of_x0 = tl.zeros((BL, BC // LANE), tl.float32)
-    of_e = of_x0
+    grad_x0_lambda = tl.zeros((BL, BC // LANE), tl.float32)
+    grad_bigram_lambda = grad_x0_lambda
     if table_ptr is not None:
         bigram_lambdas = tl.load(bigram_lambdas_ptr + layers, mask=layer_ok, other=0.0)
         bigram_lambdas = bigram_lambdas.to(tl.float32)
@@ -98,7 +102,7 @@ def _residual_gradients_kernel(
         g = tl.load(grads_ptr + base + layer_offsets, mask=mask, other=0.0).to(tl.float32)
         x0 = tl.load(x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
         grad_x0 = tl.sum(x0_lambdas[:, None] * g, axis=0)
-        of_x0 += lane_sums(g * x0[None, :], BL, BC)
+        grad_x0_lambda += lane_sums(g * x0[None, :], BL, BC)
         if ACCUMULATE:
             grad_x0 += tl.load(grad_x0_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad_x0_ptr + base + cols, grad_x0.to(grad_x0_ptr.dtype.element_ty), mask=ok)
@@ -106,18 +110,21 @@ def _residual_gradients_kernel(
             row = hash_rows(tokens_ptr, where, where < N, T, num_rows, CURRENT, PREVIOUS)  # (1,)
             e = tl.load(table_ptr + row * C + cols, mask=ok, other=0.0).to(tl.float32)
             grad_e = tl.sum(bigram_lambdas[:, None] * g, axis=0)
-            of_e += lane_sums(g * e[None, :], BL, BC)
+            grad_bigram_lambda += lane_sums(g * e[None, :], BL, BC)
             if ACCUMULATE:
                 grad_e += tl.load(grad_e_ptr + base + cols, mask=ok, other=0.0).to(tl.float32)
             tl.store(grad_e_ptr + base + cols, grad_e.to(grad_e_ptr.dtype.element_ty), mask=ok)
     partial_ptr += tl.program_id(0).to(tl.int64) * L * 2
-    of_x0, of_e = tl.sum(of_x0, axis=1), tl.sum(of_e, axis=1)  # (BL,)
-    for layer in tl.static_range(BL):  # as scalars: a vector would change its layout first
+    grad_x0_lambda = tl.sum(grad_x0_lambda, axis=1)  # (BL,)
+    grad_bigram_lambda = tl.sum(grad_bigram_lambda, axis=1)  # (BL,)
+    for layer in tl.static_range(BL):  # stored as scalars: a vector store converts its layout first
         if layer < L:
             one = layers == layer
-            tl.store(partial_ptr + 2 * layer, tl.sum(tl.where(one, of_x0, 0.0), axis=0))
+            total = tl.sum(tl.where(one, grad_x0_lambda, 0.0), axis=0)
+            tl.store(partial_ptr + 2 * layer, total)
             if table_ptr is not None:
-                tl.store(partial_ptr + 2 * layer + 1, tl.sum(tl.where(one, of_e, 0.0), axis=0))
+                total = tl.sum(tl.where(one, grad_bigram_lambda, 0.0), axis=0)
+                tl.store(partial_ptr + 2 * layer + 1, total)
 
 
 def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
@@ -140,17 +147,24 @@ def _check(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
 
 
 def residual_gradients(
-    grads,  # (L, N, C)
+    grads,  # (L, N, C), each layer contiguous, layers any stride apart
     x0,  # (N, C)
     x0_lambdas,  # (L,)
     tokens=None,  # (B, T) integer, B*T = N
-    table=None,  # (num_rows, C)
+    table=None,  # (num_rows, C) bigram table
     bigram_lambdas=None,  # (L,)
 ):
-    """Gradients of x0 (N, C), x0_lambdas (L,), e (N, C) and bigram_lambdas (L,).
+    """Gradients of x0 and e, (N, C) in x0's dtype, and of the lambdas, (L,) fp32.
 
-    The first and third are in x0's dtype, the lambdas' in fp32; without a table the last two are
-    None. Sums are taken in fp32 in a fixed order. Layers may lie any number of layers apart.
+    All sums accumulate in fp32, in a fixed order.
+
+    Args:
+        grads: the gradients g_l of the mixes y_l.
+        tokens, table, bigram_lambdas: of the bigram term; all None without it.
+
+    Returns:
+        The gradients of x0, x0_lambdas, e and bigram_lambdas; the last two are None without a
+        table.
 
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.
@@ -161,7 +175,7 @@ def residual_gradients(
     config = tuned("residual_gradients", CONFIG)
     programs = triton.cdiv(n, config.positions)
     block = max(triton.next_power_of_2(c), LANE.value)
-    of_lambdas = []  # (group, 2) each
+    grad_lambdas = []  # (group, 2) each
     for first in range(0, layers, config.layers):
         group = min(config.layers, layers - first)
         partial = torch.empty(programs, group, 2, dtype=torch.float32, device=x0.device)
@@ -190,8 +204,8 @@ def residual_gradients(
             num_warps=min(max(block // (32 * LANE.value), 1), MAX_WARPS),
             maxnreg=config.registers,
         )
-        of_lambdas.append(partial.sum(dim=0))
-    of_lambdas = torch.cat(of_lambdas)  # (L, 2)
+        grad_lambdas.append(partial.sum(dim=0))
+    grad_lambdas = torch.cat(grad_lambdas)  # (L, 2)
     if table is None:
-        return grad_x0, of_lambdas[:, 0], None, None
-    return grad_x0, of_lambdas[:, 0], grad_e, of_lambdas[:, 1]
+        return grad_x0, grad_lambdas[:, 0], None, None
+    return grad_x0, grad_lambdas[:, 0], grad_e, grad_lambdas[:, 1]

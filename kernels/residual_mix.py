@@ -1,22 +1,23 @@
-"""Hashed bigram lookup, the residual mix that opens every block, and the norm after it.
+"""Hashed bigram lookup, the residual mix that opens every block, and the RMSNorm after it.
 
     e_t    = table[row_t], row_t the hash of tokens t and t-1     (kernels/bigram_rows.py)
     y      = resid_lambda * (x + branch) + x0_lambda * x0 + bigram_lambda * e
     normed = y / sqrt(mean(y^2) + eps)
 
-Recipe: karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747). One kernel makes
-y and normed, the latter as bf16, as an FP8 operand or as both; e never reaches memory. Without x0
-and table the same kernel is the residual add and norm in the middle of a block.
-Backward, for the gradient h of normed and the gradient g of y from its other uses:
+Recipe: karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747). One kernel writes
+y, and normed in y's dtype, as an FP8 operand, or both; e stays in registers. Without x0 and table
+the same kernel is the residual add and RMSNorm in the middle of a block.
+Backward, with h the upstream gradient of normed, g that of y from its other uses, and g_y the total
+gradient of y:
 
     g_y = g + rstd * h - y * rstd^3 * mean(h * y),   grad x = grad branch = resid_lambda * g_y
 
-What x0, the table and their lambdas get from all layers together: kernels/residual_gradients.py.
+The gradients of x0, the table and their lambdas, summed over all layers:
+kernels/residual_gradients.py.
 
-Bytes, N = B*T positions of width C at s bytes: forward s*N*C per tensor read (x, branch, x0, e) and
-written (y, normed), N*C per FP8 layout; backward the same of h, y, g, x read and of g_y and grad
-branch written, the latter unless it is g_y itself.
-FLOPs: about 10 per element.
+Bytes, N = B*T positions of width C at s bytes: forward s*N*C for each tensor read (x, branch, x0,
+e) and written (y, normed), and N*C for each FP8 layout; backward likewise, h, y, g, x read, g_y
+and, unless it is g_y itself, grad branch written. FLOPs: about 10 per element.
 """
 
 from dataclasses import dataclass, replace
@@ -36,8 +37,11 @@ from nanofuse.kernels.residual_mix_kernels import residual_mix_bwd_kernel, resid
 
 @dataclass(frozen=True)
 class RowTile:
-    """Block of rows x cols that a program works on at a time, going over whole rows; stages of the
-    loop that sums; cap on the registers of a thread."""
+    """Tile of a program, which owns `rows` whole rows and loops over them in blocks of rows x cols.
+
+    Fields: rows, cols, warps; stages, of the software pipeline of the loop that sums; registers,
+    the most per thread (None: the compiler's choice).
+    """
 
     rows: int
     cols: int
@@ -78,8 +82,9 @@ def _check_matrices(op, **tensors):
 
 
 def _tile(op, default, x):
-    """Tile for x: the winners are those of wide rows of bf16. Shared memory and registers are
-    counted in bytes, and a block as wide as two rows would leave half of its threads idle."""
+    """The RowTile of `op` for x. Tuned tiles are those of wide bf16 rows: for fp32, whose elements
+    take twice the registers, the block has half the columns; and for rows narrower than half a
+    block, columns and warps are halved until no lane is idle."""
     config = tuned(op, default)
     if x.element_size() == 4:
         config = replace(config, cols=config.cols // 2, registers=None)
@@ -90,7 +95,7 @@ def _tile(op, default, x):
 
 def residual_mix_fwd(
     x,  # (N, C) stream
-    branch=None,  # (N, C) output of the branch that joins the stream
+    branch=None,  # (N, C) output of the attention or MLP branch, added to the stream
     x0=None,  # (N, C) stream after smear
     tokens=None,  # (B, T) integer, B*T = N
     table=None,  # (num_rows, C)
@@ -100,18 +105,19 @@ def residual_mix_fwd(
     scaling=None,
     want_normed=True,
 ):
-    """Mix, norm and quantise in one kernel.
+    """Residual add and mix, RMSNorm and quantisation in one kernel.
 
     Args:
-        scaling: kernels.fp8.Scaling of the FP8 operand, or None for no operand.
-        want_normed: also write normed in x's dtype.
+        scaling: kernels.common.fp8.Scaling of normed as an FP8 operand; None for no operand.
+        want_normed: write normed in x's dtype.
 
     Returns:
-        y (N, C) in x's dtype, rstd (N,) fp32, normed (N, C) or None, FP8Operand or None.
+        y (N, C) in x's dtype; rstd (N,) fp32, the inverse root mean squares for backward; normed
+        (N, C) in x's dtype, or None; normed as an FP8Operand, or None.
 
     Raises:
         ValueError: a tensor that is not contiguous, not of x's shape, or with a scaling not aligned
-            (kernels.fp8.check_alignment).
+            (kernels.common.fp8.check_alignment).
     """
     _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
     n, c = x.shape
@@ -163,29 +169,30 @@ def residual_mix_fwd(
 
 
 def residual_mix_bwd(
-    grad_normed,  # (N, C)
-    y,  # (N, C)
-    rstd,  # (N,) fp32
-    grad_stream=None,  # (N, C) gradient of y from its other uses, before stream_scale
-    stream_scale=None,  # (1,) or (): factor of grad_stream; 1 if None
-    x=None,  # (N, C), for the gradient of resid_lambda; y itself saves a read
+    grad_normed,  # (N, C) upstream gradient of normed
+    y,  # (N, C) from the forward pass
+    rstd,  # (N,) fp32, from the forward pass
+    grad_stream=None,  # (N, C) upstream gradient of y, lacking the factor stream_scale
+    stream_scale=None,  # (1,) or (): multiplies grad_stream; 1 if None
+    x=None,  # (N, C) whose product with grad_y is summed; passing y itself saves a read
     resid_lambda=None,  # (1,) or (); 1 if None
     scaling=None,
-    out=None,  # (N, C): where the gradient of y goes
+    out=None,  # (N, C) to write grad_y to; None for a new tensor
 ):
-    """Gradient of y, and what follows from it in the same pass.
+    """Total gradient of y, and the gradients of the branch and of resid_lambda in the same pass.
 
     Args:
-        scaling: Scaling of the branch's gradient as an FP8 operand; None: it is a tensor.
+        scaling: Scaling of the branch's gradient as an FP8 operand; None for a plain tensor.
 
     Returns:
-        grad_y (N, C) in y's dtype, the gradient () fp32 of resid_lambda (None without x), and that
-        of the branch, resid_lambda * grad_y: an FP8Operand, or a tensor in y's dtype, which is
-        grad_y itself if resid_lambda is None.
+        grad_y (N, C) in y's dtype; sum(grad_y * x), () fp32, which is the gradient of resid_lambda
+        if x is the sum of stream and branch, or None without x; and the branch's gradient
+        resid_lambda * grad_y, an FP8Operand or a tensor in y's dtype, which is grad_y itself if
+        resid_lambda is None.
 
     Raises:
         ValueError: a tensor that is not contiguous, not of y's shape, or with a scaling not
-            aligned (kernels.fp8.check_alignment).
+            aligned (kernels.common.fp8.check_alignment).
     """
     tensors = {"y": y, "grad_normed": grad_normed, "grad_stream": grad_stream, "x": x, "out": out}
     _check_matrices("residual_mix", **tensors)
@@ -225,17 +232,18 @@ def residual_mix_bwd(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
-    of_resid = None if partial is None else partial.sum()
+    grad_resid_lambda = None if partial is None else partial.sum()
     if operand is not None:
-        return grad_y, of_resid, operand
-    return grad_y, of_resid, grad_y if grad_branch is None else grad_branch
+        return grad_y, grad_resid_lambda, operand
+    return grad_y, grad_resid_lambda, grad_y if grad_branch is None else grad_branch
 
 
 class ResidualMix(torch.autograd.Function):
-    """One layer's mix and norm, with the gradients of all its inputs.
+    """residual_mix for autograd: gradients of all floating-point inputs.
 
-    x and branch may have one tensor as their gradient. They come in their own shape, so that
-    autograd sees it is one and copies it where both are leaves: two views of it would pass for two.
+    The gradients of x and branch are one tensor. Both inputs are taken in their own shape, so that
+    autograd recognises that tensor and copies it where both are leaves: of two different views of
+    it autograd would not know that they share memory.
     """
 
     @staticmethod
@@ -275,35 +283,38 @@ class ResidualMix(torch.autograd.Function):
             x = x + branch
         grad_normed = torch.zeros_like(y) if grad_normed is None else grad_normed.contiguous()
         grad_y = None if grad_y is None else grad_y.contiguous()
-        grad, of_resid, grad_x = residual_mix_bwd(
+        grad, grad_resid_lambda, grad_x = residual_mix_bwd(
             grad_normed, y, rstd, grad_y, x=x, resid_lambda=resid
         )
         grad_x = grad_x.view(ctx.shape)
         grad_branch = None if branch is None else grad_x
         if x0 is None:
-            return grad_x, grad_branch, None, None, None, of_resid, None, None
+            return grad_x, grad_branch, None, None, None, grad_resid_lambda, None, None
         bigram = None if bigram is None else bigram.view(1)
-        grad_x0, of_x0, grad_e, of_bigram = residual_gradients(
+        grad_x0, grad_x0_lambda, grad_e, grad_bigram_lambda = residual_gradients(
             grad[None], x0, x0_lambda.view(1), tokens, table, bigram
         )
         grad_table = None
         if table is not None:
             grad_table = torch.zeros_like(table)
             bigram_table_grad(tokens, grad_e, grad_table)
-            of_bigram = of_bigram[0].clone()  # it lies in one buffer with of_x0
-        grad_x0, of_x0 = grad_x0.view(ctx.shape), of_x0[0].clone()
-        return grad_x, grad_branch, grad_x0, None, grad_table, of_resid, of_x0, of_bigram
+            grad_bigram_lambda = grad_bigram_lambda[0].clone()  # shares grad_x0_lambda's buffer
+        grad_x0, grad_x0_lambda = grad_x0.view(ctx.shape), grad_x0_lambda[0].clone()
+        return (
+            grad_x, grad_branch, grad_x0, None, grad_table,
+            grad_resid_lambda, grad_x0_lambda, grad_bigram_lambda,
+        )  # fmt: skip
 
 
 def residual_mix(
     x,  # (B, T, C) stream
-    branch=None,  # (B, T, C) output of the branch that joins the stream
+    branch=None,  # (B, T, C) output of the attention or MLP branch, added to the stream
     x0=None,  # (B, T, C) stream after smear
     tokens=None,  # (B, T) integer
     table=None,  # (num_rows, C)
     resid_lambda=None,  # (); 1 if None
     x0_lambda=None,  # (), with x0
-    bigram_lambda=None,  # (), with table, which wants x0 too
+    bigram_lambda=None,  # (), with table, which needs x0 too
 ):
     """The mixed stream y and its RMSNorm, both (B, T, C) in x's dtype; differentiable.
 

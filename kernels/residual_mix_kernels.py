@@ -1,9 +1,9 @@
-"""Kernels of residual_mix, which has the maths and the launchers.
+"""Kernels of kernels/residual_mix.py, which has the maths and the launchers.
 
-Both walk twice over their rows: once for the sum that a row's norm needs, once to write what
-depends on it. The second walk reads y (and the gradient) back from the L2 cache, which holds the
-rows of about two programs a multiprocessor. Sums and maxima are kept for eight elements together
-(kernels/common/lanes.py), at half of the registers, so that these programs may have 16 warps.
+Each makes two passes over its rows: one for the reduction that a row's norm needs, one to write
+what depends on it. The second pass reads y (and the gradient) back from the L2 cache, which holds
+the rows of about two programs per SM. Sums and maxima are accumulated per lane, eight elements in
+one register (kernels/common/lanes.py): that halves the register pressure, which allows 16 warps.
 """
 
 import triton
@@ -29,7 +29,8 @@ def _load_once(
     ptr,  # block
     ok,  # bool block
 ):
-    """What is not read again, so that the cache keeps the rest; 0 where not ok."""
+    """Load what is not read again, evicting it first, so that the L2 cache keeps the rest; 0 where
+    not ok."""
     return tl.load(ptr, mask=ok, other=0.0, eviction_policy="evict_first")
 
 
@@ -48,8 +49,8 @@ def _mix(
     x0_scale,
     bigram,
 ):
-    """One (BM, BC) fp32 block of y."""
-    # the cache is for y, which is read back, and for table rows
+    """One (BM, BC) fp32 block of y; arguments that are None stand for absent terms."""
+    # leaves the L2 cache to y, which is read back, and to table rows
     y = _load_once(x_ptr + offsets, ok).to(tl.float32)
     if branch_ptr is not None:
         y += _load_once(branch_ptr + offsets, ok).to(tl.float32)
@@ -64,7 +65,7 @@ def _mix(
 
 @triton.jit(
     do_not_specialize_on_alignment=("resid_ptr", "x0_lambda_ptr", "bigram_lambda_ptr")
-)  # lambdas of all layers lie side by side
+)  # the lambdas of all layers are adjacent in memory, so their alignment differs by layer
 def residual_mix_fwd_kernel(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
@@ -126,11 +127,11 @@ def residual_mix_fwd_kernel(
         squares += lane_sums(y * y, BM, BC)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
-    tl.debug_barrier()  # y is read back below, from the cache
+    tl.debug_barrier()  # other threads read y back below
     if data_ptr is not None:
         scale = tl.load(scale_ptr)
         peak = tl.zeros((BM, BC // LANE), tl.int32)
-    # not pipelined by the compiler, which then computes all of it once per layout of the result
+    # one stage: pipelined, the compiler computes the body once per register layout of the stores
     for col in tl.range(0, C, BC, num_stages=1):
         cols = col + tl.arange(0, BC)
         ok = row_ok[:, None] & (cols < C)[None, :]
@@ -152,11 +153,11 @@ def residual_mix_bwd_kernel(
     stream_scale_ptr,  # (1,) or None
     y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
-    x_ptr,  # (N, C) or None; not read WITH_Y
+    x_ptr,  # (N, C) or None; not read if WITH_Y
     resid_ptr,  # (1,) or None
     grad_y_ptr,  # (N, C)
-    grad_branch_ptr,  # (N, C) resid times grad_y, or None
-    resid_partial_ptr,  # (programs,) fp32 or None
+    grad_branch_ptr,  # (N, C) resid * grad_y, or None
+    resid_partial_ptr,  # (programs,) fp32: a program's share of sum(grad_y * x), or None
     data_ptr,  # (N, C) FP8 or None
     transposed_ptr,  # (C, N) FP8 or None
     scale_ptr,  # (1,) fp32 or None
@@ -199,10 +200,10 @@ def residual_mix_bwd_kernel(
         scale = tl.load(scale_ptr)
         peak = tl.zeros((BM, BC // LANE), tl.int32)
     n = tl.arange(0, BC)
-    if grad_stream_ptr is not None:  # comes from memory: a block ahead of what the cache holds
+    if grad_stream_ptr is not None:  # not in the cache, unlike h and y: prefetched by one block
         ok = row_ok[:, None] & (n < C)[None, :]
         following = _load_once(grad_stream_ptr + m[:, None] * C + n[None, :], ok)
-    # not pipelined by the compiler, as above
+    # one stage, for the same reason as in the forward kernel
     for col in tl.range(0, C, BC, num_stages=1):
         cols = col + n
         ok = row_ok[:, None] & (cols < C)[None, :]

@@ -1,17 +1,18 @@
-"""Rotary embedding, RMSNorm and gain of q and k; value-embedding gate of v.
+"""Rotary embedding, RMSNorm and gain of q and k; gated value embedding added to v.
 
     rotary (halves layout):  y1 = x1*cos + x2*sin,   y2 = -x1*sin + x2*cos
     q, k:                    1.2 * rms_norm(rotary(.)) = rotary(1.2 * rms_norm(.)), per head
     v:                       v + 3 * sigmoid(gate) * value_embedding, gate per kv head
 
-A rotation keeps the norm, so normalising first gives the same result; and with the sign of sin in
-its table the rotation is y = x*cos + roll(x, D/2)*sin. Written so, torch.compile's forward and
-backward take 0.27 ms for (32, 2048, 8, 128) bf16 on an H200, against 0.34 ms with rotation first
-and halves concatenated (records/2026-11-22-baseline).
+A rotation R preserves the norm, so normalising first gives the same result; and with the sign of
+sin in its table, the rotation is y = x*cos + roll(x, D/2)*sin. References in this form let
+torch.compile's forward and backward take 0.27 ms for (32, 2048, 8, 128) bf16 on an H200, against
+0.34 ms with rotation first and halves concatenated (records/2026-11-22-baseline).
 
-The kernels work in place on the rows of a fused (N, (H + 2K)*D) buffer that holds the heads of q,
-then k, then v. The backward pass takes x_hat = x*rstd from the result, as a rotation back, and with
-x_hat . R^T g = (R x_hat) . g = (y / 1.2) . g it needs a single rotation:
+The kernels work in place on a fused QKV buffer (N, (H + 2K)*D), whose rows hold the heads of q,
+then k, then v. The backward pass recovers x_hat = x*rstd from the result y by rotating back; and as
+x_hat . R^T g = (R x_hat) . g = (y / 1.2) . g, with g the upstream gradient, it needs only one
+rotation:
 
     dx = rstd * R^T (1.2*g - y * mean(y*g) / 1.2)
     dgate = 3*s*(1 - s) * sum(g_v * value_embedding),   s = sigmoid(gate)
@@ -45,7 +46,7 @@ from nanofuse.kernels.rotary_qk_norm_kernels import (
 
 @dataclass(frozen=True)
 class HeadTile:
-    """Rows and heads per program, its warps, and stages of its loop over heads."""
+    """Rows and heads of a program, its warps, and the pipeline stages of its loop over heads."""
 
     rows: int
     heads: int
@@ -58,10 +59,10 @@ TILE_BWD = HeadTile(rows=32, heads=4, warps=4, stages=3)
 
 
 def rotary_table(seq_len, head_dim, base, device=None):
-    """Tables of the rotary angles, each (seq_len, head_dim) fp32.
+    """Cosines and sines of the rotary angles, each (seq_len, head_dim) fp32.
 
     Returns:
-        cos, the same for both halves of a head, and sin, negated for the second half.
+        cos, whose two halves are equal, and sin, whose second half is the first one negated.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
@@ -75,7 +76,8 @@ def rotary_ref(
     cos,  # (T, D)
     sin,  # (T, D), second half negated
 ):
-    """Rotate the two halves of every head by its position's angles; (B, T, H, D) in x's dtype."""
+    """Rotate every head, in the halves layout, by its position's angles; (B, T, H, D) in x's
+    dtype."""
     swapped = x.roll(x.size(-1) // 2, dims=-1)  # halves exchanged
     return (x * cos[:, None, :] + swapped * sin[:, None, :]).to(x.dtype)
 
@@ -86,7 +88,7 @@ def rotary_qk_norm_ref(
     cos,  # (T, D)
     sin,  # (T, D), second half negated
 ):
-    """Rotate, normalise and scale q and k; returns them in their own shapes and dtypes."""
+    """Normalise, scale and rotate q and k; returns both in their own shapes and dtypes."""
     return tuple(rotary_ref(rms_norm_ref(x) * QK_GAIN, cos, sin) for x in (q, k))
 
 
@@ -100,7 +102,11 @@ def value_gate_ref(
 
 
 def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
-    """K of a fused buffer with `num_heads` heads of q; ValueError for what the kernels refuse."""
+    """Check the inputs; returns K, the number of key/value heads of the fused buffer.
+
+    Raises:
+        ValueError: tensors that are not contiguous or do not fit together.
+    """
     head_dim = cos.size(-1)
     if qkv.dim() != 2 or qkv.stride(1) != 1:
         raise ValueError("rotary_qk_norm: qkv must be a matrix with contiguous rows")
@@ -142,20 +148,20 @@ def _launch_sizes(config, head_dim):
 
 def rotary_qk_norm_fwd(
     qkv,  # (N, (H + 2K)*D) bf16 or fp32, stride 1 along the rows; overwritten
-    tokens,  # (N,) integer, or None: v stays as it is, neither read nor written
+    tokens,  # (N,) integer, or None: without a table v is neither read nor written
     table,  # (R, K*D) value embeddings, or None
     gate,  # (N, K) logits, or None
     cos,  # (>= seq_len, D) fp32
-    sin,  # (>= seq_len, D) fp32, second half negated; its first half alone is read
+    sin,  # (>= seq_len, D) fp32, second half negated; only the first half is read
     seq_len,
     num_heads,
 ):
-    """Normalise, rotate and scale q and k and gate the value embeddings into v, all in place.
+    """Normalise, scale and rotate q and k and add the gated value embeddings to v, all in place.
 
-    Row n is at position n % seq_len. Tokens are not checked against the table.
+    Row n has position n % seq_len. Tokens are not checked against the table's size.
 
     Returns:
-        rstd, (H + K, N) fp32: the inverse root mean square of each head, for the backward pass.
+        rstd (H + K, N) fp32: the inverse root mean square of every q and k head, for backward.
 
     Raises:
         ValueError: tensors that are not contiguous or do not fit together.
@@ -187,10 +193,10 @@ def rotary_qk_norm_fwd(
 
 
 def rotary_qk_norm_bwd(
-    g_q,  # (N, H*D), stride 1 along the rows
-    g_k,  # (N, K*D), stride 1 along the rows
-    g_v,  # (N, K*D), stride 1 along the rows
-    qkv,  # (N, (H + 2K)*D), as the forward pass left it; v is not read
+    g_q,  # (N, H*D) upstream gradient, stride 1 along the rows
+    g_k,  # (N, K*D) upstream gradient, stride 1 along the rows
+    g_v,  # (N, K*D) upstream gradient, stride 1 along the rows
+    qkv,  # (N, (H + 2K)*D) as the forward pass overwrote it; v is not read
     rstd,  # (H + K, N) fp32
     tokens,  # (N,) integer, or None
     table,  # (R, K*D), or None
@@ -203,15 +209,20 @@ def rotary_qk_norm_bwd(
 ):
     """Gradients of the fused buffer, of the gate and of each position's value embedding.
 
+    Args:
+        scaling: kernels.common.fp8.Scaling of g_qkv as an FP8 operand; None for no operand.
+        want_plain: write g_qkv in qkv's dtype.
+
     Returns:
-        g_qkv, (N, (H + 2K)*D) in qkv's dtype, or None unless want_plain; the same as an
-        FP8Operand under `scaling`, or None without one; g_gate, (N, K) in gate's dtype, and
-        g_values, (N, K*D) in the table's dtype, which kernels.embedding_grad adds up by token;
-        both None without a table.
+        g_qkv (N, (H + 2K)*D) in qkv's dtype, or None; g_qkv as an FP8Operand, or None; g_gate
+        (N, K) in gate's dtype, and g_values (N, K*D) in the table's dtype, the gradients of the
+        looked-up table rows, which kernels.embedding_grad adds up by token. The last two are None
+        without a table.
 
     Raises:
         ValueError: tensors that are not contiguous or do not fit together; with a scaling, rows
-            that are not aligned (kernels.fp8.check_alignment) and heads that FP8 does not take.
+            that are not aligned (kernels.common.fp8.check_alignment), or a head size that is not a
+            power of two from 32.
     """
     rows, head_dim = qkv.size(0), cos.size(1)
     num_heads = g_q.size(1) // head_dim
@@ -263,8 +274,12 @@ def rotary_qk_norm_bwd(
 
 
 class _RotaryQKNorm(torch.autograd.Function):
-    """Writes into qkv behind autograd's back, and raises its version: the three results are views
-    of one buffer, which autograd does not allow an in-place Function to return."""
+    """rotary_qk_norm for autograd: gradients of qkv, table and gate.
+
+    It overwrites qkv without marking it dirty, because autograd does not let an in-place Function
+    return several views of one buffer; increasing qkv's version counter by hand makes autograd
+    raise if another function needs its old values.
+    """
 
     @staticmethod
     def forward(
@@ -316,16 +331,16 @@ def rotary_qk_norm(
     table=None,  # (R, K*D) value embeddings
     gate=None,  # (N, K) logits
 ):
-    """q (B, T, H, D), k and v (B, T, K, D), ready for attention, from a fused projection.
+    """q (B, T, H, D), k and v (B, T, K, D) for attention, from a fused QKV projection's result.
 
-    The three are views of qkv, which is overwritten: its old values are gone, and what is done
-    with qkv itself afterwards has no gradient through this function. Its producer must not need
-    its own result in its backward pass (a matrix product does not); autograd raises if it does.
-    With tokens, table and gate, v += 3*sigmoid(gate)*table[token]. Gradients: qkv, table, gate.
+    The three are views of qkv, which is overwritten: later uses of qkv itself see the new values
+    and get no gradient through this function. The function that produced qkv must not need its
+    output in its backward pass (a matrix product does not); autograd raises if it does. With
+    tokens, table and gate, v += 3*sigmoid(gate)*table[token]. Differentiable in qkv, table, gate.
 
     Raises:
-        ValueError: a leaf that requires a gradient; tensors that are not contiguous or do not fit
-            together.
+        ValueError: qkv is a leaf that requires a gradient; tensors that are not contiguous or do
+            not fit together.
     """
     if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
         raise ValueError("rotary_qk_norm overwrites qkv, which may not be a leaf with a gradient")

@@ -1,9 +1,9 @@
-"""Triton kernels of rotary_qk_norm, whose docstring has the formulas; and their constants.
+"""Kernels and constants of kernels/rotary_qk_norm.py, which has the maths and the launchers.
 
-A program takes a block of rows and a group of heads of q or k, or of v: the angles of its rows
-are loaded once for all heads of the group, and the loop over heads is pipelined. Heads of q and k
-are handled as two halves of width D/2, so that a rotation is elementwise; D needs no padding in
-memory. Programs of all groups of a block of rows are neighbours.
+A program owns a block of rows and a group of heads, of q and k, or of v: it loads the cosines and
+sines of its rows once for all heads of the group, and its loop over heads is software-pipelined.
+Heads of q and k are processed as two halves of width D/2, which makes a rotation elementwise. The
+programs of all head groups of one block of rows have consecutive ids.
 """
 
 import triton
@@ -36,7 +36,8 @@ def _rotate_heads(
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Normalise and rotate heads first..last-1 of BM rows in place."""
+    """Normalise, scale and rotate heads first..last-1 of q and k in BM rows, in place; stores
+    their rstd."""
     m, n = tl.arange(0, BM), tl.arange(0, HALF)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D // 2)[None, :]
@@ -73,7 +74,7 @@ def _gate_values(
     BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add the gated value embedding to kv heads first..last-1 of BM rows in place."""
+    """Add the gated value embedding to heads first..last-1 of v in BM rows, in place."""
     m, n = tl.arange(0, BM), tl.arange(0, BD)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D)[None, :]
@@ -148,7 +149,8 @@ def _store_gradient(
     N,
     W,
 ):
-    """Store a block plain and as FP8 in both layouts; returns the raised peak."""
+    """Store a block of the gradient, plain and as FP8 in both layouts, as far as the outputs are
+    given; returns peak, raised where the block's magnitudes are larger."""
     if dx_ptr is not None:
         offset = row.to(tl.int64) * W + col
         tl.store(dx_ptr + offset + m[:, None] * W + n[None, :], x, mask=inside)
@@ -161,7 +163,7 @@ def _store_gradient(
 @triton.jit
 def _rotate_gradients(
     g_ptr,  # (N, heads*D), rows g_stride apart
-    y_ptr,  # (N, heads*D), rows y_stride apart: what the forward pass wrote
+    y_ptr,  # (N, heads*D), rows y_stride apart: results of the forward pass
     rstd_ptr,  # (heads, N) fp32
     cos_ptr,  # (T, D) fp32
     sin_ptr,  # (T, D) fp32
@@ -171,7 +173,7 @@ def _rotate_gradients(
     scale,
     peak,  # (BM,) int32
     row,
-    col,  # of the first of the heads in the outputs
+    col,  # column of q's or k's first head in the outputs
     first,
     last,
     N,
@@ -184,7 +186,7 @@ def _rotate_gradients(
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of heads first..last-1 of BM rows of q or k; returns the raised peak."""
+    """Gradients of heads first..last-1 of q or k in BM rows; returns the raised peak."""
     m, n = tl.arange(0, BM), tl.arange(0, HALF)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D // 2)[None, :]
@@ -231,7 +233,7 @@ def _value_gradients(
     scale,
     peak,  # (BM,) int32
     row,
-    col,  # of the first head of v in the outputs
+    col,  # column of v's first head in the outputs
     first,
     last,
     N,
@@ -243,8 +245,8 @@ def _value_gradients(
     BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of kv heads first..last-1 of BM rows of v, of its gates and of its embedding
-    rows; returns the raised peak."""
+    """Gradients of heads first..last-1 of v in BM rows, of their gate logits and of their value
+    embeddings; returns the raised peak."""
     m, n = tl.arange(0, BM), tl.arange(0, BD)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D)[None, :]

@@ -4,19 +4,19 @@
     loss_n = logsumexp(z_n) - z_n[target_n],   logsumexp(z_n) = cap + ln sum exp(z_n - cap)
     dlogits_nv = grad_scale_n * (exp(z_nv - logsumexp(z_n)) - [v = target_n]) * dz/dlogits_nv
 
-|z| <= cap, so cap stands for the row's maximum and one pass over the row is enough. Columns at
-and beyond vocab_size are padding and take no part. With r = 1 / (1 + exp(2 x / cap)),
+Since |z| <= cap, the exponentials are taken relative to cap instead of the row's maximum, and one
+pass over a row suffices. Columns from vocab_size on are padding and do not count. With
+r = 1 / (1 + exp(2 x / cap)),
 
     z - cap = -2 cap r,   dz/dx = 4 r (1 - r),
 
-so an element costs two exponentials and a reciprocal. The losses are one pass over the logits, the
-gradient a second one: one row does not fill a block of the transposed copy, and the rows that do
-are more than the cache holds. (One launch that interleaves both kinds of programs so that the
-second pass reads from the cache took 1.5 times as long as the two: dev/LOG.md, 2026-11-22.)
+so an element costs two exponentials and a reciprocal. Losses and gradient are separate kernels, so
+the logits are read twice: a tile of the transposed FP8 copy takes several rows, and so many rows of
+logits exceed the L2 cache. (One launch that interleaved both kinds of programs, so that the second
+read hits in L2, took 1.5 times as long as the two: dev/LOG.md, 2026-11-22.)
 
-Bytes for N rows of V logits of s bytes: N*V*s read; with the gradient N*V*s written, or N*V for
-each FP8 layout; the gradient alone reads the logits again. FLOPs: about 12 per logit forward,
-25 with the gradient.
+Bytes for N rows of V logits of s bytes: forward N*V*s read; the gradient reads them again and
+writes N*V*s, or N*V for each FP8 layout. FLOPs: about 12 per logit forward, 25 with the gradient.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,12 @@ LOGIT_SOFTCAP = 15.0
 
 @dataclass(frozen=True)
 class LossTile:
-    """Blocks of the gradient: rows x cols, `blocks` of them in a program, one after the other;
-    stripe, the rows (a multiple of `rows`) whose programs run next to each other; registers, the
-    most that a thread may take (None: as the compiler likes)."""
+    """Launch parameters of the gradient's kernel.
+
+    Fields: rows x cols, the tile; blocks, the tiles of a program, side by side along a row; stripe,
+    a number of rows (a multiple of `rows`) whose programs have consecutive ids; warps; registers,
+    the most per thread (None: the compiler's choice).
+    """
 
     rows: int = 32
     cols: int = 128
@@ -55,7 +58,7 @@ def softcap_ref(
     vocab_size,
     softcap=LOGIT_SOFTCAP,
 ):
-    """Cropped and softcapped logits, (..., vocab_size) in fp32 (fp64 stays fp64)."""
+    """Logits without their padding, softcapped: (..., vocab_size) in fp32 (fp64 stays fp64)."""
     logits = logits[..., :vocab_size]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -64,7 +67,7 @@ def softcap_ref(
 
 def softcap_cross_entropy_ref(
     logits,  # (N, V_padded)
-    targets,  # (N,) int64; IGNORE_INDEX positions give loss 0 and leave the mean
+    targets,  # (N,) int64; IGNORE_INDEX positions have loss 0 and do not count in the mean
     vocab_size,
     softcap=LOGIT_SOFTCAP,
     reduction="mean",
@@ -79,7 +82,7 @@ def softcap_cross_entropy_ref(
     z = softcap_ref(logits, vocab_size, softcap)  # (N, V)
     is_target = torch.arange(vocab_size, device=z.device) == targets[:, None]  # (N, V)
     log_sum = softcap + (z - softcap).exp().sum(dim=-1).log()  # (N,)
-    # a masked sum, not a gather: the compiler fuses it, and its gradient needs no scatter
+    # a masked sum, not a gather: torch.compile fuses it, and its gradient needs no scatter
     z_target = torch.where(is_target, z, 0.0).sum(dim=-1)  # (N,)
     counted = targets != IGNORE_INDEX
     losses = torch.where(counted, log_sum - z_target, 0.0)
@@ -100,7 +103,8 @@ def _check(logits, targets, vocab_size):
 
 
 def _outputs(logits, grad_scale, scaling, want_bf16, inplace):
-    """Unwritten gradient, FP8 operand, and the stride of grad_scale."""
+    """Check the options; allocate the gradient (N, V_padded) and the FP8Operand, each None unless
+    asked for; and the stride of grad_scale, 0 if it has one element."""
     rows, cols = logits.shape
     if grad_scale.dtype != torch.float32 or grad_scale.shape not in ((1,), (rows,)):
         raise ValueError(f"grad_scale must be (1,) or ({rows},) in fp32")
@@ -120,17 +124,18 @@ def _outputs(logits, grad_scale, scaling, want_bf16, inplace):
 def mean_grad_scale(
     targets,  # (N,) integer
 ):
-    """Upstream gradient of every loss under their mean over counted rows, (1,) fp32."""
+    """1 / (number of targets that are not IGNORE_INDEX), (1,) fp32: the upstream gradient of every
+    row's loss when the loss is their mean."""
     return (targets != IGNORE_INDEX).sum(dtype=torch.float32).reciprocal()[None]
 
 
 def softcap_cross_entropy_fwd(
     logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
-    targets,  # (N,) int64 or int32; IGNORE_INDEX gives loss 0
+    targets,  # (N,) int64 or int32; IGNORE_INDEX positions have loss 0
     vocab_size,
     softcap=LOGIT_SOFTCAP,
 ):
-    """Losses (N,) and logsumexp of the softcapped logits (N,), both fp32.
+    """Losses (N,) in nats and logsumexp of the softcapped logits (N,), both fp32.
 
     Raises:
         ValueError: shapes, strides or dtypes that the kernels do not take.
@@ -140,7 +145,7 @@ def softcap_cross_entropy_fwd(
     losses, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     config = tuned("softcap_cross_entropy_fwd", FORWARD_TILE)
     if rows:
-        # columns that a block reads beyond vocab_size: padding, or the ragged end of the row
+        # whether blocks read columns beyond vocab_size: padding, or past the ragged end of a row
         padded = vocab_size < cols or vocab_size % config.cols > 0
         fwd_kernel[(rows,)](
             logits, targets, losses, lse, vocab_size, cols, logits.stride(0),
@@ -153,8 +158,8 @@ def softcap_cross_entropy_fwd(
 def softcap_cross_entropy_bwd(
     logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
     targets,  # (N,) int64 or int32
-    lse,  # (N,) fp32, from the forward
-    grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss; ignored rows need no zero
+    lse,  # (N,) fp32, from softcap_cross_entropy_fwd
+    grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss; need not be 0 in ignored rows
     vocab_size,
     scaling=None,
     want_bf16=True,
@@ -164,13 +169,13 @@ def softcap_cross_entropy_bwd(
     """Gradient of the logits: (N, V_padded) in their dtype or None, and an FP8Operand or None.
 
     Args:
-        scaling: kernels.fp8.Scaling of the FP8 gradient; None for none.
-        want_bf16: whether to write the gradient in the dtype of the logits.
-        inplace: write it over the logits.
+        scaling: kernels.common.fp8.Scaling of the gradient as an FP8 operand; None for no operand.
+        want_bf16: write the gradient in the dtype of the logits.
+        inplace: write that one over the logits.
 
     Raises:
-        ValueError: shapes, strides or dtypes that the kernels do not take; logits that are not
-            aligned with a scaling (kernels.fp8.check_alignment); nothing to write.
+        ValueError: shapes, strides or dtypes that the kernels do not take; with a scaling, logits
+            that are not aligned (kernels.common.fp8.check_alignment); no output asked for.
     """
     _check(logits, targets, vocab_size)
     grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)
@@ -199,7 +204,8 @@ def softcap_cross_entropy_fwd_bwd(
     inplace=False,
     softcap=LOGIT_SOFTCAP,
 ):
-    """Losses, logsumexp, gradient and FP8Operand of the two functions above.
+    """softcap_cross_entropy_fwd and _bwd in one call: losses (N,), logsumexp (N,), gradient
+    (N, V_padded) or None, FP8Operand or None.
 
     Raises:
         ValueError: as `softcap_cross_entropy_bwd`.
@@ -230,12 +236,12 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
 
 def softcap_cross_entropy(
     logits,  # (N, V_padded) bf16 or fp32, stride 1 along the rows
-    targets,  # (N,) int64 or int32; IGNORE_INDEX positions give loss 0 and leave the mean
+    targets,  # (N,) int64 or int32; IGNORE_INDEX positions have loss 0 and do not count in the mean
     vocab_size,
     softcap=LOGIT_SOFTCAP,
     reduction="mean",
 ):
-    """Cross-entropy in nats: a scalar for "mean" and "sum", (N,) for "none"; fp32.
+    """Cross-entropy in nats: a scalar for "mean" and "sum", (N,) for "none"; fp32; differentiable.
 
     Raises:
         ValueError: an unknown reduction; logits or targets that the kernels do not take.

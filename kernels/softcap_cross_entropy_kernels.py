@@ -1,8 +1,8 @@
-"""Kernels of softcap_cross_entropy, which has the maths and the launchers.
+"""Kernels of kernels/softcap_cross_entropy.py, which has the maths and the launchers.
 
-The special-function unit limits the losses (16 results a cycle and multiprocessor, and three calls
-per logit), so four neighbours share one reciprocal there: 1/a = (1/abcd) * cd * b. The gradient is
-limited by the instructions that it issues, and takes a reciprocal per logit.
+The loss kernel is bound by the special-function units (16 results per cycle and SM, three per
+logit), so four adjacent logits share one reciprocal: 1/a = (1/abcd) * cd * b. The gradient kernel
+is bound by instruction issue, and computes a reciprocal per logit.
 """
 
 import triton
@@ -13,7 +13,7 @@ from nanofuse.kernels.common.lanes import LANE, lane_maxima
 from nanofuse.kernels.common.ptx import fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SATURATION = tl.constexpr(10.5)  # tanh is 1 in fp32 beyond; (1 + exp(2 * 10.5))^4 < 1e37
+SATURATION = tl.constexpr(10.5)  # beyond it tanh is 1 in fp32; (1 + exp(2 * 10.5))^4 < 1e37
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _gaps(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """r = 1 / (1 + exp(2 x / cap)), the distance of softcap(x) from cap in units of 2 cap."""
+    """r = 1 / (1 + exp(2 x / cap)) = (cap - softcap(x)) / (2 cap), (BM, BN) fp32."""
     x = tl.minimum(x, SATURATION * CAP, propagate_nan=tl.PropagateNan.ALL)
     q = 1.0 + fast_exp2(x * (2 * LOG2_E / CAP))
     a, b = tl.split(tl.reshape(q, (BM, BN // 4, 2, 2)))  # (BM, BN / 4, 2)
@@ -43,10 +43,10 @@ def _exp_sum(
     PADDED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sum of exp(softcap(x) - cap) over one piece of a row."""
+    """Sum of exp(softcap(x) - cap) over BN columns of one row, a scalar."""
     n = (col + tl.arange(0, BN))[None, :]
     x = tl.load(row_ptr + n, mask=n < V, other=0.0).to(tl.float32)
-    if PADDED:  # padding may hold anything: it must not meet its neighbours
+    if PADDED:  # padding may hold NaN or Inf, which the shared reciprocal would spread
         x = tl.where(n < vocab, x, 0.0)
     e = fast_exp2(_gaps(x, CAP, 1, BN) * (-2 * CAP * LOG2_E))
     if PADDED:
@@ -61,7 +61,7 @@ def _target_gap(
     vocab,
     CAP: tl.constexpr,
 ):
-    """cap - softcap(logit of the target)."""
+    """cap - softcap(the target's logit), a scalar."""
     x = tl.load(row_ptr + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
     x = tl.minimum(x, SATURATION * CAP, propagate_nan=tl.PropagateNan.ALL)
     return 2 * CAP / (1.0 + tl.exp2(x * (2 * LOG2_E / CAP)))
@@ -81,6 +81,7 @@ def fwd_kernel(
     PADDED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
+    """Loss and logsumexp of one row."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
     target = tl.load(targets_ptr + row)
@@ -118,6 +119,8 @@ def bwd_kernel(
     BLOCKS: tl.constexpr,
     STRIPE: tl.constexpr,
 ):
+    """Gradient of BLOCKS tiles of BM x BN, side by side; programs are ordered down the columns of a
+    stripe of STRIPE rows before they go on to the next columns."""
     tall: tl.constexpr = STRIPE // BM
     tasks = tall * tl.cdiv(V, BN * BLOCKS)
     task = tl.program_id(0) % tasks
@@ -131,7 +134,7 @@ def bwd_kernel(
     target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE).to(tl.int32)
     upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
     upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
-    # |upstream| goes into the exponent, its sign into the last factor
+    # upstream * exp(e) is computed as exp(e + log |upstream|); the sign is applied at the store
     sign = tl.where(upstream < 0, -1.0, 1.0)
     upstream = tl.abs(upstream)
     exponent = ((CAP - lse) * LOG2_E + tl.log2(upstream))[:, None]
@@ -144,7 +147,7 @@ def bwd_kernel(
     offsets = m[:, None] * logits_stride + n[None, :]
     inside = m_ok[:, None] & (first + n < V)[None, :]
     following = tl.load(base + first + offsets, mask=inside, other=0.0)
-    # not pipelined by the compiler, which then computes everything once per layout of the result
+    # one stage: pipelined, the compiler computes the body once per register layout of the stores
     for col in tl.range(first, tl.minimum(first + BN * BLOCKS, V), BN, num_stages=1):
         x = following.to(tl.float32)
         inside = m_ok[:, None] & (col + n < V)[None, :]
@@ -153,7 +156,7 @@ def bwd_kernel(
         r = fast_reciprocal(1.0 + fast_exp2(x * (2 * LOG2_E / CAP)))
         p = fast_exp2(r * (-2 * CAP * LOG2_E) + exponent)
         here = (target >= col) & (target < col + BN)
-        if tl.max(here.to(tl.int32), axis=0) > 0:  # few blocks hold a target
+        if tl.max(here.to(tl.int32), axis=0) > 0:  # few tiles contain a target
             p = tl.where((col + n)[None, :] == target[:, None], p - upstream[:, None], p)
         g = p * (r - r * r)
         if PADDED:

@@ -1,15 +1,16 @@
-"""Batched products for Newton-Schulz iterations: symmetric results at half the cost.
+"""Batched GEMMs for Newton-Schulz iterations, with epilogues; symmetric results at half the cost.
 
     symmetric_matmul   Y = factor * scale^2 * L R^T + beta * D + diagonal * I     (or L^T R)
     batched_matmul     Y = scale * L R, and sums of squares of Y by row or column
 
-A symmetric Y needs half the work: tiles on and below the diagonal are computed and stored a
-second time, mirrored, so that Y is symmetric bit for bit. L and R are the same X (a Gram matrix)
-or symmetric matrices that commute (polynomials of one matrix). Products accumulate in fp32.
+Of a symmetric Y only the tiles on and below the diagonal are computed; each is stored a second
+time, transposed, at its mirrored place, so that Y is symmetric bit for bit. L and R are the same X
+(a Gram matrix) or symmetric matrices that commute (polynomials of one matrix). Products accumulate
+in fp32.
 
 FLOPs for m x m results with k terms: m^2 k (symmetric_matmul), for m x n results 2 m n k. Bytes:
-each operand read and the result written once, as far as L2 keeps the operands of one matrix.
-Hopper moves tiles by tensor descriptors, which read zeros outside of a matrix:
+each operand read and the result written once, if L2 holds the operands of one matrix. Tiles are
+loaded and stored through tensor descriptors (TMA on Hopper), which read zeros out of bounds:
 https://triton-lang.org/main/getting-started/tutorials/09-persistent-matmul.html.
 """
 
@@ -27,10 +28,11 @@ ALIGNMENT = 16  # bytes: rows and the first element of a matrix start at multipl
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """Tile of rows x cols that advances by depth terms; how many programs share an SM.
+    """Tile of the output, and launch parameters.
 
-    `persistent` programs per SM loop over all tiles; 0 starts one program per tile. Tiles of
-    symmetric results have cols = rows or cols = 2 * rows.
+    Fields: rows x cols, the tile (of a symmetric result: cols = rows or 2 * rows); depth, the terms
+    per step of the K loop; warps, and stages of the software pipeline; persistent, the programs per
+    SM that loop over all tiles, or 0 for one program per tile.
     """
 
     rows: int
@@ -82,7 +84,7 @@ def _describe(
     rows,
     cols,
 ):
-    """Descriptor of x in blocks of one matrix, rows x cols."""
+    """Tensor descriptor of x with blocks of 1 x rows x cols."""
     if x.dim() != 3 or not x.is_contiguous():
         raise ValueError("products take contiguous (N, R, C) tensors; call .contiguous() on them")
     if x.size(2) * x.element_size() % ALIGNMENT or x.data_ptr() % ALIGNMENT:
@@ -113,16 +115,19 @@ def symmetric_matmul(
     diagonal=0.0,
     config=None,
 ):
-    """factor * scale^2 * left right^T + beta * addend + diagonal * I, symmetric to the bit.
+    """factor * scale^2 * left right^T + beta * addend + diagonal * I, symmetric bit for bit.
 
-    With transpose left^T right instead of left right^T. The product must be symmetric: left
-    alone, or two symmetric matrices that commute.
+    With `transpose`, left^T right instead of left right^T. The product must be symmetric by itself:
+    left with itself, or two symmetric matrices that commute.
+
+    Args:
+        config: a MatmulTile; None for the tuned one.
 
     Returns: (N, m, m) in left's dtype.
 
     Raises:
-        ValueError: shapes disagree, an operand is not contiguous, or m or k is not a multiple of
-            16 bytes; diagonal without addend.
+        ValueError: shapes disagree; an operand is not contiguous; a row of m or k elements is not a
+            multiple of 16 bytes; or a diagonal without addend.
     """
     right = left if right is None else right
     n, size, terms = left.shape if not transpose else (left.size(0), left.size(2), left.size(1))
@@ -168,14 +173,20 @@ def batched_matmul(
     out_dtype=None,
     config=None,
 ):
-    """scale * left right, and with sums="row" or "col" the sums of squares of the result.
+    """scale * left right, and optionally the sums of squares of its rows or columns.
 
-    Returns: (N, R, C) in out_dtype (default left's), or with sums a pair of it and an fp32
-    (N, tiles, R) or (N, tiles, C); their sum over the tiles is that over a row or a column.
+    Args:
+        sums: "row" or "col", to compute sums of squares of the rounded result in the epilogue.
+        out_dtype: of the result; None for left's.
+        config: a MatmulTile; None for the tuned one.
+
+    Returns:
+        The result (N, R, C). With sums a pair: the result, and partial sums in fp32, (N, tiles, R)
+        of rows or (N, tiles, C) of columns, still to be added up over the tiles.
 
     Raises:
-        ValueError: shapes disagree, an operand is not contiguous, K or C is not a multiple of 16
-            bytes, or sums is unknown.
+        ValueError: shapes disagree; an operand is not contiguous; a row of K or C elements is not a
+            multiple of 16 bytes; or sums is unknown.
     """
     if sums not in (None, "row", "col"):
         raise ValueError(f"sums must be None, 'row' or 'col', not {sums!r}")

@@ -9,10 +9,12 @@ def _triangle_tile(
     index,
     RATIO: tl.constexpr,
 ):
-    """(row, column) of a tile among those on and below the diagonal, columns RATIO rows wide.
+    """(row, column) in the grid of tiles of number `index` among those on and below the diagonal; a
+    tile is RATIO times as wide as tall.
 
-    RATIO * g * (g + 1) / 2 tiles lie above row g * RATIO; its rows have g + 1 tiles each. The
-    1.5 (for 1) keeps an inexact root on the right side of an integer.
+    The RATIO tile rows of group g have g + 1 tiles each, so RATIO * g * (g + 1) / 2 tiles precede
+    the group; solving for g takes a square root. Its 1.5 (exactly: 1) keeps an inexact root on the
+    right side of an integer.
     """
     group = ((tl.sqrt(8.0 * index / RATIO + 1.5) - 1) / 2).to(tl.int32)
     rest = index - RATIO * (group * (group + 1) // 2)
@@ -22,7 +24,7 @@ def _triangle_tile(
 @triton.jit
 def _store_mirrored(
     y_desc,  # (N, m, m) in blocks of SIZE x SIZE
-    y,  # (SIZE, SIZE) fp32, not yet with its addend
+    y,  # (SIZE, SIZE) fp32, without the addend yet
     addend_desc,  # like y_desc, or None
     beta,
     diagonal,
@@ -32,7 +34,8 @@ def _store_mirrored(
     col,
     SIZE: tl.constexpr,
 ):
-    """Store a block on or below the diagonal and its mirror image; nothing for one above it."""
+    """Epilogue of one SIZE x SIZE block: add the addend, and store the block and its transpose at
+    the mirrored place. Of a block above the diagonal nothing is stored."""
     i, j = row + tl.arange(0, SIZE)[:, None], col + tl.arange(0, SIZE)[None, :]
     if addend_desc is not None:
         addend = addend_desc.load([n, row, col]).reshape(SIZE, SIZE)
@@ -40,7 +43,7 @@ def _store_mirrored(
         y += tl.where(i == j, diagonal, 0.0)
     y = y.to(y_desc.dtype)
     y = tl.where(i >= j, y, tl.trans(y))  # changes blocks on the diagonal only
-    n = tl.where(row >= col, n, N)  # out of bounds nothing is stored; cheaper than a branch
+    n = tl.where(row >= col, n, N)  # matrix N is out of bounds: no store; cheaper than a branch
     y_desc.store([n, row, col], y.reshape(1, SIZE, SIZE))
     y_desc.store([n, col, row], tl.trans(y).reshape(1, SIZE, SIZE))
 
@@ -64,7 +67,7 @@ def _symmetric_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute and store one tile of a lower triangle and its mirror image."""
+    """Compute one tile of a lower triangle, and store it and its transpose."""
     n = index // tiles
     tile_row, tile_col = _triangle_tile(index % tiles, BN // BM)
     row, col = tile_row * BM, tile_col * BN
@@ -138,7 +141,8 @@ def _batched_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute and store one tile and the sums of its squares; tiles of a column are neighbours."""
+    """Compute and store one tile, and its rows' or columns' sums of squares; tiles are numbered
+    down the columns of the grid."""
     tiles_m, tiles_n = tl.cdiv(R, BM), tl.cdiv(C, BN)
     n, tile = index // (tiles_m * tiles_n), index % (tiles_m * tiles_n)
     tile_row, tile_col = tile % tiles_m, tile // tiles_m
