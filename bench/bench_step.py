@@ -21,7 +21,7 @@ import torch
 from nanofuse.bench.harness import CLOCK, ON_GPU, listed
 from nanofuse.bench.roofline import floor_ms
 from nanofuse.bench.training import PhaseClock, gpu_workload, synchronize, tiny_workload, train_step
-from nanofuse.model.backends.select import select_attention
+from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import kernels_are_interpreted
 from nanofuse.train.assemble import assemble

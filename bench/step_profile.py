@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch.profiler import profile, record_function, schedule
 
+from nanofuse.bench.chrome_trace import GAPS, breakdown, dearest, read_kernels
 from nanofuse.bench.report import table_lines
 from nanofuse.bench.roofline import floor_parts
-from nanofuse.bench.trace import GAPS, breakdown, dearest, read_kernels
 from nanofuse.bench.training import gpu_workload, synchronize, train_step
-from nanofuse.model.backends.select import BACKENDS
+from nanofuse.model.backends.choice import BACKENDS
 from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.train.assemble import assemble

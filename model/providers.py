@@ -1,6 +1,6 @@
 """Names of what may be chosen, to be read without loading torch or a library.
 
-nanofuse.model.backends.select and nanofuse.model.fp8.products hold what the names stand for.
+nanofuse.model.backends.choice and nanofuse.model.fp8.products hold what the names stand for.
 """
 
 ATTENTION = ("fa3", "fa4", "te", "flex", "sdpa")  # in the order in which "auto" tries them on a GPU

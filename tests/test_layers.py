@@ -1,6 +1,7 @@
 """Imports point one way, go by one name, and nobody imports a command."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_nobody_imports_a_command(room):
 def test_train_does_not_name_triton():
     for path in files("train"):
         assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_hides_a_standard_module(room):
+    """A script that is run as a file finds its neighbours before the standard library."""
+    names = {path.stem for path in files(room)} & sys.stdlib_module_names
+    assert names <= {"profile"}, names  # the old command, which hands the standard module on

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanofuse.model.backends.select import select_attention
+from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.products import make_gemm
 from nanofuse.model.fused import FusedGPT

@@ -6,7 +6,9 @@ runs/NAME/step_000500/model.safetensors, optim.safetensors, loader.safetensors, 
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,9 +29,10 @@ META, MODEL, OPTIM, LOADER = (
     "loader.safetensors",
 )
 RUNS_DIR = Path("runs")
+Tensors = dict[str, torch.Tensor]
 
 
-def run_dir(name):
+def run_dir(name: str) -> Path:
     """Folder of a run.
 
     Raises:
@@ -40,7 +43,14 @@ def run_dir(name):
     return RUNS_DIR / name
 
 
-def save_checkpoint(directory, step, meta, model, optim_state=None, loader_tensors=None):
+def save_checkpoint(
+    directory: Path | str,
+    step: int,
+    meta: Mapping[str, Any],
+    model: GPT,
+    optim_state: Tensors | None = None,
+    loader_tensors: Tensors | None = None,
+) -> Path:
     """Write the checkpoint of one step; returns its folder.
 
     Args:
@@ -64,7 +74,7 @@ def save_checkpoint(directory, step, meta, model, optim_state=None, loader_tenso
     return folder
 
 
-def find_checkpoint(directory, step=None):
+def find_checkpoint(directory: Path | str, step: int | None = None) -> Path:
     """Folder of a run's latest checkpoint, or of `step`.
 
     Raises:
@@ -84,7 +94,7 @@ def find_checkpoint(directory, step=None):
     return folder
 
 
-def load_meta(folder):
+def load_meta(folder: Path | str) -> dict[str, Any]:
     """meta.json of a checkpoint.
 
     Raises:
@@ -100,7 +110,7 @@ def load_meta(folder):
     raise UserError(f"{path} is missing, damaged or of another format; delete {folder}")
 
 
-def load_tensors(path):
+def load_tensors(path: Path | str) -> Tensors:
     """{name: tensor} of a safetensors file, on the CPU.
 
     Raises:
@@ -115,7 +125,7 @@ def load_tensors(path):
         ) from None
 
 
-def load_weights(model, tensors, source):
+def load_weights(model: GPT, tensors: Tensors, source: Path | str) -> None:
     """Copy {name: tensor} into a model, casting to its dtypes.
 
     Raises:
@@ -132,7 +142,7 @@ def load_weights(model, tensors, source):
             tensor.copy_(tensors[name])
 
 
-def load_tokenizer(directory, config):
+def load_tokenizer(directory: Path | str, config: GPTConfig) -> Tokenizer:
     """The tokenizer kept with a run.
 
     Raises:
@@ -148,7 +158,7 @@ def load_tokenizer(directory, config):
     return tokenizer
 
 
-def config_of(meta, source):
+def config_of(meta: Mapping[str, Any], source: Path | str) -> GPTConfig:
     """GPTConfig of a checkpoint's meta.
 
     Raises:
@@ -160,7 +170,9 @@ def config_of(meta, source):
         raise UserError(f"{source}: model_config does not fit this version ({error})") from None
 
 
-def load_model(folder, device, dtype):
+def load_model(
+    folder: Path | str, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint, ready for generation, and its meta."""
     meta = load_meta(folder)
     model = GPT(config_of(meta, folder), dtype, SDPAttention(), device)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nanofuse.bench.chrome_trace import PHASES, Kernel, breakdown, dearest, read_kernels
 from nanofuse.bench.roofline import floor_parts
 from nanofuse.bench.step_profile import class_table, kernel_table, load_trace, main, record
-from nanofuse.bench.trace import PHASES, Kernel, breakdown, dearest, read_kernels
 from nanofuse.bench.training import tiny_workload
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.assemble import assemble

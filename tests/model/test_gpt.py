@@ -163,7 +163,7 @@ def test_positions_beyond_the_rotary_table_are_refused():
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 def test_compiled_bf16_on_a_gpu_is_as_close_as_eager(attention):
     """Error of the compiled bf16 loss and gradients at most twice that of eager bf16."""
-    from nanofuse.model.backends.select import BACKENDS
+    from nanofuse.model.backends.choice import BACKENDS
 
     config = GPTConfig.from_depth(4, sequence_len=512, vocab_size=1024)
     tokens, targets = torch.randint(1024, (2, 2, 512), device="cuda")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanofuse.kernels import newton_schulz
-from nanofuse.model.backends.select import BACKENDS
+from nanofuse.model.backends.choice import BACKENDS
 from nanofuse.model.config import Dials
 from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.model.option import options

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from nanofuse.model.backends.choice import BACKENDS, forward_and_backward, select_attention
 from nanofuse.model.backends.flash import (
     FlashAttention4,
     TransformerEngineAttention,
@@ -13,7 +14,6 @@ from nanofuse.model.backends.flash import (
     _fa4_forward_op,
     _te_layout,
 )
-from nanofuse.model.backends.select import BACKENDS, forward_and_backward, select_attention
 from nanofuse.model.backends.torch_backends import SDPAttention, window_mask
 
 

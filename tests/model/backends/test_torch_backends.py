@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 
-from nanofuse.model.backends import select as attention
+from nanofuse.model.backends import choice as attention
+from nanofuse.model.backends.choice import BACKENDS, select_attention
 from nanofuse.model.backends.flash import FlashAttention4
-from nanofuse.model.backends.select import BACKENDS, select_attention
 from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
 from nanofuse.model.config import GPTConfig
 

@@ -1,11 +1,11 @@
-"""bench.trace: classes of kernels by name and phase, gaps, and sums per micro-step."""
+"""bench.chrome_trace: classes of kernels by name and phase, gaps, and sums per micro-step."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from nanofuse.bench.trace import (
+from nanofuse.bench.chrome_trace import (
     CLASSES,
     OPTIMIZER,
     OTHER,
