@@ -204,7 +204,7 @@ def build_parser() -> CommandParser:
             groups[part].add_argument(flag_name(f.name), action=action, **kwargs)
         else:
             if not choices and not metavar:
-                metavar = {int: "N", float: "X", str: "NAME"}[f.type]
+                metavar = {int: "N", float: "X"}.get(f.type, "NAME")
             kwargs |= {"type": f.type, "choices": choices, "metavar": metavar}
             groups[part].add_argument(flag_name(f.name), **kwargs)
     return parser
