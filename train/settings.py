@@ -154,6 +154,8 @@ RESUMABLE = {
     "cuda_graphs",
 }
 
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
+
 # Words of model/ for what a flag sets under another name.
 MODEL_WORDS = {"n_layer": "depth", "sequence_len": "max_seq_len"}
 
@@ -204,7 +206,7 @@ def build_parser() -> CommandParser:
             groups[part].add_argument(flag_name(f.name), action=action, **kwargs)
         else:
             if not choices and not metavar:
-                metavar = {int: "N", float: "X"}.get(f.type, "NAME")
+                metavar = METAVARS[f.type]
             kwargs |= {"type": f.type, "choices": choices, "metavar": metavar}
             groups[part].add_argument(flag_name(f.name), **kwargs)
     return parser
