@@ -5,12 +5,14 @@ python -m bench.report FILE.json... [--out records/DATE-step]
 Every FILE is what `pytest bench/bench_step.py --benchmark-only --benchmark-json FILE` saved, or a
 profile.json of `python -m bench.step_profile`. Into the folder go table.md, summary.json (one
 object per depth and precision: the product against its fastest baseline) and, where matplotlib is
-installed, speedup.png, floor.png and breakdown.png (the last from the profiles).
+installed, speedup.png, floor.png, breakdown.png (the last from the profiles) and step.svg, the
+README's picture: the profiles beside each other, and the speed-up by depth.
 """
 
 import json
 from pathlib import Path
 
+from nanofuse.bench.chrome_trace import CLASSES, GAPS
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
@@ -196,6 +198,31 @@ def _plot_breakdown(axes, profiles):
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def _draw_step(figure, summaries, profiles):
+    """Milliseconds of a micro-step by class, a bar a profile, and beside it speed-up by depth."""
+    left, right = figure.subplots(1, 2, width_ratios=(5, 3))
+    starts = [0.0] * len(profiles)
+    columns = [_breakdown(profile)[0] for profile in profiles]
+    names = sorted({name for classes in columns for name in classes}, key=[*CLASSES, GAPS].index)
+    labels = [f"{p['backend']}, {'bf16' if p['fp8'] == 'off' else 'FP8'}" for p in profiles]
+    for i, name in enumerate(names):
+        widths = [classes.get(name, 0.0) for classes in columns]
+        left.barh(labels, widths, left=starts, label=name, color=f"C{i}")
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for label, total in zip(labels, starts, strict=True):
+        left.annotate(f"{total:.0f} ms", (total, label), (4, 0), textcoords="offset points")
+    left.set(xlabel=f"ms of a micro-step at d{profiles[0]['depth']}", xlim=(0, 1.15 * max(starts)))
+    left.invert_yaxis()
+    left.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    for label, members in _by_precision(summaries).items():
+        depths = [str(m["depth"]) for m in members]
+        bars = right.bar(depths, [m["speedup"] for m in members], label=label, alpha=0.8)
+        right.bar_label(bars, fmt="%.2f")
+    right.axhline(1, color="grey", linewidth=1)
+    right.set(xlabel="depth", ylabel="times faster than torch.compile")
+    right.margins(y=0.12)
+
+
 def write_plots(out, infos, summaries, profiles):
     """Draw what there is data for; returns lines about what is not drawn."""
     try:
@@ -216,6 +243,12 @@ def write_plots(out, infos, summaries, profiles):
         figure = Figure(figsize=(8, 5), layout="constrained")
         plot(figure.add_subplot(), data)
         figure.savefig(out / name, dpi=120)
+    if profiles and _by_precision(summaries):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        _draw_step(figure, [s for s in summaries if s["fp8"] != "off"], profiles)
+        figure.savefig(out / "step.svg")
+    else:
+        missing.append("step.svg")
     return [f"no data for {', '.join(missing)}"] if missing else []
 
 

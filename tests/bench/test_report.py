@@ -102,7 +102,8 @@ def test_plots_and_breakdown(save, tmp_path):
     files = [save(results(D16, D4)), save(PROFILE, "profile.json")]
     main([*files, "--out", str(tmp_path / "out")])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"table.md", "summary.json", "speedup.png", "floor.png", "breakdown.png"}
+    plots = {"speedup.png", "floor.png", "breakdown.png", "step.svg"}
+    assert names == {"table.md", "summary.json", *plots}
     assert (
         "| GEMM | 70.00 |\n| gaps | 1.50 |\n| sum | 71.50 |"
         in (tmp_path / "out/table.md").read_text()
