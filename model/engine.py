@@ -1,7 +1,7 @@
-"""Generation with a KV cache: one prefill, then batched decoding.
+"""Text generation with a KV cache: one prefill of the prompt, then batched decoding.
 
-Beside keys and values the cache carries the previous token (bigram hash) and the previous
-normalised embedding (smear), so that decoding computes what training does.
+Beside keys and values the cache holds what else a position reads of the one before it: the previous
+token, for the bigram hash, and the previous normalised embedding, for smear.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ import torch
 
 
 class KVCache:
-    """Keys and values of all layers, (B, capacity, K, D) each, growing by doubling.
+    """Keys and values of all layers, (B, capacity, K, D) each; a full cache doubles its capacity.
 
     Attributes:
         length: positions stored so far.
-        prev_token: (B,) last token, or None before the first.
-        prev_embedding: (B, C) last embedding after the norm and before smear, or None.
+        prev_token: (B,) last token; None before the first.
+        prev_embedding: (B, C) last token embedding, normalised, before smear; None before the
+            first.
     """
 
     def __init__(self, config, batch_size, dtype, device, capacity=256):
@@ -50,7 +51,8 @@ class KVCache:
         k,  # (B, T, K, D)
         v,  # (B, T, K, D)
     ):
-        """Store new keys and values after the cached ones; returns all, (B, length + T, K, D)."""
+        """Append the keys and values of T positions in one layer; returns that layer's keys and
+        values of all positions, (B, length + T, K, D) each."""
         stop = self.length + k.size(1)
         if stop > self.capacity:
             self._grow(stop)
@@ -64,7 +66,8 @@ class KVCache:
         prev_embedding,  # (B, C)
         count,
     ):
-        """Take note of `count` positions that every layer has inserted."""
+        """Count `count` positions as stored, once every layer has inserted them, and remember the
+        last token and embedding."""
         self.prev_token, self.prev_embedding = prev_token, prev_embedding
         self.length += count
 
@@ -118,14 +121,16 @@ def sample_next(
 
 @torch.inference_mode()
 def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), stop_token=None):
-    """Continue a prompt; yields one list of num_samples tokens per step, None for ended rows.
+    """Sample num_samples continuations of a prompt; yields a list of num_samples tokens per step.
 
-    A row ends with the stop token, which is not yielded. The prompt is prefilled once and its
-    cache expanded. The model is left in the mode (train or eval) it came in.
+    A row ends at the stop token, which is not yielded; from then on its entry is None. The prompt
+    is prefilled once and its cache copied to all rows. The model keeps its mode, train or eval.
 
     Args:
         prompt: non-empty list of token ids.
-        max_tokens: tokens to add; generation also ends when every row has ended.
+        max_tokens: steps at most; generation ends earlier when every row has ended.
+        sampling: Sampling: temperature, top_k and seed.
+        stop_token: token id that ends a row, or None.
 
     Raises:
         ValueError: an empty prompt, or num_samples below 1.

@@ -1,19 +1,20 @@
-"""The GPT's training pass on Triton kernels: forward and backward by hand.
+"""The GPT's training pass on Triton kernels, with a hand-written forward and backward pass.
 
-FusedGPT computes what GPT.forward (model/gpt.py) defines, and its gradients, without autograd:
-autograd passes tensors only, and here gradients travel from a norm to the matrix product before it
-as FP8 operands in two layouts, the gradients of x0, bigram rows and lambdas of all layers are
-summed in one pass, and weight gradients accumulate inside the products. tests/model/test_fused.py
-holds the two together: the loss and the gradient of every parameter.
+FusedGPT computes what GPT.forward (model/gpt.py) defines, and its gradients, without autograd.
+Autograd passes plain tensors between functions; here a norm's backward kernel hands the gradient to
+the GEMMs before it as an FP8 operand in two layouts, the gradients of x0, the bigram rows and the
+lambdas are summed over all layers in one pass, and weight gradients accumulate inside the GEMMs.
+tests/model/test_fused.py compares the loss and the gradient of every parameter with the GPT's.
 
 One micro-step of N = B*T positions:
 
-    embed_smear -> [ residual_mix -> QKV product -> rotary_qk_norm -> attention -> product
-                     -> residual add and norm -> linear_relu_squared -> product ] per layer
-    -> backout and norm -> lm_head product -> softcap_cross_entropy
+    embed_smear -> [ residual_mix -> QKV GEMM -> rotary_qk_norm -> attention -> output GEMM
+                     -> residual add and norm -> linear_relu_squared -> output GEMM ] per layer
+    -> backout and norm -> lm_head GEMM -> softcap_cross_entropy
 
-The gradient g of the stream comes with the factor that it still lacks (the resid_lambda of the mix
-that it went through), so that no pass over memory is spent on it.
+In the backward pass the gradient g of the residual stream is passed on together with a scalar that
+must still multiply it (the resid_lambda of the mix above). The next kernel that reads g applies it,
+so that scaling costs no pass over memory.
 """
 
 from dataclasses import dataclass, field
@@ -38,16 +39,17 @@ from nanofuse.model.fp8.weights import Weights
 from nanofuse.model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
 from nanofuse.model.graphs import GraphedPass
 
-EVALUATION_ROWS = 8192  # whose logits exist at once
+EVALUATION_ROWS = 8192  # positions whose logits exist at once in evaluation
 
 
 def kernels_are_interpreted():
-    """Whether the kernels run without a GPU, in Triton's interpreter (for tests: it is slow)."""
+    """Whether the kernels run in Triton's interpreter, on a CPU: slow, for tests."""
     return INTERPRETED.value
 
 
 def fp8_fits(config, tokens):
-    """Whether the FP8 kernels take a GPTConfig's sizes with `tokens` positions a micro-step."""
+    """Whether the FP8 kernels support the sizes of a GPTConfig with `tokens` positions per
+    micro-step."""
     sizes = (tokens, config.n_embd, config.kv_dim)
     head = config.head_dim
     return not any(size % MULTIPLE for size in sizes) and head >= 32 and head & (head - 1) == 0
@@ -55,24 +57,25 @@ def fp8_fits(config, tokens):
 
 @dataclass
 class StepState:
-    """What the backward pass of a micro-step needs."""
+    """What the forward pass of a micro-step saves for its backward pass."""
 
     tokens: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (N,)
-    x0: torch.Tensor = None  # (N, C)
-    smear_gate: torch.Tensor = None  # (N,)
-    layers: list = field(default_factory=list)  # LayerStates
-    x_mid: torch.Tensor = None  # (N, C)
+    x0: torch.Tensor = None  # (N, C) stream after smear
+    smear_gate: torch.Tensor = None  # (N,) sigmoid of the smear gate's logits
+    layers: list = field(default_factory=list)  # a LayerState per layer
+    x_mid: torch.Tensor = None  # (N, C) stream after the middle layer
     y: torch.Tensor = None  # (N, C) stream after backout
-    rstd: torch.Tensor = None  # (N,)
-    normed: Any = None  # operand (N, C)
-    logits: torch.Tensor = None  # (N, V)
-    lse: torch.Tensor = None  # (N,)
+    rstd: torch.Tensor = None  # (N,) inverse root mean squares of y
+    normed: Any = None  # operand (N, C): y normalised, the input of lm_head
+    logits: torch.Tensor = None  # (N, V) before the softcap
+    lse: torch.Tensor = None  # (N,) logsumexp of the softcapped logits
 
 
 class _Loss(torch.autograd.Function):
-    """Hangs the backward pass into autograd, so that loss.backward() works as for any model. The
-    gradients go straight into the parameters' .grad; `anchor` only makes the loss require one."""
+    """Connects the hand-written backward pass to autograd, so that loss.backward() works as for any
+    model. The pass accumulates into the parameters' .grad itself; `anchor`, any parameter, only
+    makes autograd call it."""
 
     @staticmethod
     def forward(ctx, anchor, forward, backward, tokens, targets):
@@ -93,14 +96,15 @@ class _Loss(torch.autograd.Function):
 class FusedGPT(nn.Module):
     """A GPT whose training pass runs on the kernels.
 
-    Called like the GPT: fused(tokens, targets, reduction). In training mode with gradients on, the
-    mean loss comes back, and its backward() adds every parameter's gradient to .grad, tensors that
-    are made here: clear them in place. Else the losses come from plain products. `refresh` must
-    follow every later change of the weights.
+    Called like the GPT: fused(tokens, targets, reduction). In training mode with gradients enabled
+    it returns the mean loss, whose backward() accumulates every parameter's gradient into .grad.
+    These .grad tensors are allocated here once; clear them in place. Otherwise it evaluates, with
+    plain products in the activations' dtype. After every change of the weights `refresh` must be
+    called.
 
     Args:
-        model: GPT; its matrices become views of the stacks of model.weights.
-        gemm: products of model.gemm.
+        model: GPT; its matrices become views of the stacks of model.fp8.weights.Weights.
+        gemm: a provider of model.fp8.products.
         graphs: record CUDA graphs of the training pass once the FP8 scales are known.
 
     Raises:
@@ -115,7 +119,7 @@ class FusedGPT(nn.Module):
                 f"not {model.config.n_embd}; change head_dim"
             )
         self.graphs, self.graphed = graphs, None
-        self.ran = False  # a whole pass, in this process
+        self.ran = False  # whether a whole training pass has run in this process
         self.model, self.weights = model, Weights(model)
         for p in model.parameters():
             if p.grad is None:
@@ -128,7 +132,7 @@ class FusedGPT(nn.Module):
                 names |= {f"{name}.{layer}": E4M3 for name in ACTIVATIONS}
                 names |= {f"{name}.{layer}": E5M2 for name in GRADIENTS}
             scaling = DelayedScaling(names, device)
-            # none of C normalised values is beyond sqrt(C)
+            # no element of C normalised ones exceeds sqrt(C): a static scale
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
         self.precision = Precision(gemm, scaling, norm_scaling)
         self.layers = [FusedLayer(model, i, w) for i, w in enumerate(self.weights.layers)]
@@ -136,7 +140,7 @@ class FusedGPT(nn.Module):
         self.refresh()
 
     def describe(self):
-        """One line: which kernels run, and which do not and why."""
+        """One line for the log: which kernels run, and which do not and why."""
         fp8 = self.precision.gemm.fp8
         ops = ["embed_smear", "residual_mix", "rotary_qk_norm", "softcap_cross_entropy"]
         ops += ["linear_relu_squared", "residual_gradients", "embedding_grad"]
@@ -149,7 +153,7 @@ class FusedGPT(nn.Module):
 
     @torch.no_grad()
     def refresh(self):
-        """Take over changed weights: update the FP8 scales, then make the products' operands."""
+        """After the weights changed: update the FP8 scales and rewrite the weights' operands."""
         if self.updates:
             self.precision.scaling.update()
         self._make_operands()
@@ -157,28 +161,28 @@ class FusedGPT(nn.Module):
 
     def _make_operands(self):
         scaling = self.precision.scaling
-        # for the weights here, and for the micro-step that follows
+        # holds for the weights' operands here, and for the micro-steps until the next refresh
         scaling.calibrate(self.updates < CALIBRATED_STEPS)
         self.weights.refresh(scaling)
 
     def fp8_clipped(self):
-        """How often a tensor went beyond its FP8 scale and was clipped, tensors x steps in this
-        process; None without FP8. Waits for the device."""
+        """How many times a tensor exceeded its FP8 range in an optimiser step and was clipped, over
+        all tensors and the steps of this process; None without FP8. Synchronises with the GPU."""
         clipped = self.precision.scaling.clipped
         return None if clipped is None else clipped.item()
 
     def scaling_state(self):
-        """The FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
+        """The state of the FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
         tensors = self.precision.scaling.state_dict()
         return tensors and {**tensors, "updates": torch.tensor(self.updates)}
 
     @torch.no_grad()
     def load_scaling_state(
         self,
-        tensors,
+        tensors,  # {name: tensor} from `scaling_state`
     ):
-        """Continue with the scales that `scaling_state` gave, and with the loaded weights; without
-        any, or where products are not FP8, start anew."""
+        """Restore the FP8 scales and rewrite the operands of the weights, which must have been
+        loaded before. Without tensors, or without FP8, start with fresh scales."""
         if not tensors or not self.precision.gemm.fp8:
             self.updates = 0
             return self.refresh()
@@ -193,10 +197,10 @@ class FusedGPT(nn.Module):
         targets,  # (B, T) int64, -1 is ignored
         reduction="mean",
     ):
-        """Loss in nats, (), or with reduction "none" the losses (B*T,).
+        """Mean loss in nats, (), or with reduction "none" the losses of all positions, (B*T,).
 
         Raises:
-            ValueError: another reduction; losses with gradients are means.
+            ValueError: another reduction, or "none" in training, which needs the mean.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
@@ -214,8 +218,8 @@ class FusedGPT(nn.Module):
         return losses.sum() / (targets != IGNORE_INDEX).sum()
 
     def _may_record(self):
-        """Whether to record CUDA graphs now: every kernel has run in this process, and no pass will
-        calibrate any more, outside of the graphs and with activations of its own."""
+        """Whether to record CUDA graphs now: every kernel has run (so that it is compiled) in this
+        process, and FP8 calibration, which runs kernels twice, is over."""
         settled = not self.precision.gemm.fp8 or self.updates > CALIBRATED_STEPS
         return self.graphs and self.ran and settled
 
@@ -225,43 +229,47 @@ class FusedGPT(nn.Module):
         tokens,  # (B, T)
         targets,  # (B, T)
     ):
-        """Mean loss () and the StepState for `backward`."""
+        """Forward pass of training: the mean loss () and the StepState for `backward`."""
         losses, state = self._losses(self.precision, tokens.contiguous(), targets.reshape(-1))
         return losses.sum() / (state.targets != IGNORE_INDEX).sum(), state
 
     @torch.no_grad()
     def _losses(
         self,
-        p,
+        precision,
         tokens,  # (B, T)
         targets,  # (N,)
     ):
-        """Losses (N,) and the StepState; in evaluation nothing that only backward needs is kept."""
-        model, keep = self.model, p is not EVALUATION
+        """Forward pass: the losses (N,) and the StepState, which in evaluation (precision is
+        EVALUATION) lacks what only the backward pass needs."""
+        model, keep = self.model, precision is not EVALUATION
         state = StepState(tokens, targets)
         x, state.smear_gate = embed_smear_fwd(
             tokens, model.transformer.wte.weight, model.smear_gate.weight, model.smear_lambda
         )
         state.x0, branch = x, None
         for layer in self.layers:
-            x, branch, layer_state = layer.forward(p, x, branch, state.x0, tokens)
+            x, branch, layer_state = layer.forward(precision, x, branch, state.x0, tokens)
             if keep:
                 state.layers.append(layer_state)
             if layer.index == model.config.n_layer // 2:
                 x, branch = x + branch, None
                 state.x_mid = x
-        state.y, state.rstd, normed = p.norm(
+        state.y, state.rstd, normed = precision.norm(
             x, branch, state.x_mid, x0_lambda=-model.backout_lambda
         )
-        head, vocab_size = p.weight(self.weights.lm_head), model.config.vocab_size
+        head, vocab_size = precision.weight(self.weights.lm_head), model.config.vocab_size
         if keep:
-            state.normed, state.logits = p.gemm.keep(normed), p.gemm.forward(normed, head)
+            state.normed, state.logits = (
+                precision.gemm.keep(normed),
+                precision.gemm.forward(normed, head),
+            )
             losses, state.lse = softcap_cross_entropy_fwd(state.logits, targets, vocab_size)
-        else:  # a part of the logits at a time
+        else:  # logits of EVALUATION_ROWS positions at a time
             parts = zip(normed.split(EVALUATION_ROWS), targets.split(EVALUATION_ROWS), strict=True)
             losses = torch.cat(
                 [
-                    softcap_cross_entropy_fwd(p.gemm.forward(x, head), part, vocab_size)[0]
+                    softcap_cross_entropy_fwd(precision.gemm.forward(x, head), part, vocab_size)[0]
                     for x, part in parts
                 ]
             )
@@ -273,7 +281,10 @@ class FusedGPT(nn.Module):
         state,
         grad_loss,  # ()
     ):
-        """Add the gradients of grad_loss * loss to every parameter's .grad; empties `state`."""
+        """Backward pass: accumulate the gradient of grad_loss * loss into every parameter's .grad.
+
+        Frees the tensors of `state` as it goes, so it runs once per state.
+        """
         model, middle = self.model, self.model.config.n_layer // 2
         order = sort_rows(state.tokens, model.config.padded_vocab_size)
         layers = len(self.layers)
@@ -300,11 +311,17 @@ class FusedGPT(nn.Module):
         state,
         grad_loss,  # ()
     ):
-        """The gradients of the mixes, (L + 1, N, C), of which the last is made here, that of the
-        stream after backout; and the last MLP's operand of it."""
-        p, head = self.precision, self.weights.lm_head
+        """Backward pass of loss, lm_head, final norm and backout's output y.
+
+        Returns:
+            A buffer (L + 1, N, C) for gradients of the residual stream: slot i, filled later, for
+            the output of layer i's residual mix; the last slot, filled here, for the stream after
+            backout. And the last slot's gradient as the operand that the last layer's MLP takes;
+            None if the last layer is the middle one, whose gradient `_middle_backward` computes.
+        """
+        precision, head = self.precision, self.weights.lm_head
         scale = mean_grad_scale(state.targets) * grad_loss
-        grad_logits = p.operand(
+        grad_logits = precision.operand(
             "grad_logits",
             lambda scaling, want_plain: softcap_cross_entropy_bwd(
                 state.logits, state.targets, state.lse, scale, self.model.config.vocab_size,
@@ -312,45 +329,47 @@ class FusedGPT(nn.Module):
             ),
         )  # fmt: skip
         state.logits = None
-        p.gemm.weight_grad(grad_logits, state.normed, head.grad)
-        grad = p.gemm.input_grad(grad_logits, head.operand)  # (N, C)
-        del grad_logits  # the largest tensor of all makes room
+        precision.gemm.weight_grad(grad_logits, state.normed, head.grad)
+        grad = precision.gemm.input_grad(grad_logits, head.operand)  # (N, C)
+        del grad_logits  # the largest tensor of the pass; `grads` may reuse its memory
         grads = grad.new_empty(len(self.layers) + 1, *grad.shape)
         last = len(self.layers) - 1
         name = f"grad_mlp.{last}" if last != self.model.config.n_layer // 2 else None
-        _, _, operand = p.mix_backward(name, grad, state.y, state.rstd, out=grads[-1])
+        _, _, operand = precision.mix_backward(name, grad, state.y, state.rstd, out=grads[-1])
         state.y = state.normed = None
         return grads, operand
 
     def _middle_backward(
         self,
         state,
-        grads,  # (L + 1, N, C) gradients of the mixes, and last of the stream after backout
+        grads,  # (L + 1, N, C) of `_head_backward`; the slots above the middle layer are filled
     ):
-        """Gradient of the stream after the middle layer, which backout reads too, (N, C)."""
+        """Gradient of the stream after the middle layer, (N, C), summed over its two uses: the next
+        layer's residual mix and backout. Also accumulates backout_lambda's gradient."""
         model, above, last = self.model, self.model.config.n_layer // 2 + 1, len(self.layers)
         backout = model.backout_lambda
         if above == last:
             used, factors = grads[last:], 1 - backout
         else:
-            used = grads[above :: last - above]  # of the mix above, and after backout
+            used = grads[above :: last - above]  # gradients of the next mix, and after backout
             factors = torch.cat([model.resid_lambdas[above : above + 1], -backout])
-        g, of_factors, _, _ = residual_gradients(used, state.x_mid, factors)
-        backout.grad -= of_factors[-1:]
+        g, grad_factors, _, _ = residual_gradients(used, state.x_mid, factors)
+        backout.grad -= grad_factors[-1:]
         state.x_mid = None
         return g
 
     def _mix_backward(
         self,
         state,
-        grads,  # (L, N, C) gradient of each layer's mix y
-        sums,  # (L,) sum(grads * y)
-        order,
+        grads,  # (L, N, C) gradient g of the output y of each layer's residual mix
+        sums,  # (L,) fp32: sum(g * y) of each layer
+        order,  # SortedRows of the tokens
     ):
-        """Gradients of the lambdas, the bigram table and what makes x0.
+        """Accumulate the gradients of the mixes' lambdas, of the bigram table, and of the token
+        embedding and smear, which compute x0.
 
-        y = resid*x + x0_lambda*x0 + bigram_lambda*e, so sum(g*x) follows from sum(g*y) and the
-        sums with x0 and e. x of the first layer is x0.
+        As y = resid*x + x0_lambda*x0 + bigram_lambda*e, the gradient sum(g*x) of resid follows from
+        sum(g*y), sum(g*x0) and sum(g*e) without reading x. The first layer's x is x0.
         """
         model, bigram = self.model, hasattr(self.model, "bigram_embed")
         resid, coefficients = model.resid_lambdas, model.x0_lambdas.clone()
@@ -358,19 +377,21 @@ class FusedGPT(nn.Module):
         lookup = ()
         if bigram:
             lookup = state.tokens, model.bigram_embed.weight, model.bigram_lambdas
-        grad_x0, of_x0, grad_e, of_e = residual_gradients(grads, state.x0, coefficients, *lookup)
-        rest = sums - model.x0_lambdas * of_x0
+        grad_x0, grad_x0_lambdas, grad_e, grad_bigram_lambdas = residual_gradients(
+            grads, state.x0, coefficients, *lookup
+        )
+        rest = sums - model.x0_lambdas * grad_x0_lambdas
         if bigram:
-            rest -= model.bigram_lambdas * of_e
-            model.bigram_lambdas.grad += of_e
+            rest -= model.bigram_lambdas * grad_bigram_lambdas
+            model.bigram_lambdas.grad += grad_bigram_lambdas
             bigram_table_grad(state.tokens, grad_e, model.bigram_embed.weight.grad)
         resid.grad += rest / resid
-        model.x0_lambdas.grad += of_x0
+        model.x0_lambdas.grad += grad_x0_lambdas
         wte = model.transformer.wte.weight
-        grad_rows, of_gate, of_lambda = embed_smear_bwd(
+        grad_rows, grad_gate_weight, grad_smear_lambda = embed_smear_bwd(
             grad_x0, state.tokens, wte, model.smear_gate.weight, model.smear_lambda,
             state.smear_gate,
         )  # fmt: skip
         embedding_grad(grad_rows, order, wte.grad)
-        model.smear_gate.weight.grad += of_gate
-        model.smear_lambda.grad += of_lambda
+        model.smear_gate.weight.grad += grad_gate_weight
+        model.smear_lambda.grad += grad_smear_lambda

@@ -1,7 +1,7 @@
-"""One layer of the fused training pass, forward and backward by hand (model/fused.py).
+"""One layer of the fused training pass (model/fused.py): hand-written forward and backward pass.
 
 Shapes: N = B*T positions, C width, H query and K key/value heads of D columns, G gate channels.
-"Operand" is what the products of the precision take: a tensor (N, C), or an FP8Operand.
+An "operand" is what the GEMMs of the chosen precision take: a plain tensor, or an FP8Operand.
 """
 
 from dataclasses import dataclass
@@ -20,25 +20,33 @@ from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_f
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fp8.scaling import DelayedScaling, Unscaled
 
-# FP8 tensors of a layer beside its weights: activations, and the gradients of products' results
+# names of a layer's FP8 tensors beside its weights: GEMM inputs, and gradients of GEMM outputs
 ACTIVATIONS = ("attended", "activated")
 GRADIENTS = ("grad_qkv", "grad_attn", "grad_fc", "grad_mlp")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How products are computed: gemm (model.gemm), and the scales of their FP8 operands."""
+    """How matrix products are computed.
+
+    Fields: gemm, a provider of model.fp8.products; scaling, the scales of its FP8 operands;
+    norm_scaling, the static Scaling of normalised activations, None without FP8.
+    """
 
     gemm: Any
     scaling: DelayedScaling | Unscaled
     norm_scaling: Scaling | None = None
 
     def weight(self, weight):
-        """Operand of a LinearWeight; evaluation makes a plain one, training keeps its own."""
+        """Operand of a LinearWeight: in training the stored one, in evaluation the plain weight."""
         return weight.operand if self is not EVALUATION else weight.plain()
 
     def norm(self, *mix, **lambdas):
-        """residual_mix_fwd: the stream y (N, C), rstd (N,) and the norm's operand."""
+        """residual_mix_fwd with its normalised result as this precision's operand.
+
+        Returns:
+            The stream y (N, C), rstd (N,), and the operand of y normalised, (N, C).
+        """
         fp8 = self.norm_scaling
         y, rstd, normed, operand = residual_mix_fwd(
             *mix, **lambdas, scaling=fp8, want_normed=fp8 is None
@@ -46,7 +54,13 @@ class Precision:
         return y, rstd, normed if fp8 is None else operand
 
     def operand(self, name, run):
-        """Operand of a kernel with a plain and an FP8 result: run(scaling, want_plain)."""
+        """The result of a kernel as this precision's operand.
+
+        Args:
+            name: of the tensor, under which its scale is kept.
+            run: run(scaling, want_plain) launches the kernel; returns (tensor or None, FP8Operand
+                or None).
+        """
 
         def one(scaling):
             plain, operand = run(scaling, scaling is None)
@@ -59,14 +73,21 @@ class Precision:
         name,
         x,  # (N, C)
     ):
-        """Operand of a tensor that no kernel of ours wrote."""
+        """Operand of an existing tensor: the tensor itself, or quantised under the scale `name`."""
         return self.scaling.produce(
             name, lambda scaling: x if scaling is None else quantize(x, scaling)
         )
 
     def mix_backward(self, name, *gradients, resid_lambda=None, **inputs):
-        """residual_mix_bwd: the gradient of y (N, C), the fp32 sum of its products with `x`
-        (None without x), and the operand of the branch's gradient, `name`; None without a name."""
+        """residual_mix_bwd with the branch's gradient as this precision's operand.
+
+        Args:
+            name: of the branch's gradient, under which its scale is kept; None if not needed.
+
+        Returns:
+            grad_y (N, C); sum(grad_y * x), () fp32, None without x; and the operand of the branch's
+            gradient, resid_lambda * grad_y, (N, C), None without a name.
+        """
         if name is None:
             return *residual_mix_bwd(*gradients, **inputs)[:2], None
         return self.scaling.produce(
@@ -82,24 +103,24 @@ EVALUATION = Precision(PlainGemm(), Unscaled())
 
 @dataclass
 class LayerState:
-    """What a layer's backward pass needs."""
+    """What a layer's forward pass saves for its backward pass."""
 
-    y: torch.Tensor  # (N, C) stream that opens the block
-    rstd: torch.Tensor  # (N,)
-    normed: Any  # operand (N, C)
-    qkv: torch.Tensor = None  # (N, (H + 2K)*D) after rotary
-    qk_rstd: torch.Tensor = None  # (H + K, N)
-    gate: torch.Tensor = None  # (N, K) logits, or None
+    y: torch.Tensor  # (N, C) stream after the residual mix
+    rstd: torch.Tensor  # (N,) inverse root mean squares of y
+    normed: Any  # operand (N, C): y normalised, the input of the QKV GEMM
+    qkv: torch.Tensor = None  # (N, (H + 2K)*D) after rotary_qk_norm
+    qk_rstd: torch.Tensor = None  # (H + K, N) inverse root mean squares of q and k heads
+    gate: torch.Tensor = None  # (N, K) logits of the value embedding's gate, or None
     attention: Any = None  # what the attention backend saved
-    attended: Any = None  # operand (N, C)
-    y_mid: torch.Tensor = None  # (N, C) stream before the MLP
-    rstd_mid: torch.Tensor = None  # (N,)
-    normed_mid: Any = None  # operand (N, C)
-    activated: Any = None  # operand (N, 4C)
+    attended: Any = None  # operand (N, C): attention output
+    y_mid: torch.Tensor = None  # (N, C) stream after attention, before the MLP
+    rstd_mid: torch.Tensor = None  # (N,) inverse root mean squares of y_mid
+    normed_mid: Any = None  # operand (N, C): y_mid normalised, the input of the MLP
+    activated: Any = None  # operand (N, 4C): squared ReLU
 
 
 class FusedLayer:
-    """Layer `index` of a GPT with its LinearWeights by kind."""
+    """Layer `index` of a GPT, with its LinearWeights {kind: LinearWeight}."""
 
     def __init__(self, model, index, weights):
         self.model, self.config, self.index, self.weights = model, model.config, index, weights
@@ -121,35 +142,40 @@ class FusedLayer:
 
     def forward(
         self,
-        p,
+        precision,
         x,  # (N, C) stream
-        branch,  # (N, C) what joins it, or None
-        x0,  # (N, C)
+        branch,  # (N, C) MLP output of the layer below, not yet added to x; None if it is
+        x0,  # (N, C) stream after smear
         tokens,  # (B, T)
     ):
-        """The stream before the MLP's output joins (N, C), that output (N, C), and the state."""
+        """Forward pass of the layer.
+
+        Returns:
+            The stream before the MLP's residual add (N, C); the MLP's output (N, C), which the next
+            layer's residual mix adds; and the LayerState.
+        """
         table = (tokens, self.bigram_table) if self.bigram_table is not None else (None, None)
         lambdas = self.resid_lambda, self.x0_lambda, self.bigram_lambda
-        state = LayerState(*p.norm(x, branch, x0, *table, *lambdas))
-        branch = self._attention_forward(p, state, tokens)
-        state.y_mid, state.rstd_mid, normed = p.norm(state.y, branch)
-        weight = p.weight(self.weights["fc"])
-        state.activated = p.scaling.produce(
+        state = LayerState(*precision.norm(x, branch, x0, *table, *lambdas))
+        branch = self._attention_forward(precision, state, tokens)
+        state.y_mid, state.rstd_mid, normed = precision.norm(state.y, branch)
+        weight = precision.weight(self.weights["fc"])
+        state.activated = precision.scaling.produce(
             self._name("activated"), partial(linear_relu_squared_fwd, normed, weight)
         )
-        state.normed_mid = p.gemm.keep(normed)
-        branch = p.gemm.forward(state.activated, p.weight(self.weights["mlp_proj"]))
+        state.normed_mid = precision.gemm.keep(normed)
+        branch = precision.gemm.forward(state.activated, precision.weight(self.weights["mlp_proj"]))
         return state.y_mid, branch, state
 
     def _attention_forward(
         self,
-        p,
+        precision,
         state,
         tokens,  # (B, T)
     ):
-        """QKV product, rotary, attention and output product, (N, C)."""
-        qkv = p.gemm.forward(state.normed, p.weight(self.weights["qkv"]))
-        state.normed = p.gemm.keep(state.normed)
+        """QKV GEMM, rotary_qk_norm, attention and output GEMM: the attention branch, (N, C)."""
+        qkv = precision.gemm.forward(state.normed, precision.weight(self.weights["qkv"]))
+        state.normed = precision.gemm.keep(state.normed)
         values = None, None, None
         if self.value_table is not None:
             state.gate = gate_logits_fwd(state.y, state.rstd, self.gate_weight)
@@ -161,30 +187,35 @@ class FusedLayer:
         sizes = [self.config.n_head, self.config.n_kv_head, self.config.n_kv_head]
         heads = qkv.view(*tokens.shape, sum(sizes), self.config.head_dim)
         y, state.attention = self.attention.forward(*heads.split(sizes, dim=2), self.window)
-        attended = p.quantized(self._name("attended"), y.reshape(len(qkv), self.config.n_embd))
-        state.attended = p.gemm.keep(attended)
-        return p.gemm.forward(attended, p.weight(self.weights["attn_proj"]))
+        attended = precision.quantized(
+            self._name("attended"), y.reshape(len(qkv), self.config.n_embd)
+        )
+        state.attended = precision.gemm.keep(attended)
+        return precision.gemm.forward(attended, precision.weight(self.weights["attn_proj"]))
 
     def backward(
         self,
-        p,
+        precision,
         state,
-        g,  # (N, C) gradient of what `forward` returned first, without `factor`
-        factor,  # (1,), or None for 1
-        operand,  # of the gradient of what it returned second
+        g,  # (N, C) upstream gradient of the stream that `forward` returned, lacking `factor`
+        factor,  # (1,) that multiplies g, or None for 1
+        operand,  # upstream gradient of the MLP's output that `forward` returned, as an operand
         tokens,  # (B, T)
         order,  # SortedRows of tokens
-        out,  # (N, C) where the gradient of y goes
-        below,  # name of the FP8 gradient of the branch that joined x, or None without one
+        out,  # (N, C) to write the gradient of y, the residual mix's output, to
+        below,  # name of the FP8 gradient of `branch`, the MLP output below; None if not needed
     ):
-        """Adds the layer's gradients to its parameters but the lambdas and the bigram table.
+        """Backward pass of the layer down to the output y of its residual mix. Accumulates the
+        gradients of the layer's matrices, of its gate and of its value embedding table; those of
+        the lambdas and the bigram table are computed for all layers together (model/fused.py).
 
         Returns:
-            sum(gradient of y * y), () fp32, and the operand of resid_lambda * out, or None.
+            sum(out * y), () fp32; and the gradient of `branch`, resid_lambda * out, as an operand,
+            or None.
         """
-        gemm, weights = p.gemm, self.weights
+        gemm, weights = precision.gemm, self.weights
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
-        grad_fc = p.scaling.produce(
+        grad_fc = precision.scaling.produce(
             self._name("grad_fc"),
             partial(linear_relu_squared_bwd, operand, weights["mlp_proj"].operand, state.activated),
         )
@@ -192,27 +223,28 @@ class FusedLayer:
         gemm.weight_grad(grad_fc, state.normed_mid, weights["fc"].grad)
         grad = gemm.input_grad(grad_fc, weights["fc"].operand)  # (N, C)
         state.normed_mid = grad_fc = None
-        g, _, operand = p.mix_backward(
+        g, _, operand = precision.mix_backward(
             self._name("grad_attn"), grad, state.y_mid, state.rstd_mid, g, factor
         )
         gemm.weight_grad(operand, state.attended, weights["attn_proj"].grad)
         grad = gemm.input_grad(operand, weights["attn_proj"].operand)  # (N, C)
         state.y_mid = state.attended = operand = None
-        grad = self._attention_backward(p, state, grad, tokens, order)
-        _, sums, operand = p.mix_backward(
+        grad = self._attention_backward(precision, state, grad, tokens, order)
+        _, sums, operand = precision.mix_backward(
             below, grad, state.y, state.rstd, g, x=state.y, out=out, resid_lambda=self.resid_lambda
         )
         return sums, operand
 
     def _attention_backward(
         self,
-        p,
+        precision,
         state,
         grad,  # (N, C) gradient of the attention's output
         tokens,  # (B, T)
-        order,
+        order,  # SortedRows of tokens
     ):
-        """Gradient of the block's normalised input, (N, C)."""
+        """Backward pass of `_attention_forward`: accumulates the gradients of its parameters and
+        returns that of the QKV GEMM's normalised input, (N, C)."""
         model, rows = self.model, len(grad)
         heads = grad.view(*tokens.shape, self.config.n_head, self.config.head_dim)
         grads = self.attention.backward(state.attention, heads)
@@ -220,22 +252,22 @@ class FusedLayer:
         values = None, None, None
         if self.value_table is not None:
             values = tokens.view(-1), self.value_table, state.gate
-        of_values = []
+        gate_and_value_grads = []
 
         def rotary(scaling, want_plain):
-            plain, operand, *of_values[:] = rotary_qk_norm_bwd(
+            plain, operand, *gate_and_value_grads[:] = rotary_qk_norm_bwd(
                 *(x.reshape(rows, -1) for x in grads), state.qkv, state.qk_rstd, *values,
                 model.cos, model.sin, tokens.size(1), scaling, want_plain,
             )  # fmt: skip
             return plain, operand
 
-        operand = p.operand(self._name("grad_qkv"), rotary)
+        operand = precision.operand(self._name("grad_qkv"), rotary)
         weight = self.weights["qkv"]
-        p.gemm.weight_grad(operand, state.normed, weight.grad)
-        grad = p.gemm.input_grad(operand, weight.operand)  # (N, C)
+        precision.gemm.weight_grad(operand, state.normed, weight.grad)
+        grad = precision.gemm.input_grad(operand, weight.operand)  # (N, C)
         state.qkv = state.normed = None
         if self.value_table is not None:
-            grad_gate, grad_values = of_values  # (N, K) fp32, (N, K*D)
+            grad_gate, grad_values = gate_and_value_grads  # (N, K) fp32, (N, K*D)
             embedding_grad(grad_values, order, self.value_table.grad)
             gate_logits_bwd(
                 grad_gate, state.y, state.rstd, self.gate_weight, grad, self.gate_weight.grad

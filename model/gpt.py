@@ -1,7 +1,9 @@
-"""The GPT: nanochat's architecture with the hashed bigram residual, defined once.
+"""The GPT: nanochat's architecture plus the hashed bigram residual, in plain PyTorch.
 
-Module and parameter names are nanochat's, so its checkpoints map one to one; the bigram table and
-lambdas are added beside them. Ops come from kernels/, attention and FP8 are chosen from outside.
+This is the definition that the fused pass (model/fused.py) reproduces and that the baselines
+compile. Its ops are the references of kernels/; attention backend and FP8 are chosen by the caller.
+Module and parameter names are nanochat's, so that its checkpoints map one to one; the bigram table
+and lambdas are added.
 Shapes: B rows, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
@@ -92,14 +94,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer of `config`; weights are uninitialised until init_weights.
+    """Decoder-only transformer; its weights are uninitialised until init_weights.
 
     Args:
         config: GPTConfig.
-        dtype: dtype of activations, wte, value embeddings and bigram table; everything else is
-            kept in fp32 (fp64 with dtype fp64) and cast where it is used.
-        attention: an attention backend of model.attention, prepared for the training length.
-        device: where the parameters are made; "meta" for counting.
+        dtype: of activations, wte, value embeddings and bigram table; everything else is kept in
+            fp32 (fp64 with dtype fp64) and cast where it is used.
+        attention: an attention backend of model.backends, prepared for the training length; None
+            for SDPA.
+        device: where the parameters are allocated; "meta" to count them only.
     """
 
     def __init__(self, config, dtype=torch.float32, attention=None, device=None):
@@ -144,7 +147,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Initialise every parameter as recipe.md says; same seed and device, same weights."""
+        """Initialise every parameter as docs/recipe.md says; same seed and device, same weights."""
         config = self.config
         generator = torch.Generator(self.resid_lambdas.device).manual_seed(seed)
         bound = math.sqrt(3 / config.n_embd)
@@ -204,9 +207,11 @@ class GPT(nn.Module):
         reduction="mean",
         cache=None,
     ):
-        """Softcapped logits (B, T, V) fp32; with targets the loss in nats, () or, "none", (B*T,).
+        """Softcapped logits (B, T, V) fp32; with targets the loss in nats.
 
-        With a `cache` (model.engine.KVCache) the tokens continue the cached rows.
+        Args:
+            reduction: of the loss: "mean", (), or "none", (B*T,).
+            cache: model.engine.KVCache whose rows the tokens continue; it is extended.
 
         Raises:
             ValueError: positions beyond the rotary table (10 times sequence_len).

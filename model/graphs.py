@@ -1,16 +1,18 @@
-"""The fused micro-step as CUDA graphs: no launch overhead, no gaps between kernels.
+"""The fused micro-step as CUDA graphs, which removes launch overhead and gaps between kernels.
 
-Forward and backward are two graphs that share one memory pool; the input is copied in. Everything
-that they touch stays where it is: parameters, their gradients, the products' operands, the scales.
+Forward and backward pass are two graphs that share one memory pool; a batch is copied into their
+input buffers. All other tensors that they read or write must keep their addresses: parameters,
+gradients, the weights' operands, the FP8 scales.
 """
 
 import torch
 
 
 class GraphedPass:
-    """FusedGPT.loss and backward, recorded for batches of one shape.
+    """FusedGPT.loss and FusedGPT.backward as recorded graphs, for batches of one shape.
 
-    Every kernel must have run before, as compiling is not recorded. Recording runs nothing.
+    Every kernel must have run before, because compilation cannot be recorded. Recording itself
+    runs nothing on the GPU.
 
     Args:
         fused: model.fused.FusedGPT.
@@ -21,7 +23,7 @@ class GraphedPass:
         self.tokens, self.targets = tokens.clone(), targets.clone()
         self.grad_loss = torch.ones((), device=tokens.device)
         self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[0]):  # frees what eager passes left in the cache first
+        with torch.cuda.graph(self.graphs[0]):  # first frees memory cached by eager passes
             self.mean, state = fused.loss(self.tokens, self.targets)
         with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
             fused.backward(state, self.grad_loss)
@@ -32,7 +34,7 @@ class GraphedPass:
         tokens,  # (B, T)
         targets,  # (B, T)
     ):
-        """Loss () and a ticket for `backward`.
+        """Replay the forward pass: the loss () and a ticket for `backward`.
 
         Raises:
             ValueError: a batch of another shape than the recorded one.
@@ -53,10 +55,13 @@ class GraphedPass:
         ticket,
         grad_loss,  # ()
     ):
-        """Add the gradients of grad_loss * loss.
+        """Replay the backward pass: accumulate the gradient of grad_loss * loss.
+
+        Args:
+            ticket: from the `loss` call whose loss is differentiated.
 
         Raises:
-            RuntimeError: another forward pass ran since the ticket's.
+            RuntimeError: another forward pass has run since, and overwritten the saved activations.
         """
         if ticket != self.runs:
             raise RuntimeError("under CUDA graphs a loss must be differentiated before the next")

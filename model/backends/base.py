@@ -1,9 +1,9 @@
-"""What an attention backend is.
+"""The interface of attention backends.
 
-A backend attends with a causal sliding window: the query at position i sees the keys at positions
-j with 0 <= i - j <= window. It takes q (B, T, H, D) and k, v (B, T, K, D) with K dividing H, which
-may be strided views of one fused projection (last dimension contiguous), and returns (B, T, H, D).
-Libraries are imported when a backend is loaded or first called, never with its module.
+A backend computes causal attention with a sliding window: the query at position i sees the keys at
+positions j with 0 <= i - j <= window. It takes q (B, T, H, D) and k, v (B, T, K, D) with K dividing
+H, which may be strided views of a fused QKV buffer (last dimension contiguous), and returns
+(B, T, H, D). Its library is imported by `load` or the first call, not when its module is imported.
 """
 
 import importlib
@@ -15,15 +15,15 @@ class AttentionBackend:
     """Base of all backends: a subclass sets `name` and defines `__call__(q, k, v, window) -> y`.
 
     Args:
-        deterministic: ask for a backward pass that gives the same bits every time.
+        deterministic: require a backward pass with the same bits on every run.
     """
 
     name = None
-    title, install = None, None  # of its library, for the user
-    module = None  # to import; None: torch alone
+    title, install = None, None  # the library's name and how to install it, for messages
+    module = None  # of the library, to import; None if torch suffices
     cuda_only = True
-    compilable = True  # torch.compile(fullgraph=True) takes it in
-    capabilities = ((0, 0), (99, 0))  # of the GPUs it runs on, lowest and highest
+    compilable = True  # whether it works under torch.compile(fullgraph=True)
+    capabilities = ((0, 0), (99, 0))  # lowest and highest compute capability it runs on
 
     def __init__(self, deterministic=False):
         self.deterministic = deterministic
@@ -38,11 +38,12 @@ class AttentionBackend:
             importlib.import_module(self.module)
 
     def is_part(self, module):
-        """Whether `module` is the library's own or above it: without it, it is not installed."""
+        """Whether `module` is the library's module or a parent package of it, so that an import
+        error that names it means that the library is not installed."""
         return self.module is not None and f"{self.module}.".startswith(f"{module}.")
 
     def prepare(self, seq_len, windows, device):
-        """Get ready for rows of seq_len tokens and these windows; most need nothing."""
+        """Prepare for sequences of seq_len tokens and these windows; most backends need nothing."""
 
     def forward(
         self,
@@ -51,7 +52,7 @@ class AttentionBackend:
         v,  # (B, T, K, D)
         window,
     ):
-        """y (B, T, H, D) outside any autograd graph, and a list that `backward` empties."""
+        """Forward pass without autograd: y (B, T, H, D), and a list of what `backward` needs."""
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             y = self(*leaves, window)
@@ -59,10 +60,11 @@ class AttentionBackend:
 
     def backward(
         self,
-        saved,
-        grad_y,  # (B, T, H, D)
+        saved,  # from `forward`; emptied
+        grad_y,  # (B, T, H, D) upstream gradient
     ):
-        """grad_q (B, T, H, D), grad_k, grad_v (B, T, K, D), maybe strided; once per forward.
+        """Backward pass, once per forward pass: grad_q (B, T, H, D), grad_k and grad_v
+        (B, T, K, D), of any strides.
 
         Raises:
             RuntimeError: a second backward pass of one forward pass.
@@ -72,10 +74,11 @@ class AttentionBackend:
 
 
 def take(saved):
-    """The content of a list, which it then no longer holds.
+    """The content of the list `saved` as a tuple; empties the list, so that nothing else keeps the
+    tensors alive.
 
     Raises:
-        RuntimeError: it has been taken before.
+        RuntimeError: the list is empty already.
     """
     if not saved:
         raise RuntimeError("this forward pass of attention has had its backward pass")

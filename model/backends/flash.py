@@ -1,4 +1,4 @@
-"""Attention by libraries: FlashAttention 3 and 4, and Transformer Engine (cuDNN)."""
+"""Attention backends of libraries: FlashAttention 3 and 4, and Transformer Engine (cuDNN)."""
 
 import os
 
@@ -8,12 +8,13 @@ from nanofuse.model.backends.base import AttentionBackend, take
 
 
 def _left(window, seq_len):
-    """The window as libraries want it: keys to the left, -1 where all of them are in sight."""
+    """The window in the libraries' convention: visible keys to the left, -1 for all of them."""
     return window if window < seq_len - 1 else -1
 
 
 class FlashAttention3(AttentionBackend):
-    """FlashAttention 3 through its public function, whose private halves differ by version."""
+    """FlashAttention 3 through its public function and autograd: its private forward and backward
+    functions differ between versions."""
 
     name = "fa3"
     title = "FlashAttention 3"
@@ -35,11 +36,11 @@ class FlashAttention3(AttentionBackend):
         y = flash_attn_func(
             q, k, v, causal=True, window_size=windows, deterministic=self.deterministic
         )
-        return y[0] if isinstance(y, tuple) else y  # some versions return the logsumexp too
+        return y[0] if isinstance(y, tuple) else y  # some versions also return the logsumexp
 
 
 def _fa4_window(left):
-    """Keyword arguments of both of FlashAttention 4's functions."""
+    """Keyword arguments for the window of FlashAttention 4's forward and backward function."""
     return {
         "causal": True,
         "window_size_left": None if left < 0 else left,
@@ -86,7 +87,7 @@ def _fa4_forward_op(
     k: torch.Tensor,  # (B, T, K, D)
     v: torch.Tensor,  # (B, T, K, D)
     left: int,
-    deterministic: bool,  # read by the backward pass alone
+    deterministic: bool,  # only for the backward pass
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _fa4_forward(q, k, v, left)
 
@@ -134,7 +135,7 @@ def _(
 def _save_for_backward(ctx, inputs, output):
     q, k, v, ctx.left, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)  # no zeros for the logsumexp, which nobody differentiates
+    ctx.set_materialize_grads(False)  # no zeros for the logsumexp, which has no gradient
 
 
 def _differentiate(
@@ -150,7 +151,8 @@ _fa4_forward_op.register_autograd(_differentiate, setup_context=_save_for_backwa
 
 
 class FlashAttention4(AttentionBackend):
-    """FlashAttention 4 (CuTe): custom ops for autograd and the compiler, direct calls without."""
+    """FlashAttention 4 (CuTe). `__call__` goes through custom ops, for autograd and torch.compile;
+    `forward` and `backward` call the library directly."""
 
     name = "fa4"
     title, install = "FlashAttention 4", "pip install flash-attn-4"
@@ -158,7 +160,8 @@ class FlashAttention4(AttentionBackend):
     capabilities = ((9, 0), (99, 0))
 
     def load(self):
-        """Import it, with its kernels kept on disk: compiling them takes longer than a first step.
+        """Import the library, with its on-disk kernel cache enabled: compiling its kernels takes
+        longer than a first step.
 
         Raises:
             ImportError: it is not installed, or damaged.
@@ -193,7 +196,7 @@ class FlashAttention4(AttentionBackend):
         saved,
         grad_y,  # (B, T, H, D)
     ):
-        """See AttentionBackend.backward; all three are contiguous."""
+        """See AttentionBackend.backward; all three gradients are contiguous."""
         with torch.no_grad():
             return _fa4_backward(grad_y, *take(saved), self.deterministic)
 
@@ -203,10 +206,10 @@ def _te_layout(
     k,  # (B, T, K, D)
     v,  # (B, T, K, D)
 ):
-    """q, k, v in a memory layout that Transformer Engine recognises, copied where they are not.
+    """q, k, v in a memory layout that Transformer Engine recognises; copies of them if needed.
 
-    It reads three neighbours of one (B, T, 3, H, D) buffer in place. Anything else must be
-    contiguous from the start of its storage: other strides it may take for contiguous ones.
+    It reads q, k and v in place if they are the three slices of one (B, T, 3, H, D) buffer. Others
+    must be contiguous from the start of their storage: it may misread other strides as contiguous.
     """
     _, seq_len, heads, size = q.shape
     width = heads * size
@@ -228,7 +231,7 @@ def _te_layout(
 
 
 class TransformerEngineAttention(AttentionBackend):
-    """cuDNN's attention through Transformer Engine, whose modules dynamo does not trace."""
+    """cuDNN's attention through Transformer Engine, whose modules torch.compile cannot trace."""
 
     name = "te"
     title, install = "Transformer Engine", "pip install 'nanofuse[fp8]'"
@@ -240,7 +243,8 @@ class TransformerEngineAttention(AttentionBackend):
         self.modules = {}
 
     def load(self):
-        """Import it, with cuDNN as its only choice: an input that cuDNN refuses is an error.
+        """Import the library, restricted to cuDNN: an input that cuDNN refuses is an error, not a
+        reason for another backend.
 
         Raises:
             ImportError: it is not installed, or damaged.
@@ -251,6 +255,7 @@ class TransformerEngineAttention(AttentionBackend):
         super().load()
 
     def _build(self, heads, kv_heads, head_dim, left):
+        """The library's attention module for these sizes and this window."""
         self.load()
         from transformer_engine.pytorch import DotProductAttention
 

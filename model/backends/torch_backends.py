@@ -1,4 +1,4 @@
-"""Attention by torch: scaled_dot_product_attention and flex_attention."""
+"""Attention backends of torch itself: scaled_dot_product_attention and flex_attention."""
 
 from contextlib import nullcontext
 
@@ -23,8 +23,8 @@ def window_mask(
 class SDPAttention(AttentionBackend):
     """torch.nn.functional.scaled_dot_product_attention with an exact window mask.
 
-    On a GPU `deterministic` takes plain matrix products, (B, H, T, T) of memory: the backward
-    passes of the fused choices add with atomics.
+    On a GPU `deterministic` selects the unfused implementation, which stores (B, H, T, T) scores:
+    the backward passes of the fused ones accumulate with atomics.
     """
 
     name = "sdpa"
@@ -52,8 +52,9 @@ class SDPAttention(AttentionBackend):
 
 
 def _visible_within(window):
-    """mask_mod of flex_attention. The window is a closure cell, not a default argument: dynamo
-    does not guard on defaults, so a second window would silently run with the first one's code.
+    """flex_attention's mask_mod for a window. The window is a closure variable, not a default
+    argument: dynamo does not guard on defaults, so a second window would silently run the code
+    compiled for the first.
     """
 
     def visible(b, h, q, k):
@@ -63,9 +64,9 @@ def _visible_within(window):
 
 
 class FlexAttention(AttentionBackend):
-    """torch flex_attention, compiled; block masks are built once by `prepare`.
+    """torch's flex_attention, compiled; `prepare` builds the block mask of every window once.
 
-    Its kernels have no atomics: `deterministic` changes nothing.
+    Its kernels use no atomics, so `deterministic` changes nothing.
     """
 
     name = "flex"

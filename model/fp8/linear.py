@@ -1,9 +1,9 @@
-"""Bias-free linear layer: master weight cast to the input's dtype, or an FP8 product.
+"""The baseline's bias-free linear layer: master weight cast to the input's dtype, or FP8 GEMMs.
 
-FP8 (`fp8 = "torch"`) quantises tensorwise with dynamic scales and multiplies with
-torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. Products that
-reduce over features (forward and input gradient) accumulate fast; weight gradients, which reduce
-over all tokens of a micro-step, keep the split accumulator.
+In FP8 each operand is quantised with one dynamic scale, from its own amax, and multiplied by
+torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. GEMMs that reduce
+over features (forward and input gradient) use fast accumulation; weight gradients, which reduce
+over all tokens of a micro-step, do not.
 """
 
 import torch
@@ -20,12 +20,12 @@ FP8_CAPABILITY = (8, 9)
 def _column_major(
     x,  # (R, C) row-major
 ):
-    """The same matrix with stride 1 along its rows, as _scaled_mm wants its second operand."""
+    """The same matrix in column-major layout, which _scaled_mm requires of its second operand."""
     return x.t().contiguous().t()
 
 
 class ScaledMatmul(torch.autograd.Function):
-    """y = x @ weight.T through FP8 operands; gradients through FP8 as well."""
+    """y = x @ weight.T with FP8 operands, and both gradients with FP8 operands too."""
 
     @staticmethod
     def forward(
@@ -63,14 +63,13 @@ class ScaledMatmul(torch.autograd.Function):
 
 
 def fp8_eligible(weight):
-    """Whether a (N, K) weight is large enough and aligned for an FP8 product."""
+    """Whether both sizes of a (N, K) weight are large enough and aligned for FP8 GEMMs."""
     return all(size >= FP8_MIN_DIM and size % FP8_MULTIPLE == 0 for size in weight.shape)
 
 
 class Linear(nn.Module):
-    """y = x @ weight.T without bias; the products of training run in FP8 where `fp8` is set.
-
-    In evaluation mode the product always runs in the input's dtype.
+    """y = x @ weight.T without bias. In training mode its GEMMs run in FP8 if `fp8` is set, in
+    evaluation mode always in the input's dtype.
     """
 
     def __init__(self, in_features, out_features):
@@ -89,7 +88,8 @@ class Linear(nn.Module):
 
 
 def set_fp8(model, provider):
-    """Turn FP8 on ("torch") or off in every eligible Linear; returns how many run in FP8."""
+    """Turn FP8 on or, with provider "off", off in every eligible Linear; returns how many run in
+    FP8."""
     eligible = [m for m in model.modules() if isinstance(m, Linear) and fp8_eligible(m.weight)]
     for module in eligible:
         module.fp8 = provider != "off"

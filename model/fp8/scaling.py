@@ -1,12 +1,12 @@
-"""FP8 scales of the fused path: delayed scaling, from the maxima that the kernels record.
+"""FP8 scales of the fused pass: delayed scaling, from the amax that the kernels record.
 
-    scale = fp8_max / (MARGIN * max amax of the last HISTORY optimiser steps)
+    scale = fp8_max / (MARGIN * largest amax of the last HISTORY optimiser steps)
 
-All scales live in a few small tensors on the device and are updated together once per optimiser
-step, without a look from the host. A tensor without a history (the first steps of a run) is
-calibrated: its kernel runs once to find the maximum and a second time with the scale from it.
-Source: delayed scaling as in Transformer Engine's FP8 recipe
-(https://docs.nvidia.com/deeplearning/transformer-engine).
+The scales of all tensors are stored in a few small tensors on the device and updated together once
+per optimiser step, without synchronising with the host. In the first steps of a run, when there is
+no history, scales are calibrated: the kernel that writes a tensor runs twice, first to record the
+amax, then with the scale derived from it. Source: delayed scaling as in Transformer Engine's FP8
+recipe (https://docs.nvidia.com/deeplearning/transformer-engine).
 """
 
 import torch
@@ -14,25 +14,25 @@ import torch
 from nanofuse.kernels.common.fp8 import Scaling
 
 HISTORY = 16  # optimiser steps
-MARGIN = 2.0  # room for growth between two updates; a power of two costs no precision
-CALIBRATED_STEPS = 4  # output projections start at zero: some gradients appear steps later
-LARGEST_SCALE = 2.0**64  # an infinite one would turn zeros into NaN, this leaves room in fp32
-SLOT = 4  # floats a scale: cuBLAS refuses scales that do not lie at a multiple of 16 bytes
+MARGIN = 2.0  # headroom for growth between two updates; a power of two costs no precision
+CALIBRATED_STEPS = 4  # output projections start at zero: some gradients are 0 for a few steps
+LARGEST_SCALE = 2.0**64  # finite, since Inf * 0 is NaN, and far from fp32's overflow
+SLOT = 4  # floats per scale: cuBLAS requires scales at multiples of 16 bytes
 
 
 class DelayedScaling:
-    """Scales of named tensors.
+    """Delayed scales of S named tensors.
 
     Args:
         dtypes: {name: torch.float8_e4m3fn or torch.float8_e5m2}.
-        device: where the scales live.
+        device: where the scales are stored.
 
     Attributes:
-        history: (HISTORY, S) fp32 maxima of the latest steps, the running one not included.
-        scale, inverse_scale, amax: (S, SLOT) fp32, of which the first column counts.
-        calibrating: whether `produce` runs twice.
-        clipped: () int64, how many tensors went beyond their scale in an optimiser step, summed
-            over the steps so far.
+        history: (HISTORY, S) fp32, the amax of every tensor in the latest finished steps.
+        scale, inverse_scale, amax: (S, SLOT) fp32, of which only the first column is used.
+        calibrating: whether `produce` runs kernels twice.
+        clipped: () int64, the number of tensors whose amax exceeded their FP8 range in a step,
+            summed over all steps so far.
     """
 
     def __init__(self, dtypes, device):
@@ -50,11 +50,14 @@ class DelayedScaling:
         }
 
     def calibrate(self, on):
-        """Make every scale anew from its tensor, or stop doing so."""
+        """Switch calibration on or off: whether `produce` derives each scale from its tensor."""
         self.calibrating = on
 
     def produce(self, name, run):
-        """run(scaling) for the named tensor; while calibrating, once more with a fresh scale."""
+        """The result of run(scaling), which writes the tensor `name` under the Scaling it is given.
+
+        While calibrating, run is called twice, the second time with a scale from the first's amax.
+        """
         scaling = self._scalings[name]
         if self.calibrating:
             run(scaling)
@@ -63,7 +66,8 @@ class DelayedScaling:
         return run(scaling)
 
     def update(self):
-        """Take the maxima since the last update into the history and set all scales from it."""
+        """At the end of an optimiser step: shift the recorded amax of all tensors into the history,
+        reset it, and recompute all scales."""
         self.clipped += (self.amax[:, 0] * self.scale[:, 0] > self.fp8_max).sum()
         self.history.copy_(torch.cat([self.amax[None, :, 0], self.history[:-1]]))
         self.amax.zero_()
@@ -72,15 +76,16 @@ class DelayedScaling:
     def _rescale(
         self,
         at,
-        peak,  # (n,) fp32; where it is 0 the scale stays, where it is NaN the scale becomes NaN
+        peak,  # (n,) fp32 largest amax; where it is 0 the scale is kept, NaN gives a NaN scale
     ):
+        """Recompute the scales of the tensors in the slice `at`."""
         known = (peak != 0)[:, None]
         scale = (self.fp8_max[at] / (MARGIN * peak)).clamp_max(LARGEST_SCALE)[:, None]
         self.scale[at] = torch.where(known, scale, self.scale[at])
         self.inverse_scale[at] = torch.where(known, 1 / scale, self.inverse_scale[at])
 
     def state_dict(self):
-        """What a checkpoint needs, {name: tensor}."""
+        """The tensors that a checkpoint stores, {name: tensor}."""
         return {"history": self.history, "scale": self.scale, "inverse_scale": self.inverse_scale}
 
     def load_state_dict(self, tensors):
@@ -90,7 +95,7 @@ class DelayedScaling:
 
 
 class Unscaled:
-    """The same interface where no tensor is quantised: run(None)."""
+    """DelayedScaling's interface without FP8: `produce` calls run(None)."""
 
     calibrating = False
     clipped = None

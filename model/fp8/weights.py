@@ -1,8 +1,9 @@
-"""Storage of a GPT's matrices for the fused path: stacks, gradients, and what products take.
+"""Storage of a GPT's matrices for the fused pass: stacked masters and gradients, and GEMM operands.
 
-The parameters of the model stay where its modules keep them, but become views: the matrices of all
-layers that the optimiser updates together lie in one tensor, and so do their gradients, which the
-matrix products add to. A LinearWeight is one product's weight: q, k and v of a layer are one.
+The optimiser updates all matrices of one shape together, so their fp32 masters are stored in one
+stack (N, R, C) and their gradients, into which the GEMMs accumulate, in another. The parameters of
+the model's modules become views of these stacks. A LinearWeight is the weight of one GEMM; q, k and
+v of a layer are one.
 Shapes: L layers, C width, K key/value heads of D columns.
 """
 
@@ -13,15 +14,15 @@ import torch
 from nanofuse.kernels.common.fp8 import E4M3, FP8Operand
 from nanofuse.kernels.quantize import quantize
 
-KINDS = ("qkv", "attn_proj", "fc", "mlp_proj")  # the products of a layer
+KINDS = ("qkv", "attn_proj", "fc", "mlp_proj")  # the GEMMs of a layer
 
 
 @dataclass
 class LinearWeight:
-    """The weight of one product.
+    """The weight of one GEMM.
 
-    Fields: name; master and grad, (N, K) fp32; operand, what the products take, written by
-    `refresh`: an FP8Operand, or (N, K) in `dtype`.
+    Fields: name, of its FP8 scale; master and grad, (N, K) fp32; dtype, of the operand without FP8;
+    operand, what the GEMMs take, written by `refresh`: an FP8Operand, or (N, K) in `dtype`.
     """
 
     name: str
@@ -31,12 +32,12 @@ class LinearWeight:
     operand: FP8Operand | torch.Tensor | None = None
 
     def plain(self):
-        """The weight in `dtype`, (N, K), for products that are not quantised."""
+        """The weight in `dtype`, (N, K), for GEMMs without FP8."""
         kept = isinstance(self.operand, torch.Tensor)
         return self.operand if kept else self.master.to(self.dtype)
 
     def refresh(self, scaling):
-        """Make the operand anew from the master, where it lies: CUDA graphs know its address."""
+        """Rewrite the operand from the master, in place: CUDA graphs hold its address."""
 
         def run(scale):
             if scale is not None:
@@ -52,11 +53,12 @@ class Weights:
     """Stacks of a GPT's matrices and their gradients; the model's parameters become their views.
 
     Attributes:
-        layers: a {kind: LinearWeight} of KINDS for each layer; lm_head: LinearWeight.
+        layers: {kind: LinearWeight} with the keys KINDS, for each layer.
+        lm_head: LinearWeight.
         stacks: [(parameters in the order of the stack, matrices (N, R, C), gradients (N, R, C))]
-            of everything that Muon updates. With as many key as query heads q, k and v of a layer
-            follow each other in the stack of square matrices; else they are stacks of three views
-            whose matrices are not contiguous.
+            of everything that Muon updates. With as many key as query heads, q, k and v of a layer
+            are consecutive matrices of the stack of square ones. With fewer key heads, q, k and v
+            have a stack each, a strided view of the layers' QKV weights.
     """
 
     def __init__(self, model):
@@ -106,7 +108,8 @@ class Weights:
         values,  # (N, R, C)
         grads,  # (N, R, C)
     ):
-        """Make the weights of N linears views of `values`, with gradients in `grads`."""
+        """Copy the weights of N linear layers into the stack `values` and make their parameters
+        views of it, and their .grad views of `grads`."""
         for linear, value, grad in zip(linears, values, grads, strict=True):
             value.copy_(linear.weight.detach())
             linear.weight.data = value
@@ -118,10 +121,10 @@ class Weights:
         return [weight for layer in self.layers for weight in layer.values()] + [self.lm_head]
 
     def fp8_names(self):
-        """{name: dtype} of the FP8 operands."""
+        """{name: dtype} of the weights' FP8 operands."""
         return {weight.name: E4M3 for weight in self.all()}
 
     def refresh(self, scaling):
-        """Make every operand anew, after the masters changed."""
+        """Rewrite every operand, after the masters changed."""
         for weight in self.all():
             weight.refresh(scaling)
