@@ -1,4 +1,4 @@
-"""Kernels are tested on hostile memory: outputs start as NaN, between guard bytes."""
+"""Kernels are tested on hostile memory: their outputs start as NaN, surrounded by guard bytes."""
 
 import pytest
 import torch

@@ -85,7 +85,7 @@ def test_bf16_is_the_exact_step_rounded_once(step, grad_dtype, device):
     for name, got, exact in (("p", param, wide[0]), ("m", m, wide[2]), ("v", v, wide[3])):
         off = (got != exact.bfloat16()).double().mean().item()
         print(f"{name}: {100 * off:.3f} % of the values not the rounded exact ones")
-        assert off <= 0.002  # fp32 on the other side of a tie
+        assert off <= 0.002  # ties that fp32 arithmetic decides the other way
         torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=1e-7)
 
 
@@ -253,7 +253,7 @@ def test_ten_steps_equal_torch_adamw(betas, weight_decay):
 
 
 def test_bf16_storage_rounds_once():
-    """Arithmetic is fp32: the result is the fp32 step of the stored values, rounded."""
+    """Arithmetic is fp32: the result is the fp32 step from the stored bf16 values, rounded once."""
     p, g, m = (torch.randn(64).bfloat16() for _ in range(3))
     v = torch.rand(64).bfloat16()
     wide = [x.float() for x in (p, g, m, v)]

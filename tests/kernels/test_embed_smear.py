@@ -42,7 +42,7 @@ def make(shape, dtype, device, seed=0):
 
 
 def run(op, case, dtype=None):
-    """Output and gradients of table, gate weight and lambda; `dtype` converts them all."""
+    """Output and gradients of table, gate_weight and smear_lambda, computed in `dtype`."""
     tokens, *floats = case
     *leaves, upstream = (x if dtype is None else x.to(dtype) for x in floats)
     leaves = [x.detach().requires_grad_() for x in leaves]

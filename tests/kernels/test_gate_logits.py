@@ -4,7 +4,7 @@ import torch
 from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
 
-# positions, width, heads, channels: none, one, around a program's 128 positions, primes
+# (positions, width, heads, channels): none, one, around a program's 128 positions, primes
 SHAPES = [
     (0, 16, 2, 12),
     (1, 1, 1, 1),
@@ -21,7 +21,7 @@ def seeded():
 
 
 def inputs(shape, dtype, device):
-    """y, rstd, weight, gradient of the logits, and what the gradients are added to."""
+    """y, rstd, weight, the logits' upstream gradient, and random tensors to accumulate into."""
     n, c, heads, channels = shape
     y, grad_normed = torch.randn(2, n, c, device=device).to(dtype)
     weight, grad_weight = torch.randn(2, heads, channels, device=device)
@@ -35,15 +35,15 @@ def test_matches_the_reference(shape, dtype, device):
     y, rstd, weight, h, grad_normed, grad_weight = inputs(shape, dtype, device)
 
     def gradients(dtype):
-        """Logits and the two gradients, computed in `dtype`, the sums in that of the kernel."""
+        """Logits, and what grad_normed and grad_weight become, computed in `dtype`."""
         channels = y[:, : weight.size(1)].to(dtype)
         w = weight.to(dtype, copy=True).requires_grad_()
         normed = (channels * rstd.to(dtype)[:, None]).requires_grad_()
         logits = normed @ w.t()
-        of_normed, of_weight = torch.autograd.grad(logits, (normed, w), h.to(dtype))
+        grad_channels, grad_from_logits = torch.autograd.grad(logits, (normed, w), h.to(dtype))
         total = grad_normed.to(dtype, copy=True)
-        total[:, : weight.size(1)] += of_normed
-        return logits.detach(), total, grad_weight.to(dtype) + of_weight
+        total[:, : weight.size(1)] += grad_channels
+        return logits.detach(), total, grad_weight.to(dtype) + grad_from_logits
 
     truth, theirs = gradients(torch.float64), gradients(torch.float32)
     logits = gate_logits_fwd(y, rstd, weight)

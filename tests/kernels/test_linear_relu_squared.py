@@ -45,7 +45,7 @@ def seeded():
 
 
 class Case:
-    """Operands of one direction, its product and what the epilogue makes of that.
+    """Random FP8Operands of the forward or backward launcher, and references of its result.
 
     Forward: x (M, K) and w (N, K) in e4m3. Backward: dz (M, K) in e5m2, v (K, N) and y (M, N).
     """
@@ -86,7 +86,7 @@ class Case:
 
 
 class PlainCase:
-    """The same of tensors, with positive and negative factors of either direction."""
+    """Case with plain tensors; the operands of the product have values of both signs."""
 
     def __init__(self, op, shape, dtype, device):
         rows, depth, cols = shape
@@ -114,14 +114,14 @@ def scale(bound, dtype, device):
 
 
 def zeroed(scaling):
-    """The same scaling with an amax of its own."""
+    """A copy of the Scaling with a fresh amax of 0."""
     return replace(scaling, amax=torch.zeros_like(scaling.amax))
 
 
 def assert_close_operands(name, got, expected, amax, expected_amax):
-    """Two operands of products that add in different orders: some of the values are rounded to
-    another bf16 number, and of those some land on the next FP8 value, but none further away."""
-    step = 2.0 ** -(3 if got.data.dtype == E4M3 else 2)  # of the smallest mantissa
+    """Compare FP8Operands of one product whose sums were taken in different orders: a few values
+    may round to the adjacent FP8 value, none to one further away."""
+    step = 2.0 ** -(3 if got.data.dtype == E4M3 else 2)  # spacing of FP8 values, relative
     values, wanted = got.dequantize(), expected.dequantize()
     allowed = step * wanted.abs() + 1e-3 * wanted.abs().max()
     assert ((values - wanted).abs() <= allowed).all(), name
@@ -137,8 +137,8 @@ def assert_close_operands(name, got, expected, amax, expected_amax):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_matches_the_product_and_its_epilogue(op, shape, tile, device):
-    """In the interpreter nearly to the bit: fp32 sums of few factors of few bits are exact in any
-    order, and results are rounded to bf16 first. Tensor cores add with fewer bits."""
+    """In the interpreter nearly bit for bit: fp32 sums of a few FP8 products are exact in any
+    order, and results are rounded to bf16 first. Tensor cores accumulate with fewer bits."""
     case = Case(op, shape, device)
     product = case.product()
     with forced(op, tile):
@@ -163,7 +163,7 @@ def assert_rounded(
     exact,  # (M, N) fp64
     dtype,
 ):
-    """Every element is the exact one, rounded to dtype once after an fp32 sum in some order."""
+    """Every element is exact but for fp32 sums in any order and one rounding to dtype."""
     assert got.dtype == dtype and got.shape == exact.shape and got.is_contiguous()
     step = max(torch.finfo(dtype).eps / 2, 4e-6)
     allowed = 1.01 * step * exact.abs() + 2e-6 * exact.abs().max()
@@ -185,7 +185,7 @@ def test_of_tensors_matches_the_exact_result(op, shape, tile, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_tiles_of_tensors_are_those_of_their_dtype(op, dtype, device, monkeypatch):
-    """128 bytes of terms whatever the dtype, from the tile that is kept under the dtype's name."""
+    """The K loop advances by 128 bytes whatever the dtype; tiles are tuned per dtype."""
     launched = {}
 
     class Kernel:
@@ -219,7 +219,7 @@ def test_the_backward_reference_is_the_gradient_of_the_forward_one():
 
 
 def test_gradient_from_the_output_is_nearly_that_from_the_input(device):
-    """Against fp64 the FP8 gradient is at most 10 % further away than the one made with h."""
+    """The error of the FP8 gradient computed from y is at most 1.1 times that of one from h."""
     torch.manual_seed(1)
     h, g = torch.randn(2, 304, 272, device=device)
     exact = 2 * h.double().relu() * g.double()
@@ -253,7 +253,7 @@ def test_two_runs_on_tensors_give_the_same_bits(op, device):
 
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_nan_shows_in_tensors(op, device):
-    """Of a row of x in that row, and of y in its element."""
+    """A NaN in x shows in its row of the result, one in y in its element."""
     case = PlainCase(op, (80, 32, 48), torch.bfloat16, device)
     case.x[3, 5] = case.y[2, 7] = float("nan")
     with forced(plain_name(op, torch.bfloat16), SMALL):
@@ -335,7 +335,7 @@ def scaled_mm(a, b, a_inverse, b_inverse):
 @pytest.mark.parametrize("tile", CASES[FORWARD][1], ids=str)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_every_candidate(op, tile, shape, device):
-    """Against cuBLAS and a kernel of its own; both layouts hold the same values."""
+    """Every candidate tile of the tuner against cuBLAS and relu_squared; both layouts agree."""
     case = Case(op, shape, device)
 
     def run():

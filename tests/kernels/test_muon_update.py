@@ -33,7 +33,7 @@ ITERATION = "kernels.muon_update.orthogonalize"
 
 @pytest.fixture(autouse=True)
 def quick_iteration(monkeypatch):
-    """Under the interpreter, which takes seconds for it, the reference's iteration in fp32."""
+    """In the interpreter, an fp32 reference replaces the iteration, which takes seconds there."""
 
     def iterate(z, sigma):
         x = z * sigma[:, None, None]
@@ -48,7 +48,7 @@ def quick_iteration(monkeypatch):
 
 
 class State:
-    """Parameter, momentum and second moment of a stack, and gradients by step."""
+    """Parameter, momentum and second moment of a stack; `draw` makes gradients."""
 
     def __init__(self, shape, device, dtype=torch.float32):
         self.generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ class State:
 
 
 def steps_of_three(shape, device, schedule=SCHEDULE, equilibration="row", muon_plus=True):
-    """The same steps by kernel, by the reference in its dtype and by the reference in fp64."""
+    """Three steps by the kernels, by the reference in the same dtype, and by the fp64 reference."""
     ours, torch_, truth = State(shape, device), State(shape, device), State(shape, device)
     truth.dtype = torch.float64
     truth.param, truth.start, truth.momentum, truth.second = (
@@ -123,7 +123,7 @@ def test_three_steps_at_model_shapes(shape, device):
 
 
 def unit_rows(g, m):
-    """z, norms and new momentum by formula in the dtype of g and m, at mu = 0.9."""
+    """z, norms and new momentum by their formulas, in the dtype of g and m, with mu = 0.9."""
     m = m.lerp(g, 0.1)
     u = g.lerp(m, 0.9)
     norms = torch.linalg.vector_norm(u, dim=-1)
@@ -339,7 +339,7 @@ def test_a_cuda_graph_follows_its_numbers(device):
 
 
 def step_in_numpy(p, g, m, s, lr, mu, wd, beta2, eq, plus):
-    """One Muon step for one matrix in double precision, written out from recipe.md."""
+    """One Muon step for one matrix in double precision, written out from docs/recipe.md."""
     rows, cols = p.shape
     m = mu * m + (1 - mu) * g
     x = (1 - mu) * g + mu * m

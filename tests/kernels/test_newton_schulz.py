@@ -33,7 +33,7 @@ def polar_scalar(sigma):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_acts_on_singular_values_only(shape):
-    """Against an SVD: same singular vectors, each singular value through the polynomials."""
+    """Against an SVD: singular vectors stay, each singular value passes through the polynomials."""
     x = random(shape)
     u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
     norm = x.square().sum(dim=(-2, -1), keepdim=True).sqrt()
@@ -198,7 +198,7 @@ def test_kernels_in_all_modes(equilibration, muon_plus, device):
 
 
 def test_kernels_against_the_polar_factor(device):
-    """Singular values in Polar Express's band, singular vectors those of the equilibrated x."""
+    """Singular values lie in Polar Express's band; singular vectors are those of equilibrated x."""
     x = random((2, 32, 64)).to(device, working_dtype(device))
     y = newton_schulz(x, muon_plus=False).double()
     u, _, vh = torch.linalg.svd(equilibrate_ref(x.double(), "row"), full_matrices=False)
@@ -266,7 +266,7 @@ def test_refused_inputs(device):
 @pytest.mark.parametrize("name", ["random", *ADVERSARIAL])
 @pytest.mark.parametrize("shape", [(2, 128, 256), (1, 1024, 256)], ids=str)
 def test_spectra_at_larger_sizes(shape, name, gram, dtype, device):
-    """Against PyTorch in bf16 for both inputs: the iteration's dtype does not depend on them."""
+    """Against PyTorch in bf16 for fp32 and bf16 inputs: the iteration runs in fp16 for both."""
     x = adversarial(name, shape).to(device, dtype)
     y = newton_schulz(x, gram=gram)
     torch_result = newton_schulz_ref(x.bfloat16())

@@ -51,7 +51,7 @@ def test_without_a_table(device):
 
 
 def test_groups_of_layers_accumulate(device):
-    """More layers than travel together (16) give what one pass gives."""
+    """More layers than one launch takes (16) give what a single pass over all of them gives."""
     tokens, grads, x0, table, x0_lambdas, bigram_lambdas = make(
         (5, 1, 9, 33), torch.float32, device
     )
@@ -84,9 +84,13 @@ def test_two_runs_give_the_same_bits_and_nan_shows(device):
     def run():
         return residual_gradients(grads, x0, x0_lambdas, tokens, table, bigram_lambdas)
 
-    grad_x0, of_x0, grad_e, of_bigram = same_bits(run)
+    grad_x0, grad_x0_lambdas, grad_e, grad_bigram_lambdas = same_bits(run)
     assert grad_x0.isnan().sum() == 1 and grad_e[17, 5].isnan()
-    assert of_x0.isnan().tolist() == of_bigram.isnan().tolist() == [False, True, False]
+    assert (
+        grad_x0_lambdas.isnan().tolist()
+        == grad_bigram_lambdas.isnan().tolist()
+        == [False, True, False]
+    )
 
 
 def test_what_does_not_fit_is_refused(device):
@@ -120,8 +124,8 @@ def test_sixteen_layers_of_a_micro_step(device):
     )
     for name, ours, exact in (("x0", got[0], truth[0]), ("e", got[2], truth[2])):
         assert_accurate(name, ours[rows], exact.bfloat16(), exact)
-    of_x0 = torch.stack([(g.float() * x0.float()).sum() for g in grads])
-    torch.testing.assert_close(got[1], of_x0, rtol=1e-4, atol=5.0)
+    grad_x0_lambdas = torch.stack([(g.float() * x0.float()).sum() for g in grads])
+    torch.testing.assert_close(got[1], grad_x0_lambdas, rtol=1e-4, atol=5.0)
 
 
 @pytest.mark.cuda
@@ -131,6 +135,6 @@ def test_more_than_two_to_the_31_elements(device):
     grads[-1, -1] = 1.0
     x0 = torch.ones(n, c, dtype=torch.bfloat16, device=device)
     lambdas = torch.tensor([2.0, 3.0, 4.0], device=device)
-    grad_x0, of_x0, *_ = residual_gradients(grads, x0, lambdas)
+    grad_x0, grad_x0_lambdas, *_ = residual_gradients(grads, x0, lambdas)
     assert (grad_x0[-1] == 4).all() and (grad_x0[-2] == 0).all()
-    assert of_x0.tolist() == [0.0, 0.0, 1024.0]
+    assert grad_x0_lambdas.tolist() == [0.0, 0.0, 1024.0]

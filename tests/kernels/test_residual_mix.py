@@ -23,7 +23,7 @@ SHAPES = [(1, 1, 1), (1, 31, 127), (2, 16, 128), (3, 11, 129), (1, 67, 97), (2, 
 
 
 class Case:
-    """Inputs in one dtype; `leaves` are those that want a gradient."""
+    """Random inputs in one dtype; `leaves` are those that require a gradient."""
 
     def __init__(self, shape, dtype, device, branch=True, bigram=True, x0=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -81,8 +81,8 @@ def kernel(case):
 
 def compare(case, dtype):
     truth, baseline, ours = reference(case, torch.float64), reference(case, dtype), kernel(case)
-    # the gradient of a lambda is one number, so a lucky rounding of the baseline decides nothing:
-    # its error may also be small against the size of the terms that it sums
+    # a lambda's gradient is a single number, in which the baseline's error may happen to be tiny;
+    # so an error that is small against the summed terms passes too
     x = sum(v.detach().double().norm() for v in case.leaves.values() if v.dim() == 3)
     terms = truth["x"].norm() * x
     for name, value in ours.items():
@@ -133,7 +133,7 @@ def test_reserved_row_serves_position_zero_only(device):
     assert big[:, 0].all() and not big[:, 1:].any()
 
 
-# fp32 takes half of the columns: a row in one block, in five
+# fp32 tiles have half the columns: a row fits one block, or takes five
 BLOCKS = pytest.mark.parametrize("tile", [RowTile(32, 512, 8), RowTile(32, 64, 4)], ids=str)
 
 
@@ -165,9 +165,9 @@ def test_fp8_backward_is_the_branch_gradient(x_is_y, tile, device, monkeypatch):
     rstd = y.square().mean(dim=-1).add(2.0**-23).rsqrt()
     resid, stream_scale = (torch.tensor([v], device=device) for v in (1.3, 0.7))
     scaling = Scaling.from_bound(40.0, E5M2, device)
-    monkeypatch.setattr(torch, "empty_like", None)  # no tensor of it is made beside the operand
+    monkeypatch.setattr(torch, "empty_like", None)  # no plain gradient is allocated
     with forced("residual_mix_bwd", tile):
-        grad, of_resid, operand = residual_mix_bwd(
+        grad, grad_resid_lambda, operand = residual_mix_bwd(
             h, y, rstd, stream, stream_scale, x, resid, scaling, out
         )
     monkeypatch.undo()
@@ -178,7 +178,7 @@ def test_fp8_backward_is_the_branch_gradient(x_is_y, tile, device, monkeypatch):
     torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
     assert_fp8("branch gradient", operand, 1.3 * grad, scaling)
     torch.testing.assert_close(
-        of_resid.double(), (expected * x.double()).sum(), rtol=1e-4, atol=1e-2
+        grad_resid_lambda.double(), (expected * x.double()).sum(), rtol=1e-4, atol=1e-2
     )
 
 
@@ -192,7 +192,7 @@ def test_plain_backward_is_the_branch_gradient(dtype, tile, device):
         grad, _, branch = residual_mix_bwd(h, y, rstd, stream, resid_lambda=resid)
         same, _, without = residual_mix_bwd(h, y, rstd, stream)
     assert without is same and torch.equal(same, grad) and branch.dtype == dtype
-    # grad is rounded after fp32 arithmetic, as branch is: half an ulp of either
+    # grad and branch are both rounded from fp32, so they differ by half an ulp of each
     rtol = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(branch.double(), 1.3 * grad.double(), rtol=rtol, atol=1e-6)
 

@@ -50,7 +50,7 @@ def test_losses_equal_longhand():
 
 
 def test_fp32_is_as_exact_as_torch():
-    """Error against fp64 at most twice that of F.cross_entropy in fp32, extremes included."""
+    """Error against fp64 at most twice that of F.cross_entropy in fp32, also for extreme logits."""
     logits, targets = case(rows=200)
     logits[:50] *= 100  # softcap saturates
     logits[50:100] = -1e3  # every exponent at its smallest
@@ -122,7 +122,7 @@ FLOOR = 5e-6 if ON_GPU else 1e-6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks small enough for tests to have many, in stripes of two."""
+    """Tiles so small that tests have many of them, in stripes of two tiles."""
     if not ON_GPU:
         monkeypatch.setattr(module, "FORWARD_TILE", Tile(rows=1, cols=256, warps=8))
         monkeypatch.setattr(
@@ -240,7 +240,7 @@ def test_all_ignored(device):
 
 @pytest.mark.parametrize("value", [1e4, -1e4, math.inf, -math.inf, 3e38])
 def test_saturated_logits(value, device):
-    """A row of one extreme value, and one of it among others: softcap keeps both finite."""
+    """A row of extreme values, and rows with a single one: softcap keeps both finite."""
     logits, targets, upstream = kernel_case(4, 127, 128, torch.float32, device)
     logits[0, :127] = value
     logits[2, 5], targets[2] = value, 5

@@ -10,7 +10,7 @@ from nanofuse.kernels.symmetric_matmul import (
     symmetric_matmul_ref,
 )
 
-# tl.dot of the interpreter is right in fp32 only, which is for tests: GPUs run the 16-bit types
+# the interpreter's tl.dot is right in fp32 only; GPUs test the 16-bit dtypes
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32]
 SIDE = 64 if ON_GPU else 32  # of test tiles; the interpreter's dot is slow
 WIDE = MatmulTile(rows=SIDE, cols=2 * SIDE, depth=32, warps=4, stages=3)
@@ -25,7 +25,7 @@ def random(*shape, dtype, device, seed=0):
 
 
 def reference(function, *operands, **kwargs):
-    """`function` of the operands in fp64."""
+    """The result of `function` on the operands cast to fp64."""
     kwargs = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     return function(*(x.double() for x in operands), **kwargs)
 

@@ -1,7 +1,7 @@
-"""recipe.md's forward pass in double precision numpy, one position at a time.
+"""The forward pass of docs/recipe.md in double-precision numpy, one position at a time.
 
-Written from the formulas alone and sharing no code with model/ or kernels/; takes the tensors of
-a checkpoint by their nanochat names.
+Written from the formulas alone, without code of model/ or kernels/. Takes a checkpoint's tensors,
+by their nanochat names.
 """
 
 import math

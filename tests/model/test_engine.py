@@ -70,7 +70,8 @@ def test_previous_token_survives_expansion_and_growth(model):
 
 
 def test_previous_state_matters(model):
-    """Dropping either the previous token or embedding changes the logits: the test has teeth."""
+    """Dropping the cache's previous token or embedding changes the logits, so the tests above would
+    notice."""
     tokens = torch.tensor([prompt_of(6)])
     expected = model(tokens)[0, -1]
     for name in ("prev_token", "prev_embedding"):

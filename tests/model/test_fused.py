@@ -1,4 +1,4 @@
-"""The fused pass against the model that defines it: loss, losses and every gradient."""
+"""The fused pass against the GPT that defines it: mean loss, losses of all positions, gradients."""
 
 from collections import Counter
 
@@ -19,8 +19,8 @@ from nanofuse.model.gpt import GPT
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-FEW = 2 if ON_GPU else 1  # rows where the numbers do not matter; the interpreter takes one
-HELPERS = ("bigram_table_grad", "sort_rows")  # ops that `describe` does not name
+FEW = 2 if ON_GPU else 1  # rows of a batch where results are not compared; fewer in the interpreter
+UNNAMED = ("bigram_table_grad", "sort_rows")  # ops that `describe` does not name
 FIELDS = {"sequence_len": 16, "vocab_size": 96, "window_pattern": "SL", "bigram_embed_factor": 3}
 CASES = {
     "bigram": {},
@@ -28,7 +28,7 @@ CASES = {
     "grouped": {"n_kv_head": 1},
     "one_layer": {"depth": 1},
     "two_layers": {"depth": 2},
-    "six_layers": {"depth": 6},  # the mix above the middle lies apart from the end
+    "six_layers": {"depth": 6},  # layers above the one after the middle
 }
 
 
@@ -70,13 +70,13 @@ def test_loss_and_every_gradient_in_fp32(case):
     named = dict(fused.model.named_parameters())
     for name, p in truth.named_parameters():
         if name == "backout_lambda" and config.n_layer < 3:
-            continue  # the middle layer is the last: only a factor of the norm's input, gradient 0
+            continue  # x_mid is x: backout only scales the final norm's input, so the gradient is 0
         assert relative(named[name].grad, p.grad) < 1e-3, name
 
 
 @pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
 def test_losses_without_gradients(gemm, monkeypatch):
-    """Also of a model that trains in FP8: evaluation takes the master weights."""
+    """Evaluation equals the GPT's, also in FP8 training: it uses the master weights."""
     monkeypatch.setattr(fused_module, "EVALUATION_ROWS", 12)  # of 32: logits in three parts
     config = make()
     truth, fused = pair(config, gemm())
@@ -115,7 +115,7 @@ def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
             error, allowed = (relative(m[name].grad.float(), p.grad) for m in (ours, theirs))
             print(f"{name}: fused {error:.3f}, baseline {allowed:.3f}")
             assert error < 2 * allowed + 0.01, name
-    # single numbers are off by chance: all lambdas together
+    # a single number's error is too random to compare: all lambdas together
     scalars = [name for name, p in truth.named_parameters() if p.numel() <= 16]
     ours, theirs, exact = (
         torch.cat([m[name].grad.float().flatten() for name in scalars])
@@ -141,7 +141,7 @@ def test_evaluation_leaves_the_scales_alone():
 
 @pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
 def test_graphs_are_recorded_after_a_pass_and_the_last_calibration(gemm, monkeypatch):
-    """Also in a process that continues a run, in which no kernel has been loaded yet."""
+    """Also in a process that resumes a run and has not compiled any kernel yet."""
     monkeypatch.setattr(fused_module, "CALIBRATED_STEPS", 1)
     config = make(depth=1, aspect=8, vocab_size=128)
     events = []
@@ -175,7 +175,7 @@ def test_graphs_are_recorded_after_a_pass_and_the_last_calibration(gemm, monkeyp
 
 
 class CountingGemm:
-    """Counts the products of a provider and insists on its kind of operands."""
+    """A provider that counts its products and asserts that operands are FP8Operands, or not."""
 
     def __init__(self, gemm):
         self.gemm, self.fp8, self.keep = gemm, gemm.fp8, gemm.keep
@@ -200,8 +200,8 @@ class CountingGemm:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_every_kernel_and_every_product_runs(provider, monkeypatch):
-    """Nothing is silently off: calls of one micro-step after the scales are known, and of an
-    evaluation; `describe` names what runs."""
+    """No fast path is silently off: counts the launcher calls of one micro-step after calibration
+    and of an evaluation; and `describe` names every op that runs."""
     try:
         gemm, calls = CountingGemm(make_gemm(provider)), Counter()
     except ValueError as error:
@@ -236,7 +236,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
         del expected["quantize"]
     assert dict(calls) == expected
     for name in {name.removesuffix("_fwd") for name in expected if not name.endswith("_bwd")}:
-        assert name in fused.describe().split("; off:")[0] or name in HELPERS, name
+        assert name in fused.describe().split("; off:")[0] or name in UNNAMED, name
     calls.clear()
     fused.eval()(*batch(config, FEW))
     assert calls == {name: n for name, n in expected.items() if name.endswith("_fwd")}

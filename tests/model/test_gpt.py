@@ -123,8 +123,8 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_at_the_start_the_scales_of_the_stream_have_no_gradient():
-    """Every block puts out zero, so the stream is a multiple of x0, which the last norm takes out:
-    what a run in bf16 computes for these gradients is rounding (dev/LOG.md, 2026-11-23)."""
+    """At initialisation every block outputs zero, so the stream is a multiple of x0, and the final
+    norm cancels the factor: in bf16 such gradients are rounding errors (dev/LOG.md, 2026-11-23)."""
     config = small_config()
     model = GPT(config, torch.float64).double()
     model.init_weights(seed=1)

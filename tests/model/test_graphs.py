@@ -1,5 +1,7 @@
-"""The recorded pass where there is no GPU: graphs that run what they record at once, and replay
-nothing. tests/model/test_fused.py compares real ones on a GPU."""
+"""GraphedPass without a GPU: fake CUDA graphs run what they record at once, and replay nothing.
+
+tests/model/test_fused.py compares real graphs on a GPU.
+"""
 
 from contextlib import nullcontext
 

@@ -35,14 +35,14 @@ class ParquetCorpus:
 
     def __init__(self, directory):
         self.directory = Path(directory).expanduser()
-        mend = "fetch some with python -m train.data download -n 8, or name another --data"
+        hint = "fetch some with python -m train.data download -n 8, or name another --data"
         if not self.directory.is_dir():
-            raise UserError(f"data directory {self.directory} does not exist; {mend}")
+            raise UserError(f"data directory {self.directory} does not exist; {hint}")
         self.shards = sorted(self.directory.glob("*.parquet"))
         if len(self.shards) < 2:
             raise UserError(
                 f"data directory {self.directory} holds {len(self.shards)} parquet shards, "
-                f"at least 2 are needed (the last one validates); {mend}"
+                f"at least 2 are needed (the last one validates); {hint}"
             )
         self.documents = []  # per shard
         self.units = {split: [] for split in SPLITS}  # (shard index, row group)
@@ -54,19 +54,19 @@ class ParquetCorpus:
         for split, units in self.units.items():
             if not units:
                 raise UserError(
-                    f"data directory {self.directory}: {split} shards are empty; {mend}"
+                    f"data directory {self.directory}: {split} shards are empty; {hint}"
                 )
 
     @staticmethod
     def _open(path):
-        mend = "delete it and fetch it again"
+        hint = "delete it and fetch it again"
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"shard {path} is truncated or damaged ({reason}); {mend}") from None
+            raise UserError(f"shard {path} is truncated or damaged ({reason}); {hint}") from None
         if TEXT_COLUMN not in file.schema_arrow.names:
-            raise UserError(f"shard {path} has no column {TEXT_COLUMN!r}; {mend}")
+            raise UserError(f"shard {path} has no column {TEXT_COLUMN!r}; {hint}")
         return file
 
     @property

@@ -1,7 +1,7 @@
 """Best-fit packing of documents into rows of exactly row_len tokens, without padding.
 
 A row is filled with the longest buffered document that still fits; when none fits, the shortest
-one is cropped to fill the row exactly and its rest is dropped (nanochat's scheme, recipe.md).
+one is cropped to fill the row exactly and its rest is dropped (nanochat's scheme, docs/recipe.md).
 Every document starts with `<|bos|>`, hence so does every row.
 """
 

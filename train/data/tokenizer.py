@@ -84,16 +84,16 @@ class Tokenizer:
         Raises:
             UserError: the file is missing or is not one.
         """
-        mend = "train one with python -m train.data train-tokenizer --data DIR"
+        hint = "train one with python -m train.data train-tokenizer --data DIR"
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             if fields["format"] != FORMAT or fields["special_tokens"] != list(SPECIAL_TOKENS):
                 raise ValueError
             return cls([base64.b64decode(t) for t in fields["tokens"]], fields["pattern"])
         except FileNotFoundError:
-            raise UserError(f"no tokenizer at {path}; {mend}") from None
+            raise UserError(f"no tokenizer at {path}; {hint}") from None
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a tokenizer of nanofuse; {mend}") from None
+            raise UserError(f"{path} is not a tokenizer of nanofuse; {hint}") from None
 
     def to_json(self):
         fields = {

@@ -52,7 +52,7 @@ def test_an_entry_that_does_not_fit_its_config_is_an_error(winners):
 
 
 def test_committed_winners_are_candidates_of_the_tuner():
-    """A renamed op or a changed field would leave a winner that nothing reads, or that breaks."""
+    """Renaming an op, or a field of its configuration, must not leave an unread or broken entry."""
     table = json.loads(tuning.TUNED.read_text())
     assert table
     for gpu, entries in table.items():

@@ -1,4 +1,4 @@
-"""The backends of libraries: on a CPU against stand-ins for them, on a GPU against fp64 SDPA."""
+"""Attention backends of libraries: on a CPU with stand-ins for them, on a GPU against fp64 SDPA."""
 
 import sys
 import types
@@ -115,7 +115,7 @@ def test_fa4_is_one_op_for_the_compiler(fa4_calls):
 
 
 def test_fa4_ops_keep_their_word(fa4_calls):
-    """Shapes, strides and dtypes are those promised to the compiler."""
+    """The ops return the shapes, strides and dtypes that their fake versions tell torch.compile."""
     q, k, v, grad_y = fused_inputs(17)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(_fa4_forward_op, (*leaves, 5, False))
@@ -179,7 +179,8 @@ def test_te_is_asked_for_cudnn_and_the_window(monkeypatch):
 
 
 def on_gpu(name, deterministic=False):
-    """The backend, or a skip where this machine lacks its library or kernels."""
+    """The backend named `name`; skips the test if its library is missing or does not support this
+    GPU."""
     try:
         return select_attention(name, "cuda", deterministic)[0]
     except ValueError as error:
@@ -188,7 +189,7 @@ def on_gpu(name, deterministic=False):
 
 @pytest.fixture
 def fresh_compiler():
-    """flex compiles anew for every shape and dynamo keeps a few per process."""
+    """Resets dynamo: flex is compiled for every shape, and dynamo caches only a few per process."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -231,7 +232,7 @@ def test_error_is_at_most_twice_that_of_sdpa(fresh_compiler, name, window, seq_l
 @WINDOWS
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_compiled_fa4(fresh_compiler, window, kv_heads):
-    """One graph around it, neighbours that the compiler fuses, and the same errors."""
+    """torch.compile gives one graph, fuses neighbouring ops, and keeps the accuracy."""
     backend = on_gpu("fa4")
     tensors = gpu_inputs(1024, kv_heads)
 

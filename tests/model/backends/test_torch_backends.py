@@ -80,7 +80,8 @@ def longhand_flash(q, k, v, causal, window_size, deterministic):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A machine that takes itself for a Hopper GPU, without libraries; hopper(f) installs fa3."""
+    """Makes torch report a Hopper GPU (the self-check runs on the CPU) and hides all attention
+    libraries; hopper(f) installs f as flash_attn_interface.flash_attn_func."""
     check = attention.self_check
     monkeypatch.setattr(
         attention, "self_check", lambda backend, device, config: check(backend, "cpu", config)
@@ -188,15 +189,15 @@ def test_deterministic_reaches_the_library(hopper):
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("fa3", "FlashAttention 3: build hopper/"),
         ("fa4", "FlashAttention 4: pip install flash-attn-4"),
         ("te", "Transformer Engine: pip install"),
     ],
 )
-def test_a_missing_library_is_named_with_its_mend(hopper, name, mend):
-    with pytest.raises(ValueError, match=f"{name} needs {mend}"):
+def test_a_missing_library_is_named_with_its_hint(hopper, name, hint):
+    with pytest.raises(ValueError, match=f"{name} needs {hint}"):
         select_attention(name, "cuda")
     with pytest.raises(ValueError, match=f"{name} needs a CUDA GPU"):
         select_attention(name, "cpu")
@@ -228,7 +229,7 @@ def test_what_cannot_run_is_refused(name):
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("window", "kv_heads"), [(128, 4), (512, 4), (255, 2), (2048, 4)]
-)  # in one process on purpose: a recompile must not keep an earlier window
+)  # in one process on purpose: code compiled for one window must not serve another
 def test_flex_equals_sdpa_with_gradients(window, kv_heads):
     """Flex's bf16 error, forward and backward, at most twice SDPA's."""
     generator = torch.Generator("cuda").manual_seed(0)

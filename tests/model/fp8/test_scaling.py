@@ -1,4 +1,4 @@
-"""Delayed scaling taken apart."""
+"""DelayedScaling: scales from the history of amax, calibration, clipping and state."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def scaling():
 
 
 def seen(scaling, **peaks):
-    """An optimiser step in which kernels saw these maxima."""
+    """One optimiser step in which kernels recorded these amax values."""
     for name, peak in peaks.items():
         scaling.produce(name, lambda s, peak=peak: s.amax.fill_(peak))
     scaling.update()
