@@ -1,4 +1,4 @@
-"""adamw at d16: lm_head, wte, eight value embeddings and the bigram table in two launches."""
+"""adamw at depth 16: lm_head, wte, eight value embeddings and the bigram table in two launches."""
 
 import torch
 
@@ -32,8 +32,8 @@ def state(device):
 
 
 def reference_step(lists, update, lr, step):
-    """adamw_ref, or a compiled one, of every tensor; `lr` and `step` are CPU tensors. Clears the
-    gradients."""
+    """AdamW step of every tensor by `update` (adamw_ref, plain or compiled); clears the gradients.
+    `lr` and `step` are CPU tensors."""
     for *tensors, hyper in zip(*lists, HYPERS, strict=True):
         update(
             *tensors, hyper.lr * lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, step
@@ -42,7 +42,7 @@ def reference_step(lists, update, lr, step):
 
 
 def fused_adamw(device):
-    """torch.optim.AdamW(fused=True) over the same tensors, and the clearing of gradients."""
+    """A step of torch.optim.AdamW(fused=True) on the same tensors, which clears the gradients."""
     params, grads, *_ = state(device)
     groups = []
     for param, grad, hyper in zip(params, grads, HYPERS, strict=True):

@@ -1,4 +1,4 @@
-"""embed_smear at d16: embedding, norm, gate and smear in one kernel, forward and backward."""
+"""embed_smear at depth 16: token embedding, RMSNorm and smear, forward and backward."""
 
 import torch
 
@@ -52,26 +52,28 @@ def bench_embed_smear_backward(benchmark, device):
         gate = torch.nn.functional.linear(x[..., :GATE], gate_weight.to(x.dtype))
         return smear_ref(x, gate, smear_lambda)
 
-    def of_rows(rows, *gate_args):
+    def smear_rows(rows, *gate_args):
         return smeared(rms_norm_ref(rows), *gate_args)
 
-    def of_rows_rounded_once(rows, *gate_args):
-        """Rounds nothing but the normalised rows, to DTYPE as kernel and reference both do: that
-        alone moves smear_lambda's gradient, a sum that cancels, by up to 1 %."""
+    def smear_rows_rounded_once(rows, *gate_args):
+        """smear_rows with the normalised rows rounded to DTYPE, as kernel and reference round them,
+        and nothing else: this rounding alone changes smear_lambda's gradient, in whose sum most
+        terms cancel, by up to 1 %."""
         x = rms_norm_ref(rows)
         return smeared(x + (x.to(DTYPE) - x).detach(), *gate_args)
 
     def backward(function, dtype=None):
-        """Backward alone of a graph that stays alive; `dtype` converts the inputs."""
+        """A function that runs only the backward pass of `function`, on a graph that is kept;
+        `dtype` casts the inputs."""
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (rows, *gate_args)]
         y = function(*leaves)
         g = grad.view(y.shape).to(y.dtype)
         return lambda: torch.autograd.grad(y, leaves, g, retain_graph=True)
 
-    eager = backward(of_rows)
+    eager = backward(smear_rows)
     gate = embed_smear_fwd(*args)[1]
     results = embed_smear_bwd(grad, *args, gate), eager()
-    truth = backward(of_rows_rounded_once, torch.float64)()
+    truth = backward(smear_rows_rounded_once, torch.float64)()
     for name, *three in zip(("rows", "gate", "lambda"), *results, truth, strict=True):
         assert_accurate(name, *(x.view(three[0].shape) for x in three), floor=1e-3)
     del results, truth, three
@@ -79,6 +81,6 @@ def bench_embed_smear_backward(benchmark, device):
         benchmark,
         lambda: embed_smear_bwd(grad, *args, gate),
         bytes_moved=2 * UNIT + args[0].unique().numel() * WIDTH * 2,
-        alternatives={"eager": eager, "compile": backward(compiled(of_rows))},
+        alternatives={"eager": eager, "compile": backward(compiled(smear_rows))},
         shape=(ROWS * T, WIDTH),
     )

@@ -1,4 +1,4 @@
-"""embedding_grad: rows of 65,536 tokens into the token table and the bigram table of d16."""
+"""embedding_grad of 65,536 tokens into the token table and the bigram table of depth 16."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def inputs(dtype, rows, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pattern", ["zipf", "all equal", "never repeated"])
 def bench_token_table(benchmark, device, pattern, dtype):
-    """The order of the tokens is there already: all tables of a micro-step share it."""
+    """Without sorting the tokens: that is done once per micro-step for all tables."""
     tokens, grad_rows, table = inputs(dtype, max(VOCAB, BATCH * LENGTH), device)
     if pattern == "all equal":
         tokens.zero_()
@@ -77,7 +77,7 @@ def bench_token_table(benchmark, device, pattern, dtype):
 @op_benchmark
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def bench_bigram_table(benchmark, device, dtype):
-    """Hash, sort and sums."""
+    """Hashing, sorting and sums."""
     tokens, grad_rows, table = inputs(dtype, BIGRAM_ROWS, device)
     indices = bigram_rows_ref(tokens, BIGRAM_ROWS).flatten()
 

@@ -1,4 +1,4 @@
-"""gate_logits at d16, forward and backward: thin products that no library has a kernel for."""
+"""gate_logits at depth 16, forward and backward: products too thin for tensor cores."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd, gate_logits_ref
 
 N, WIDTH, HEADS, CHANNELS = (65536, 1024, 8, 12) if ON_GPU else (64, 32, 2, 12)
-SECTOR = 32  # bytes, the least that travels of y's rows
+SECTOR = 32  # bytes, the smallest access to memory: what is read of a row of y
 
 
 def backward_ref(grad_logits, y, rstd, weight, grad_normed, grad_weight):
-    """The same in plain torch, in place."""
+    """gate_logits_bwd in plain torch: accumulates in place."""
     channels = weight.size(1)
     normed = y[:, :channels].float() * rstd[:, None]
     grad_weight.addmm_(grad_logits.t(), normed)

@@ -1,6 +1,8 @@
-"""linear_relu_squared at the MLP of depth 16, in FP8 and bf16, forward and backward, against a
-product by a library and a kernel for the rest: relu_squared, which keeps or reads the hidden layer
-in bf16."""
+"""linear_relu_squared at the MLP of depth 16, in FP8 and bf16, forward and backward.
+
+The alternatives are a library's GEMM followed by the relu_squared kernel, between which the hidden
+layer passes through memory in bf16.
+"""
 
 from functools import partial
 
@@ -19,19 +21,18 @@ from nanofuse.kernels.linear_relu_squared import (
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from nanofuse.model.fp8.products import make_gemm
-from nanofuse.train.errors import UserError
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's products of bf16 are wrong
 
 
 def providers():
-    """{name: products} of the libraries that load; Transformer Engine is optional."""
+    """{name: provider of products} of the libraries that load; Transformer Engine is optional."""
     found = {}
     for name in ("torch", "te"):
         try:
             found[name] = make_gemm(name)
-        except UserError as error:
+        except ValueError as error:
             print(error)
     return found
 
@@ -43,7 +44,8 @@ def operand(device, bound, dtype, *shape, factor=1.0):
 
 
 def forward_case(device):
-    """The op, its alternative on given products, and the reference."""
+    """The fused op, its unfused alternative, which takes a provider of products, and the fp32
+    reference."""
     x = operand(device, 6.0, E4M3, M, K)
     w = operand(device, 6 / K**0.5, E4M3, N, K, factor=K**-0.5)
     scaling = Scaling.from_bound(36.0, E4M3, device)
@@ -72,8 +74,8 @@ def backward_case(device):
 
 
 def bf16_case(device, backward):
-    """In bf16 (fp32 on a CPU): the op, a product and a kernel, and the reference, which the
-    compiler may fuse."""
+    """In bf16 (fp32 on a CPU): the fused op, a GEMM followed by a kernel, and the reference, for
+    torch.compile to fuse."""
     x, h = (torch.randn(M, n, device=device).to(PLAIN) for n in (K, N))
     w = torch.randn((K, N) if backward else (N, K), device=device) / K**0.5
     w, y = w.to(PLAIN), h.relu().square()

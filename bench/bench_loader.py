@@ -1,9 +1,10 @@
-"""The data loader: batches of 32 x 2048 tokens, on the CPU, from the standard library's text in
-documents as long as ClimbMix's.
+"""The data loader: batches of 32 x 2048 tokens on the CPU, from the standard library's text cut
+into documents as long as ClimbMix's.
 
-It must stay ahead of the GPU, which at depth 4 takes 4.7 million tokens a second. Beside a busy
-thread, which gives the interpreter's lock away only when it must, every 5 ms, it cannot on few
-cores; the one that launches kernels waits more.
+It must stay ahead of the GPU, which at depth 4 consumes 4.7 million tokens per second. The second
+case runs beside a thread that computes all the time and releases Python's global lock only when
+forced to, every 5 ms. On few cores the loader falls behind there; it is a worst case, as the thread
+that launches kernels waits, and so releases the lock, more often.
 """
 
 import threading
@@ -36,7 +37,7 @@ def bench_loader(benchmark, busy):
     if busy:
         threading.Thread(target=spin).start()
     try:
-        # the mean counts: what lies ready hides single batches
+        # read the mean: batches prepared ahead hide the cost of single ones
         benchmark.pedantic(lambda: next(loader), rounds=24, warmup_rounds=BATCHES_AHEAD + 1)
     finally:
         done.set()

@@ -1,4 +1,4 @@
-"""muon_update and the whole optimiser step at d16: AdamW has lm_head and the tables."""
+"""muon_update and the whole optimiser step at depth 16, with AdamW for lm_head and the tables."""
 
 from functools import partial
 
@@ -43,7 +43,8 @@ BETA2 = 0.9
 
 
 def pass_bytes(shape):
-    """Both passes with fp32 gradients, cleared, bf16 products and FP8 copies."""
+    """Bytes that muon_momentum and muon_apply move: fp32 gradients, which are cleared, a 16-bit
+    compute dtype, and FP8 copies of the weights."""
     n, rows, cols = shape
     return n * rows * cols * ((4 + 8 + 2 + 4) + (2 + 8 + 1 + 1))
 
@@ -63,8 +64,8 @@ def fp8_copies(shape, device):
 
 
 def passes(param, grad, momentum, second, hyper, squares, weights):
-    """muon_update without the iteration: x = z, whose sums of squares are given, as the iteration's
-    last product gives them; the reference has no such product and sums by itself."""
+    """muon_update without the Newton-Schulz iteration: x = z. The sums of squares of x, which the
+    iteration's last GEMM would compute in its epilogue, are passed in as `squares`."""
     z, norms = muon_momentum(grad, momentum, hyper, compute_dtype(grad.device), clear_grad=True)
     initial_scale(norms)
     factors = muon_factors(squares, second, param.shape, BETA2, True)
@@ -72,13 +73,13 @@ def passes(param, grad, momentum, second, hyper, squares, weights):
 
 
 def squares_of(grad, momentum, hyper):
-    """Sums of squares that `passes` takes; grad and momentum are not changed."""
+    """The `squares` argument of `passes`; grad and momentum are not changed."""
     z = muon_momentum(grad, momentum.clone(), hyper, torch.float32)[0]
     return z.square().sum(-1 if z.size(1) >= z.size(2) else -2)
 
 
 def passes_ref(param, grad, momentum_buffer, second, lr, momentum, weight_decay):
-    """What torch.compile would run around the iteration, with FP8 copies."""
+    """`passes` in plain torch, for torch.compile: all of the step around the iteration."""
     momentum_buffer.lerp_(grad, 1 - momentum)
     nesterov = grad.lerp(momentum_buffer, momentum)
     x = equilibrate_ref(nesterov.to(COMPUTE), "row")
@@ -141,7 +142,7 @@ def bench_muon_update(benchmark, device, shape):
 
 
 def roles(device):
-    """{role: [(name, parameter with a gradient)]} of d16, as MuonAdamW takes them."""
+    """{role: [(name, parameter with a gradient)]} at depth 16, as MuonAdamW takes them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def parameters(role, count, rows, cols, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""quantize: bf16 to FP8 in both layouts, at the sizes of attention outputs and MLP activations."""
+"""quantize: bf16 to FP8, row-major and transposed, of attention outputs and MLP activations."""
 
 import pytest
 import torch

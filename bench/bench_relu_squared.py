@@ -12,12 +12,12 @@ SHAPE = (65536, 4096) if ON_GPU else (64, 128)
 
 
 def forward_ref(x):
-    """Activation, then what the compiled baseline does for the next product."""
+    """The activation, then the quantisation that the compiled baseline does for the next GEMM."""
     return quantize_both_layouts(relu_squared_ref(x), E4M3)
 
 
 def backward_ref(dy, x):
-    """The same for the gradient."""
+    """The activation's gradient, then quantised in the same way."""
     return quantize_both_layouts(2 * torch.relu(x) * dy, E5M2)
 
 

@@ -1,7 +1,8 @@
-"""residual_mix and residual_gradients at d16: one layer's mix, norm and quantisation, the
-middle norm of a block, their backward passes, and what the bigram path costs in all.
+"""residual_mix and residual_gradients at depth 16, and the cost of the whole bigram path.
 
-The compiled alternative does the same span with dynamic scales and a transposed copy.
+Timed are the residual mix with norm and quantisation that opens a block, the residual add and norm
+in its middle, both backward passes, and the gradients of all layers' lambdas. The compiled
+alternative computes the same, with dynamic FP8 scales and a separate transposed copy.
 """
 
 import torch
@@ -30,7 +31,7 @@ UNIT = N * WIDTH * 2  # bytes of one bf16 activation
 
 
 class Inputs:
-    """One micro-step's tensors, for `rows` rows of `length` tokens."""
+    """Random tensors of one layer in one micro-step of `rows` rows of `length` tokens."""
 
     def __init__(self, device, rows=ROWS, length=T):
         def randn(*shape):
@@ -79,9 +80,9 @@ def middle_ref(x, branch):
 def backward_ref(h, y, rstd, stream, x, resid):
     h, y, rstd = h.float(), y.float(), rstd[:, None]
     g = stream.float() + rstd * h - y * rstd**3 * (h * y).mean(dim=-1, keepdim=True)
-    of_resid = None if x is None else (g * x.float()).sum()
+    grad_resid_lambda = None if x is None else (g * x.float()).sum()
     branch = (g if resid is None else resid * g).bfloat16()
-    return g.bfloat16(), of_resid, quantize_both_layouts(branch, E5M2)
+    return g.bfloat16(), grad_resid_lambda, quantize_both_layouts(branch, E5M2)
 
 
 def alternatives(function, *args):
@@ -141,10 +142,10 @@ def backward_case(benchmark, i, x, resid):
             i.h, i.branch, rstd, i.stream, x=x, resid_lambda=resid, scaling=i.e5m2
         )
 
-    grad, of_resid, (q, _, inverse_scale) = backward_ref(*args)
-    got, of_resid_got, operand = op()
+    grad, grad_resid_lambda, (q, _, inverse_scale) = backward_ref(*args)
+    got, got_resid_lambda, operand = op()
     assert_close(got, grad)
-    assert x is None or abs(of_resid_got - of_resid) < 1.0
+    assert x is None or abs(got_resid_lambda - grad_resid_lambda) < 1.0
     assert_close(operand.dequantize(), q.float() * inverse_scale, 0.1)
     measure(
         benchmark,
@@ -198,8 +199,14 @@ def bench_residual_gradients(benchmark, device):
 
 
 def bigram_path(i, with_bigram, gradients):
-    """Milliseconds a micro-step that the bigram term adds to the same kernels without it;
-    `with_bigram` are the seconds of `gradients()`."""
+    """Milliseconds per micro-step that the bigram term costs: the difference between the kernels
+    with and without it, and the table's gradient.
+
+    Args:
+        i: Inputs.
+        with_bigram: seconds of gradients().
+        gradients: residual_gradients with the bigram term; gradients(False) without.
+    """
     table_grad = torch.zeros_like(i.table)
     grad_e = gradients()[2]
     forward = LAYERS * (median_seconds(i.opening) - median_seconds(lambda: i.opening(False)))

@@ -1,7 +1,7 @@
-"""rotary_qk_norm on a fused QKV buffer at d16, with and without a value embedding.
+"""rotary_qk_norm on a fused QKV buffer at depth 16, with and without a value embedding.
 
-The backward pass leaves FP8 in both layouts. Its alternatives compute the same closed form, which
-is the least that a compiler could be given, and quantise and transpose as the baseline does.
+The backward kernel writes FP8 in both layouts. Its alternatives compute the same closed form of the
+gradients, to be fair to the compiler, and quantise and transpose as the baseline does.
 """
 
 from functools import partial
@@ -59,7 +59,8 @@ def gradients_ref(
     cos,  # (T, D)
     sin,  # (T, D)
 ):
-    """fp32 gradient of the buffer, gradients of gate and of each position's embedding."""
+    """Gradients of the QKV buffer, (B*T, 3*H*D) fp32, of gate, and of each position's value
+    embedding."""
     g_q, g_k, g_v = (g.view(B, T, H, D).float() for g in grads)
     rows = []
     for g, y, r in zip((g_q, g_k), qkv.chunk(3, dim=1), rstd.chunk(2), strict=False):
@@ -78,13 +79,13 @@ def gradients_ref(
 
 
 def backward_ref(*args):
-    """What is timed: the gradients, the first of them in FP8 and both layouts."""
+    """The timed alternative: gradients_ref, with the QKV gradient quantised in both layouts."""
     g_qkv, g_gate, g_values = gradients_ref(*args)
     return quantize_both_layouts(g_qkv, E5M2), g_gate, g_values
 
 
 class Case:
-    """Inputs on a device."""
+    """Random inputs on a device; `value`: with a value embedding."""
 
     def __init__(self, device, value):
         randn = partial(torch.randn, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""softcap_cross_entropy: the logits of 65,536 tokens over 32,768 words."""
+"""softcap_cross_entropy: the logits of 65,536 tokens over a vocabulary of 32,768."""
 
 import importlib.util
 
@@ -41,7 +41,7 @@ def fp8_gradient(logits, targets):
 
 
 def eager_chunks(logits, targets):
-    """Eager loss and gradient, in as many pieces as the memory asks for."""
+    """Eager loss and gradient in chunks of EAGER_ROWS rows, to fit into memory."""
     for x, t in zip(logits.split(EAGER_ROWS), targets.split(EAGER_ROWS), strict=True):
         x = x.detach().requires_grad_()
         torch.autograd.grad(softcap_cross_entropy_ref(x, t, VOCAB), x)
@@ -66,7 +66,7 @@ def with_liger(alternatives, logits, targets):
 
 @pytest.fixture(scope="module")
 def case(device):
-    """Logits (N, V) bf16 and targets (N,), the kernel's losses and gradient checked."""
+    """Logits (N, V) bf16 and targets (N,); the kernels are checked on their first rows."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.empty(ROWS, VOCAB, dtype=torch.bfloat16, device=device)
     logits.normal_(0, 3, generator=generator)
@@ -110,7 +110,7 @@ def bench_losses(benchmark, case):
 
 @op_benchmark
 def bench_bf16_gradient(benchmark, case):
-    """Loss and gradient over the logits."""
+    """Losses, and the gradient written over the logits."""
     logits, targets = case
     scale = mean_grad_scale(targets)
     buffer = logits.clone()
@@ -133,7 +133,7 @@ def bench_bf16_gradient(benchmark, case):
 
 @op_benchmark
 def bench_fp8_gradient(benchmark, case, device):
-    """Loss and gradient in FP8, row-major and transposed."""
+    """Losses, and the gradient in FP8, row-major and transposed."""
     logits, targets = case
     scale = mean_grad_scale(targets)
     scaling = Scaling.from_bound(2.0 / ROWS, E5M2, device)

@@ -2,7 +2,7 @@
 
 import torch
 
-FLOOR = 1e-6  # relative error below which fp32 results are not told apart
+FLOOR = 1e-6  # a relative error up to this always passes: fp32 rounding
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -15,9 +15,14 @@ def relative_error(x, truth):
 
 
 def assert_accurate(name, got, same_dtype, truth, floor=FLOOR):
-    """Error of a kernel at most twice that of PyTorch in the same dtype; prints both.
+    """Assert that a kernel's relative error is at most twice PyTorch's in the same dtype.
 
-    `truth` is the reference in fp64. An error below `floor` always passes.
+    Prints both. An error up to `floor` always passes.
+
+    Args:
+        got: the kernel's result.
+        same_dtype: the reference's result, computed in the kernel's dtype.
+        truth: the reference's result in fp64.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
     ours, theirs = relative_error(got, truth), relative_error(same_dtype, truth)
@@ -26,7 +31,8 @@ def assert_accurate(name, got, same_dtype, truth, floor=FLOOR):
 
 
 def fp8_steps(a, b):
-    """Distance of two FP8 tensors of one dtype in representable values; NaN equals NaN."""
+    """Elementwise distance of two FP8 tensors of one dtype, in representable values; that of NaN to
+    NaN is 0."""
 
     def ordinal(x):
         bits = x.view(torch.uint8).int()
@@ -37,11 +43,14 @@ def fp8_steps(a, b):
 
 
 def assert_fp8(name, operand, exact, scaling, through=torch.float32):
-    """An FP8Operand against the exactly rounded `exact`, (M, K) fp32 or wider.
+    """Assert that an FP8Operand is `exact` quantised, and that its amax was recorded.
 
-    At most 0.5 % of the values may be one step off: the fp32 arithmetic before the cast may land
-    on the other side of a tie. The layouts must agree bit for bit, and amax must be the maximum.
-    A kernel may round `through` another dtype first, and take amax of that.
+    At most 0.5 % of the values may be one representable value off, since fp32 arithmetic before the
+    cast may end up on the other side of a tie. The two layouts must agree bit for bit.
+
+    Args:
+        exact: (M, K) fp32 or wider.
+        through: a dtype to which the kernel rounds before it records amax and casts to FP8.
     """
     limit = torch.finfo(scaling.dtype).max
     rounded = (
@@ -63,7 +72,8 @@ def assert_fp8(name, operand, exact, scaling, through=torch.float32):
 
 
 def same_bits(run):
-    """Call `run` twice; every tensor that it returns must agree bit for bit. Returns the first."""
+    """Call `run` twice and assert that the tensors it returns agree bit for bit; returns those of
+    the first call that are not None."""
     first, second = ([x for x in run() if x is not None] for _ in range(2))
     for a, b in zip(first, second, strict=True):
         a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))

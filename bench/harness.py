@@ -1,11 +1,11 @@
-"""Timing of one op: checked first, L2-cold, on the GPU's own clock, against its alternatives.
+"""Timing of one op against its alternatives: checked first, then timed L2-cold with CUDA events.
 
 A benchmark builds the op and its alternatives as functions without arguments, asserts that they
-agree, and calls `measure`. pytest-benchmark takes the rounds of the op itself; the alternatives
-get medians by the same method. Times are CUDA event intervals: a large fill goes before each
-launch, which empties the L2 cache and keeps launch overhead off the clock. On a CPU the same
-ops are checked and timed on tiny shapes in Triton's interpreter, so that a call that no longer fits
-its op shows there too; its times mean nothing, and the alternatives are called without a clock.
+agree, and calls `measure`. pytest-benchmark runs the rounds of the op itself; the alternatives get
+medians by the same method. Times are intervals between CUDA events: a large fill before each launch
+flushes the L2 cache and hides the launch overhead. On a CPU the same benchmarks run on tiny shapes
+in Triton's interpreter, so that a call that no longer matches its op's signature fails there too;
+their times mean nothing, and the alternatives are only called, not timed.
 """
 
 import functools
@@ -18,22 +18,22 @@ import torch
 
 from nanofuse.kernels.quantize import quantize_ref
 
-FLUSH_BYTES = 1 << 30  # many times the L2 cache: its fill also hides 0.2 ms of launches
-ZIPF_OFFSET = 2.7  # Mandelbrot's
+FLUSH_BYTES = 1 << 30  # many times the L2 cache; filling it also hides 0.2 ms of launch overhead
+ZIPF_OFFSET = 2.7  # of the Zipf-Mandelbrot law
 ON_GPU = torch.cuda.is_available()
 ROUNDS, WARMUP_ROUNDS, ALTERNATIVE_ROUNDS = (30, 3, 20) if ON_GPU else (2, 0, 1)
-# Of what is stored in FP8 or bf16: the interpreter truncates where a GPU rounds to nearest, and
-# loses the smallest FP8 numbers.
+# Factor on the error bounds of results in FP8 or bf16: the interpreter truncates where a GPU rounds
+# to nearest, and flushes the smallest FP8 numbers to zero.
 CAST_ERROR = 1 if ON_GPU else 3
 
 
 def listed(text):
-    """Parts of a comma-separated option."""
+    """The non-empty parts of a comma-separated option."""
     return [part for part in text.split(",") if part]
 
 
 class OpClock:
-    """Timer of pytest-benchmark that advances by the GPU time of each call of `timed`."""
+    """A timer for pytest-benchmark whose time advances by the GPU time of each `timed` call."""
 
     def __init__(self):
         self.now = 0.0
@@ -112,7 +112,8 @@ def quantize_both_layouts(
     x,  # (M, N)
     dtype,
 ):
-    """What the compiled baseline does for an FP8 product: dynamic scale, cast, transposed copy."""
+    """Quantise x as the compiled baseline does for its FP8 GEMMs: dynamic scale, cast, transposed
+    copy. Returns q (M, N), its transpose (N, M), both FP8, and the inverse scale ()."""
     q, inverse_scale = quantize_ref(x, dtype)
     return q, q.t().contiguous(), inverse_scale
 
@@ -131,11 +132,11 @@ def measure(
     Args:
         benchmark: pytest-benchmark's fixture of a test marked `op_benchmark`.
         op: function without arguments, already checked against its reference.
-        bytes_moved: the fewest bytes that it must read and write.
-        flops: floating-point operations of its matrix products, 0 for a memory-bound op.
+        bytes_moved: the bytes that the op must at least read and write.
+        flops: floating-point operations of its matrix products; 0 for a memory-bound op.
         alternatives: {name: function}, such as "eager", "compile" and a library's name; timed on
             a GPU, called once on a CPU.
-        shape: what is reported as the shape.
+        shape: reported with the times.
     """
     benchmark.pedantic(lambda: CLOCK.timed(op), rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
     seconds = benchmark.stats.stats.median
