@@ -17,9 +17,8 @@ where the subtraction does not cancel.
 from dataclasses import astuple, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import tuned
 
 STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

@@ -9,8 +9,8 @@ modded-nanogpt's bigram table. Bytes: one token read, one row written per positi
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+
+from nanofuse.kernels.common.jit import tl, triton
 
 HASH_CURRENT = 36313
 HASH_PREVIOUS = 27191

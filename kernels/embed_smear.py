@@ -18,9 +18,8 @@ kernels/embedding_grad.py adds up by token. Bytes, N positions of width C at s b
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS, rms_norm_ref
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows

@@ -18,10 +18,9 @@ torch.embedding_dense_backward, which writes a dense gradient that autograd must
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nanofuse.kernels.bigram_rows import bigram_rows
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 
 TILE = Tile(rows=64, cols=256, warps=1)  # rows: L; cols: one 16-byte bf16 load per lane and row

@@ -16,8 +16,8 @@ FLOPs: 2*N*K*G forward, twice that backward.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from nanofuse.kernels.common.jit import tl, triton
 
 ROWS = 128  # positions per program
 

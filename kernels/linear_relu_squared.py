@@ -26,10 +26,9 @@ bf16: 2*(M + N)*K, 2 and 4; unfused 6 and 8.
 from dataclasses import dataclass
 
 import torch
-import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanofuse.kernels.common.fp8 import MULTIPLE, check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.jit import TensorDescriptor, triton
 from nanofuse.kernels.common.tuning import sm_count, tuned
 from nanofuse.kernels.linear_relu_squared_kernels import linear_relu_squared_kernel
 from nanofuse.kernels.relu_squared import relu_squared_ref

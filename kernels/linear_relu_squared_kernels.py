@@ -6,10 +6,8 @@ epilogue works in registers, on the accumulator. With FP8 its result goes throug
 the store's register layout as bf16 and is cast there (kernels.common.fp8.cast_stored).
 """
 
-import triton
-import triton.language as tl
-
 from nanofuse.kernels.common.fp8 import amax_bits, cast_stored, record_amax
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.ptx import INTERPRETED, fast_sqrt
 
 FOLD = tl.constexpr(16)  # columns that the running maxima fold into one: adjacent or strided ones

@@ -9,9 +9,8 @@ parameter.
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.newton_schulz import NORM_FLOOR
 

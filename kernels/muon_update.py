@@ -19,8 +19,6 @@ x 2 + p 8 + copies 2 (bf16) and 1 + 1 (FP8). FLOPs: 20 per parameter outside of 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nanofuse.kernels.common.fp8 import (
     MULTIPLE,
@@ -30,6 +28,7 @@ from nanofuse.kernels.common.fp8 import (
     operand_args,
     store_fp8,
 )
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.muon_momentum import muon_momentum
 from nanofuse.kernels.newton_schulz import (

@@ -27,9 +27,8 @@ the operands of the products.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
 

@@ -9,10 +9,9 @@ written. FLOPs: 3 per element.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 
 AMAX_FLOOR = 1e-12  # keeps the scale of an all-zero tensor finite

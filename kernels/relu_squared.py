@@ -10,10 +10,9 @@ result, 2 for an operand. At s = 2 with the operand alone: 4 forward, 6 backward
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 
 TILE = Tile(rows=32, cols=256, warps=8)

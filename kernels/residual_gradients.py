@@ -17,10 +17,9 @@ Bytes, L layers, N positions of width C at s bytes: s*N*C*(L + 4). FLOPs: 8 per 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS, hash_rows
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.lanes import LANE, lane_sums
 from nanofuse.kernels.common.tuning import tuned
 

@@ -23,10 +23,10 @@ and, unless it is g_y itself, grad branch written. FLOPs: about 10 per element.
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.lanes import LANE
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
 from nanofuse.kernels.common.tuning import tuned

@@ -6,11 +6,9 @@ the rows of about two programs per SM. Sums and maxima are accumulated per lane,
 one register (kernels/common/lanes.py): that halves the register pressure, which allows 16 warps.
 """
 
-import triton
-import triton.language as tl
-
 from nanofuse.kernels.bigram_rows import hash_rows
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.lanes import LANE, lane_maxima, lane_sums
 
 

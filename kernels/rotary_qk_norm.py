@@ -30,9 +30,9 @@ and its gradient. FLOPs: about 12 per element.
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
 from nanofuse.kernels.common.tuning import tuned
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows

@@ -6,10 +6,8 @@ Heads of q and k are processed as two halves of width D/2, which makes a rotatio
 programs of all head groups of one block of rows have consecutive ids.
 """
 
-import triton
-import triton.language as tl
-
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
 
 QK_GAIN = 1.2

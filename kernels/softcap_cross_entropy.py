@@ -22,9 +22,9 @@ writes N*V*s, or N*V for each FP8 layout. FLOPs: about 12 per logit forward, 25 
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
+from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.softcap_cross_entropy_kernels import bwd_kernel, fwd_kernel
 

@@ -5,10 +5,8 @@ logit), so four adjacent logits share one reciprocal: 1/a = (1/abcd) * cd * b. T
 is bound by instruction issue, and computes a reciprocal per logit.
 """
 
-import triton
-import triton.language as tl
-
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
+from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.lanes import LANE, lane_maxima
 from nanofuse.kernels.common.ptx import fast_exp2, fast_reciprocal
 

@@ -17,9 +17,8 @@ https://triton-lang.org/main/getting-started/tutorials/09-persistent-matmul.html
 from dataclasses import dataclass
 
 import torch
-import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanofuse.kernels.common.jit import TensorDescriptor, triton
 from nanofuse.kernels.common.tuning import sm_count, tuned
 from nanofuse.kernels.symmetric_matmul_kernels import batched_matmul_kernel, symmetric_matmul_kernel
 

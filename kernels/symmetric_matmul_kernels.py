@@ -1,7 +1,6 @@
 """Kernels of symmetric_matmul and batched_matmul: see kernels/symmetric_matmul.py."""
 
-import triton
-import triton.language as tl
+from nanofuse.kernels.common.jit import tl, triton
 
 
 @triton.jit

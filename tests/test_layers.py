@@ -78,6 +78,13 @@ def test_train_does_not_name_triton():
         assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
 
 
+def test_triton_comes_from_one_file():
+    """Without it that file has stand-ins (tests/test_without_triton.py)."""
+    for path in [p for room in ("kernels", "model", "nanofuse") for p in files(room)]:
+        if path.name != "jit.py":
+            assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_file_hides_a_standard_module(room):
     """A script that is run as a file finds its neighbours before the standard library."""

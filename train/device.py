@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanofuse.kernels.common.jit import HAS_TRITON
 from nanofuse.model.fp8.linear import FP8_CAPABILITY
 from nanofuse.model.fp8.products import make_gemm
 from nanofuse.model.fused import fp8_fits, kernels_are_interpreted
@@ -75,11 +76,15 @@ def select_machine(device_type, backend):
     machine = Machine(device, device_name(device), backend, "asked for", dtype)
     if backend == "auto":
         backend, why = "eager", f"auto on {device.type}"
-        if machine.capability == HOPPER:
+        if cuda and not HAS_TRITON:
+            why = f"auto on {device.type} without Triton"
+        elif machine.capability == HOPPER:
             backend, why = "fused", "auto on Hopper"
         elif cuda:
             backend, why = "compile", "auto: the kernels are made for Hopper"
         return replace(machine, backend=backend, why=why)
+    if backend == "fused" and not HAS_TRITON:
+        raise UserError("--backend fused needs Triton, which is not installed; use --backend eager")
     if backend == "fused" and machine.capability != HOPPER and not kernels_are_interpreted():
         raise UserError("--backend fused needs a Hopper GPU; use --backend compile or eager")
     return machine

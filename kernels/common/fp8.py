@@ -13,8 +13,8 @@ NVIDIA Transformer Engine, https://docs.nvidia.com/deeplearning/transformer-engi
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
+
+from nanofuse.kernels.common.jit import tl, triton
 
 E4M3 = torch.float8_e4m3fn  # activations and weights
 E5M2 = torch.float8_e5m2  # gradients

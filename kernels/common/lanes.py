@@ -6,8 +6,7 @@ registers: the reduction across lanes happens once, after the loop. With fp32 el
 lane holds four, results are right too, at the price of a few shuffles.
 """
 
-import triton
-import triton.language as tl
+from nanofuse.kernels.common.jit import tl, triton
 
 LANE = tl.constexpr(8)  # adjacent elements that are reduced to one
 

@@ -8,8 +8,7 @@ under it the same functions are plain Triton, accurate to fp32.
 
 import os
 
-import triton
-import triton.language as tl
+from nanofuse.kernels.common.jit import tl, triton
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 

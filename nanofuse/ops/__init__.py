@@ -8,8 +8,8 @@ Every op that has a kernel takes a `backend`:
 - "kernel" (the default) runs the Triton kernels. It wants tensors on a CUDA GPU, in bf16 or fp32;
   elsewhere it raises a RuntimeError of one line. With TRITON_INTERPRET=1 in the environment before
   the first import, kernels run slowly on the CPU.
-- "eager" runs the reference in plain PyTorch, on any device. It must be asked for: no op falls
-  back to it.
+- "eager" runs the reference in plain PyTorch, on any device and without Triton, which exists on
+  Linux only. It must be asked for: no op falls back to it.
 
 Tensors that are not contiguous, or do not start at a multiple of 16 bytes, are copied for a
 kernel; what an op writes in place is copied back. Gradients of two inputs never share memory.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanofuse.ops.backend import Backend, need_triton, runs_kernel
+from nanofuse.ops.backend import Backend, runs_kernel
 
 
 def rotary_table(
@@ -25,7 +25,6 @@ def rotary_table(
     >>> cos.shape, cos[0, 0].item(), sin[0, 0].item()
     (torch.Size([4, 8]), 1.0, 0.0)
     """
-    need_triton("rotary_table")
     from nanofuse.kernels import rotary_qk_norm as op
 
     return op.rotary_table(seq_len, head_dim, base, device)

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 Backend = Literal["kernel", "eager"]
-HAS_TRITON = find_spec("triton") is not None
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
-def need_triton(op: str) -> None:
-    """Raise a RuntimeError where Triton is missing: references stand in the files of kernels."""
-    if not HAS_TRITON:
-        raise RuntimeError(
-            f"{op}: Triton is not installed, and nanofuse.kernels imports it; pip install triton"
-        )
+def _has_triton() -> bool:
+    """Whether Triton is installed; it is not imported, which would take a second."""
+    try:
+        return find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+HAS_TRITON = _has_triton()
 
 
 def runs_kernel(
@@ -34,7 +36,6 @@ def runs_kernel(
         ValueError: an unknown backend; tensors on different devices; a dtype that is not among
             `dtypes`, for a kernel.
     """
-    need_triton(op)
     if backend not in get_args(Backend):
         raise ValueError(f"{op}: unknown backend {backend!r}; choose from kernel, eager")
     given = {name: x for name, x in tensors.items() if x is not None}
@@ -44,6 +45,11 @@ def runs_kernel(
             raise ValueError(f"{op}: {name} is on {x.device}, but {first} is on {device}")
     if backend == "eager":
         return False
+    if not HAS_TRITON:
+        raise RuntimeError(
+            f"{op}: Triton is not installed (Linux: pip install triton); "
+            'pass backend="eager" to run it in plain PyTorch'
+        )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"{op}: its kernel needs a CUDA GPU, and {first} is on {device}; "

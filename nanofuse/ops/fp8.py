@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanofuse.ops.backend import Backend, need_triton, runs_kernel
+from nanofuse.ops.backend import Backend, runs_kernel
 
 if TYPE_CHECKING:
     from nanofuse.kernels.common.fp8 import FP8Operand, Scaling
@@ -26,7 +26,6 @@ def fp8_scaling(
     Source: https://arxiv.org/abs/2209.05433.
 
     Raises:
-        RuntimeError: Triton is missing.
         ValueError: bound is not positive.
 
     >>> from nanofuse import ops
@@ -34,7 +33,6 @@ def fp8_scaling(
     >>> scaling.scale  # 448 / 7
     tensor([64.])
     """
-    need_triton("fp8_scaling")
     from nanofuse.kernels.common.fp8 import Scaling
 
     return Scaling.from_bound(bound, dtype, device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from nanofuse.ops.backend import Backend, need_triton, runs_kernel
+from nanofuse.ops.backend import Backend, runs_kernel
 
 if TYPE_CHECKING:
     from nanofuse.kernels.adamw import AdamWTensors
@@ -102,7 +102,6 @@ def adamw_tensors(
     Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
 
     Raises:
-        RuntimeError: Triton is missing.
         ValueError: lists of different lengths or empty; a shape, dtype, device or layout other
             than above; a beta outside of [0, 1).
 
@@ -113,7 +112,6 @@ def adamw_tensors(
     >>> len(state.tensors)
     1
     """
-    need_triton("adamw_tensors")
     from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors
 
     rates, decays = (

@@ -1,0 +1,74 @@
+"""Triton for the files of ops; without it, stand-ins that let them be imported.
+
+Triton exists on Linux only. Elsewhere (macOS, Windows) an op's file still gives its reference in
+plain PyTorch; a launch of its kernel raises a RuntimeError of one line. Every file of kernels/
+takes `triton` and `tl` from here, and TensorDescriptor where it needs it.
+"""
+
+import functools
+
+__all__ = ["HAS_TRITON", "MISSING", "TensorDescriptor", "tl", "triton"]
+
+MISSING = "Triton is not installed, and this op's kernel needs it (Linux: pip install triton)"
+
+
+class _Kernel:
+    """Keeps a kernel's function, name and docstring; raises where it is launched or called."""
+
+    def __init__(self, function):
+        self.fn = function
+        functools.update_wrapper(self, function)
+
+    def __getitem__(self, grid):
+        raise RuntimeError(f"{self.__name__}: {MISSING}")
+
+    def __call__(self, *args, **kwargs):
+        self[()]
+
+
+class _Constant:
+    """triton.language.constexpr: an annotation, and a value for kernels."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class _Language:
+    """What is read of triton.language when a file is imported: constexpr, and names of dtypes."""
+
+    constexpr = _Constant
+    float32, bfloat16 = "fp32", "bf16"
+
+
+class _Triton:
+    """What is read of triton when a file is imported, and what launchers compute before they
+    launch."""
+
+    @staticmethod
+    def jit(function=None, **options):
+        return _Kernel if function is None else _Kernel(function)
+
+    @staticmethod
+    def cdiv(x, y):
+        return -(-x // y)
+
+    @staticmethod
+    def next_power_of_2(n):
+        return 1 << max(n - 1, 0).bit_length()
+
+
+class _TensorDescriptor:
+    @staticmethod
+    def from_tensor(*args):
+        raise RuntimeError(MISSING)
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    HAS_TRITON = True
+except ImportError:
+    triton, tl, TensorDescriptor = _Triton, _Language, _TensorDescriptor
+    HAS_TRITON = False
