@@ -18,7 +18,7 @@ SETS = [[shape] for shape in D16] + [D16] if ON_GPU else [[shape] for shape in T
 
 
 def iteration_flops(shape):
-    """FLOPs of the products with symmetric results computed by halves, plain or Gram."""
+    """FLOPs of the iteration's GEMMs, plain or Gram, with symmetric results at half cost."""
     n, *sides = shape
     small, large = sorted(sides)
     if large >= GRAM_ASPECT * small:

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the machine's facts in every result."""
+"""Options of the benchmarks; GPU, versions, commit and clocks recorded in every result; tables."""
 
 import subprocess
 
@@ -119,7 +119,8 @@ def _ops_table(ops):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Markdown tables: ops with their rates and shares of this machine's ceilings, and steps."""
+    """Print Markdown tables: ops, with their rates and the share of this GPU's measured ceilings,
+    and training steps."""
     session = getattr(config, "_benchmarksession", None)
     benchmarks = getattr(session, "benchmarks", [])
     ops = [b for b in benchmarks if "us" in b.extra_info]

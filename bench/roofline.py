@@ -1,18 +1,19 @@
-"""The floor of a micro-step's forward and backward pass on an H200.
+"""The floor (least time) of a micro-step's forward and backward pass on an H200.
 
-The parts are those of the project's floor table, from rates that were measured on one H200:
+It is the sum of four parts, each the least work divided by a rate measured on one H200:
 
     products     6 N FLOPs per matrix parameter (blocks and lm_head) at 1338 TFLOP/s, the mean rate
                  of FP8 products at d16's shapes (69 ms there); in bf16 at 690 TFLOP/s
     attention    FlashAttention 4, B 32, H 8, T 2048, D 128, forward + backward: 1.256 ms with a
                  window of 512, 2.045 ms without; linear in the keys that a query sees
     elementwise  passes over N x C bf16 values per layer, at the copy bandwidth of 4.27 TB/s: 25
-                 forward and 42 backward, less what the MLP's products do in their epilogues, 8 and
-                 12; the activation is read once more (2 in FP8, 4 in bf16): 17 and 32 or 34
+                 forward and 42 backward, less 8 and 12 that the MLP's GEMMs save by doing them in
+                 their epilogues; backward reads the activation once more (2 in FP8, 4 in bf16).
+                 That leaves 17 forward and 32 (FP8) or 34 (bf16) backward
     loss         cross-entropy and embedding gradients, 3 ms for 65,536 x 32,768 logits
 
-The optimiser has no part in it. At other widths the products' rate is an extrapolation: narrow
-ones run slower, so the floor of a small model is lower than what can be reached.
+The optimiser is not included. The products' rate was measured at depth 16: narrower GEMMs run
+slower, so a small model cannot reach its floor.
 """
 
 GEMM_RATES = {True: 1338e12, False: 690e12}  # FLOP/s, by FP8 or not

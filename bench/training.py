@@ -1,4 +1,4 @@
-"""What bench_step and step_profile share: the work of one training step, and the step itself."""
+"""Shared by bench_step and step_profile: the workload of one training step, and the timed step."""
 
 import time
 from contextlib import contextmanager
@@ -56,9 +56,9 @@ def synchronize():
 
 
 class PhaseClock:
-    """Seconds of consecutive phases: each lasts from the end of the one before it.
+    """Times consecutive phases, each from the end of the one before it to its own end.
 
-    On a GPU the times are those of events in its stream; `seconds` waits for them.
+    On a GPU the times are those of CUDA events in the current stream; `seconds` synchronises.
     """
 
     def __init__(self):
@@ -77,7 +77,7 @@ class PhaseClock:
         self.marks.append((name, self._now()))
 
     def seconds(self):
-        """{phase: seconds in all}."""
+        """{phase: total seconds}."""
         synchronize()
         totals = {}
         for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):

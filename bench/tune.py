@@ -1,8 +1,8 @@
-"""Time every candidate configuration of the ops at d16; the winners go to tuned.json.
+"""Time every candidate launch configuration of the ops at depth 16; winners go to tuned.json.
 
     python -m bench.tune [op ...] [--out FILE]
 
-Candidates are compiled by several processes first, on small inputs, then timed by one.
+Several processes first compile the candidates, on small inputs; then one process times them.
 """
 
 import json
@@ -26,7 +26,7 @@ JOBS = 12
 
 
 def warm(job):
-    """Compile one candidate (op, index) into Triton's cache, on few rows."""
+    """Compile one candidate (op, index) into Triton's on-disk cache, by running it on few rows."""
     op, index = job
     make, candidates = CASES[op]
     with tuning.forced(op, candidates[index]):

@@ -1,4 +1,4 @@
-"""Exact bits of the training pass, for changes that must not move any.
+"""Digests of the training pass's exact results, to show that a change moves no bit.
 
     python -m tests.digests record FILE          digests of this tree, as JSON
     python -m tests.digests compare REVISION     this tree against another commit's

@@ -1,4 +1,4 @@
-"""Triton's interpreter with the GPU's casts."""
+"""Triton's interpreter with floating-point casts that round as a GPU's do."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -14,16 +14,16 @@ DTYPES = {
     tl.float16: torch.float16,
     tl.float32: torch.float32,
 }
-BITS = {torch.bfloat16: torch.int16}  # what NumPy has no type for
+BITS = {torch.bfloat16: torch.int16}  # integer views of dtypes that NumPy lacks
 BITS |= {dtype: torch.uint8 for dtype in DTYPES.values() if dtype.itemsize == 1}
 
 
 @contextmanager
 def interpreter_casts_exactly():
-    """Casts between floating-point formats as the GPU does them: to nearest, FP8 saturating, NaN
-    and denormal numbers kept.
+    """Context in which the interpreter casts between floating-point formats as a GPU does: rounding
+    to nearest, saturating in FP8, keeping NaN and denormals.
 
-    The interpreter's own truncate and lose both.
+    Without it the interpreter truncates, and loses NaN and denormals.
     """
     convert = interpreter._convert_float
 

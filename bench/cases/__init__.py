@@ -1,1 +1,1 @@
-"""What bench.tune and bench.first_call run: the inputs of each op, and its candidates."""
+"""Cases of bench.tune and bench.first_call: every op's inputs and candidate configurations."""

@@ -1,8 +1,8 @@
-"""What is timed of each op: inputs at d16, and the bytes or FLOPs that the op must do.
+"""One timed case per op: its call on inputs of depth 16, and the bytes it must move or its FLOPs.
 
-A case is made for a number of rows (positions, or rows of all matrices), so that the tuner can
-compile candidates on few, and for a device: on a CPU its other sizes are tiny, for Triton's
-interpreter.
+A case is built for a number of rows (positions, or rows of all matrices together), so that the
+tuner can compile candidates on a few, and for a device: on a CPU, for Triton's interpreter, its
+other sizes are tiny.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ from nanofuse.kernels.softcap_cross_entropy import (
 )
 from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
 
-SEQUENCE = 2048  # most positions of a row of tokens
+SEQUENCE = 2048  # tokens of a sequence, at most
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model; its width is that of all heads together."""
+    """Sizes of a model; its width is heads * head_dim."""
 
     layers: int
     heads: int
@@ -53,14 +53,14 @@ TINY = Sizes(layers=2, heads=2, head_dim=32, vocab=64)
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and the bytes that it must move or the FLOPs that it must do."""
+    """A call to time, and the bytes that it must move, or its FLOPs if it is compute-bound."""
 
     run: object
     bytes_moved: float = 0.0
     flops: float = 0.0
 
     def share(self, seconds):
-        """Share of the measured copy bandwidth, or of cuBLAS's rate."""
+        """Achieved share of the measured copy bandwidth, or of cuBLAS's FLOP/s if compute-bound."""
         if self.flops:
             return self.flops / seconds / matmul_ceiling()
         return self.bytes_moved / seconds / copy_ceiling()
@@ -75,7 +75,7 @@ def randn(device, *shape):
 
 
 def rows_of_tokens(rows):
-    """Shape (B, T) of so many positions."""
+    """Shape (B, T) of a batch of `rows` positions."""
     return max(rows // SEQUENCE, 1), min(rows, SEQUENCE)
 
 
@@ -181,7 +181,8 @@ def linear_relu_squared_bwd_bf16_case(rows, device):
 
 
 def rotary_inputs(rows, device):
-    """qkv (N, 3*H*D), the arguments after it up to the length, and bytes of the table's rows."""
+    """Of rotary_qk_norm_fwd: qkv (N, 3*H*D), the arguments from tokens to seq_len, and the bytes of
+    the distinct table rows that are looked up."""
     model, length = sizes(device), min(rows, SEQUENCE)
     tokens = zipf_tokens((rows,), model.vocab, device)
     angles = rotary_table(length, model.head_dim, 1e5, device)
@@ -205,7 +206,7 @@ def rotary_qk_norm_bwd_case(rows, device):
     def run():
         return rotary_qk_norm_bwd(*grads, qkv, rstd, *args, scaling=scaling, want_plain=False)
 
-    # three gradients, q and k in; FP8 twice and the value gradients out: nine units of 2 bytes
+    # in: three gradients, q, k; out: FP8 in two layouts of three, value gradients: nine bf16 units
     return Case(run, 9 * 2 * grads[0].numel() + table_bytes)
 
 
@@ -249,7 +250,7 @@ def adamw_case(rows, device):
 
 
 def muon_inputs(rows, device):
-    """Shape of a stack of matrices, its state, and the step's numbers."""
+    """Shape of a stack of matrices; its parameter, gradient and moments; muon_hyper's tensor."""
     width = sizes(device).width
     shape = (max(rows // (4 * width), 1), 4 * width, width)
     return shape, state(shape, device), muon_hyper(*NUMBERS, device)
@@ -272,7 +273,7 @@ def muon_apply_case(rows, device):
 
 
 def matrices(rows, device, aspect=1):
-    """Square matrices, or tall ones: (N, aspect*C, C) fp16."""
+    """Random matrices (N, aspect*C, C) fp16, square or tall."""
     width = sizes(device).width
     count = max(rows // (aspect * width), 1)
     return (torch.randn(count, aspect * width, width, device=device) / width**0.5).half()
@@ -298,7 +299,7 @@ def batched_matmul_case(rows, device):
     x = matrices(rows, device)
     scale = torch.ones(x.size(0), device=device)
 
-    def run():  # the last product of the iteration
+    def run():  # the last GEMM of the Newton-Schulz iteration
         return batched_matmul(x, x, scale=scale, sums="row", out_dtype=torch.bfloat16)
 
     return Case(run, flops=2 * x.numel() * x.size(2))

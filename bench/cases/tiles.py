@@ -1,4 +1,4 @@
-"""The candidates of each op that bench.tune tries, and the table of its cases."""
+"""Candidate launch configurations of every op, and the table of cases that bench.tune times."""
 
 import itertools
 from functools import partial
@@ -13,11 +13,11 @@ from nanofuse.kernels.rotary_qk_norm import HeadTile
 from nanofuse.kernels.softcap_cross_entropy import LossTile
 from nanofuse.kernels.symmetric_matmul import MatmulTile
 
-WARM_ROWS = 256  # few, to compile a candidate
+WARM_ROWS = 256  # rows of a case that only has to compile a candidate
 
 
 def tiles(rows, cols, warps, stages=(2,)):
-    """Every combination as a Tile."""
+    """A Tile for every combination of the given rows, cols, warps and stages."""
     return [Tile(*fields) for fields in itertools.product(rows, cols, warps, stages)]
 
 

@@ -99,7 +99,7 @@ def test_relative_error_is_half_a_step(dtype, fp8_max, step, scale):
     x = scale * torch.randn(64, 33)
     q, inverse = quantize_ref(x, dtype)
     assert q.dtype == dtype and inverse.shape == ()
-    assert q.float().abs().max() == fp8_max  # the largest value uses the whole range
+    assert q.float().abs().max() == fp8_max  # the range of the dtype is used in full
     normal = x.abs() > x.abs().max() * 2.0**-12
     error = (q.float() * inverse - x)[normal].abs() / x[normal].abs()
     assert error.max() <= step / 2 * 1.001
