@@ -38,7 +38,7 @@ FIRST_LOSS_TOLERANCE = 0.02  # between contenders: same weights, same batch
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender's flags, as train.run takes them."""
+    """One contender: its backend, attention, FP8 provider and CUDA graphs, as train.run's flags."""
 
     backend: str
     attention: str = "auto"
@@ -47,7 +47,7 @@ class Entry:
 
 
 class Contender:
-    """A model in training: built, its first steps taken and checked, its timed steps kept."""
+    """A model in training: builds it, takes and checks its first steps, records its timed steps."""
 
     def __init__(self, entry, workload, batches, device):
         gc.collect()
@@ -116,8 +116,11 @@ class Contender:
 
 
 def entries(device, attentions, fp8, config, cuda_graphs=True):
-    """The contenders' Entries of a GPTConfig, the product first, and lines about baselines that are
-    left out."""
+    """The Entries of all contenders, the fused pass first; and a line on every baseline left out.
+
+    Args:
+        attentions: attention backends of the compiled baselines.
+    """
     if device.type != "cuda":
         fused = [Entry("fused")] if kernels_are_interpreted() else []
         return [*fused, Entry("eager")], []
@@ -199,6 +202,6 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
 
 
 def _allocation_retries():
-    """How often torch had to give memory back before it could allocate."""
+    """How often torch's allocator had to free its cache because the GPU's memory was full."""
     synchronize()
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if ON_GPU else 0

@@ -1,8 +1,9 @@
-"""What ran on the GPU, from a Chrome trace of torch.profiler: kernels by class, and the gaps.
+"""GPU time by class of kernels, and the gaps between them, from a Chrome trace of torch.profiler.
 
-A kernel belongs to the phase (a record_function range) in which the CPU launched it; profiler and
-kernel share a correlation number. Everything in the phase "optimizer" counts as optimiser, its
-matrix products included; elsewhere a kernel's name decides, the first rule that matches.
+A kernel belongs to the phase (a record_function range) in which the CPU launched it: the trace
+gives launch and kernel the same correlation id. Everything in the phase "optimizer" counts as
+optimiser, its matrix products included; elsewhere the first rule that matches the kernel's name
+decides.
 """
 
 import re
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 OPTIMIZER, OTHER, GAPS = "optimiser", "other", "gaps"
 PHASES = ("forward", "backward", "optimizer")
 
-# Ours and libraries' kernels have names of their own; the compiler's (triton_*_fused_*) list the
-# ATen operations that went into them. The compiler's relu squared counts as quantise, in bf16
-# too, where it writes no FP8; ours is part of a product.
+# Kernels of this project and of libraries have telling names; those of torch.compile
+# (triton_*_fused_*) list the ATen ops they fuse. Its squared ReLU counts as quantise, also in bf16,
+# where it writes no FP8; in the fused pass squared ReLU is in a GEMM's epilogue.
 RULES = [
     (name, re.compile(pattern))
     for name, pattern in (
@@ -116,7 +117,7 @@ def breakdown(kernels, micro_steps, step_micro_steps):
 
 
 def dearest(kernels, micro_steps, step_micro_steps, count=25):
-    """The names with the most time: [{"name", "class", "ms", "kernels"}] per micro-step."""
+    """The kernel names that take most time: [{"name", "class", "ms", "kernels"}] per micro-step."""
     groups = defaultdict(list)
     for kernel in kernels:
         groups[classify(kernel.name, kernel.phase), kernel.name].append(kernel)

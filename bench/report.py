@@ -76,7 +76,7 @@ def step_table(infos):
 
 
 def summarize(info, commit=None):
-    """One object of summary.json: the product against the fastest of the others."""
+    """One object of summary.json: the first contender (the fused pass) and the fastest other."""
     product, *others = info["contenders"]
     baseline = min(others, key=lambda other: other["ms_per_step"], default=None)
     of = baseline.get if baseline else lambda key: None
@@ -224,7 +224,7 @@ def _draw_step(figure, summaries, profiles):
 
 
 def write_plots(out, infos, summaries, profiles):
-    """Draw what there is data for; returns lines about what is not drawn."""
+    """Draw the plots that there is data for; returns lines that say which are missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -3,10 +3,10 @@
 python -m bench.step_profile --depth 16
 
 Profiles one optimiser step of the recipe's model on micro-batches of 32 x 2048 with torch.profiler
-and prints milliseconds per micro-step by class, with the dearest kernels. The optimiser's time is
-divided by the 8 micro-steps of a full step. The profiler slows the CPU: where launches are the
-limit, at small depths, the gaps are wider than in training. Into --out go profile.json (for
-bench.report) and trace.json.gz (for chrome://tracing or Perfetto).
+and prints milliseconds per micro-step by class, and the kernels that take most time. The
+optimiser's time is divided by the 8 micro-steps of a full step. The profiler slows the CPU down:
+where kernel launches are the bottleneck, at small depths, the gaps are longer than in training.
+Into --out go profile.json (for bench.report) and trace.json.gz (for chrome://tracing or Perfetto).
 """
 
 import datetime
@@ -72,7 +72,7 @@ def class_table(classes, floor):
 
 
 def kernel_table(rows):
-    """Lines of the Markdown table of the dearest kernels."""
+    """Lines of the Markdown table of the kernels that take most time."""
     cells = [
         [f"{r['ms']:.3f}", f"{r['kernels']:.2f}", r["class"], f"`{r['name'][:NAME_WIDTH]}`"]
         for r in rows
