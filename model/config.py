@@ -181,7 +181,7 @@ class GPTConfig:
 
     @property
     def num_scaling_params(self) -> int:
-        """Parameters that scaling laws count: block matrices and lm_head (recipe.md)."""
+        """Parameters that scaling laws count: block matrices and lm_head (docs/recipe.md)."""
         counts = self.param_counts()
         return counts["matrices"] + counts["lm_head"]
 
