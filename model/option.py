@@ -15,6 +15,7 @@ def option(
     metavar: str | None = None,
     least: float | None = None,
     most: float | None = None,
+    since: str | None = None,
 ) -> Any:
     """A field with a default, a line of help, and its bounds or choices.
 
@@ -22,6 +23,7 @@ def option(
         choices: of a str; None: any.
         metavar: what stands for the value in the help, such as "DIR"; None: by type.
         least, most: bounds of a number, inclusive.
+        since: version that brought the field; settings saved before it take the default.
     """
     metadata = {
         "help": help,
@@ -29,6 +31,7 @@ def option(
         "metavar": metavar,
         "least": least,
         "most": most,
+        "since": since,
     }
     return field(default=default, metadata=metadata)
 

@@ -33,10 +33,19 @@ def run_command(main):
     sys.exit(2)
 
 
+def not_empty(text):
+    """The value of a flag; '' is refused, which a variable of a shell that is not set gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give it a value, or drop it")
+    return text
+
+
 def add_data_argument(parser):
-    """Add --data DIR to a parser."""
+    """Add --data PATH to a parser."""
     parser.add_argument(
         "--data",
-        metavar="DIR",
-        help="folder of parquet shards, or 'stdlib' (default $NANOFUSE_DIR, ~/.cache/nanofuse)",
+        metavar="PATH",
+        type=not_empty,
+        help="folder of parquet shards, one shard, or 'stdlib' "
+        "(default $NANOFUSE_DIR, ~/.cache/nanofuse)",
     )

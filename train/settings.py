@@ -59,7 +59,11 @@ class Job:
 
     run: str = option("", "name of the folder under runs/ (default d<depth>)", metavar="NAME")
     resume: bool = option(False, "continue --run NAME from its latest checkpoint")
-    data: str = option("", "folder of parquet shards, or 'stdlib'", metavar="DIR")
+    data: str = option("", "folder of parquet shards, one shard, or 'stdlib'", metavar="PATH")
+    val_shard: str = option(
+        "", "shard that validates (default: val*, test* or the last)", metavar="FILE", since="0.2"
+    )
+    text_column: str = option("text", "column of the shards that holds the text", since="0.2")
     seed: int = option(42, "seed of the initialisation and of samples", least=0, most=2**63 - 1)
 
 
@@ -212,6 +216,17 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def refuse_empty(given: Mapping[str, Any]) -> None:
+    """Refuse a flag that was given as '', such as by a variable of a shell that is not set.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"{flag_name(name)} is empty; give it a value, or drop it")
+
+
 def check(settings: Settings) -> None:
     """Refuse values that no run can have.
 
@@ -234,6 +249,7 @@ def resolve(given: Mapping[str, Any], device_type: str) -> Settings:
     Raises:
         UserError: a value that no run can have.
     """
+    refuse_empty(given)
     preset = CPU_PRESET if device_type == "cpu" else {}
     settings = Settings().replace({**preset, **given})
     check(settings)
@@ -241,12 +257,16 @@ def resolve(given: Mapping[str, Any], device_type: str) -> Settings:
 
 
 def resolve_resumed(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Settings:
-    """Settings of a resumed run: the saved ones, with RESUMABLE flags as given now.
+    """Settings of a resumed run: the saved ones, with RESUMABLE flags as given now. A flag that is
+    younger than the run has its default.
 
     Raises:
         UserError: a flag that differs from the run's and cannot change, or saved settings that
             lack a flag or have one of another version.
     """
+    refuse_empty(given)
+    young = {name: f.default for name, (_, f) in FLAGS.items() if f.metadata["since"]}
+    saved = {**young, **saved}
     unknown, missing = sorted(saved.keys() - FLAGS), sorted(FLAGS.keys() - saved)
     if unknown or missing:
         what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]!r} is missing"

@@ -152,7 +152,30 @@ def test_resuming_changes_only_what_may_change():
 
 
 def test_settings_of_version_0_1_resume():
-    """What 0.1 saved: every flag, flat."""
+    """What 0.1 saved: every flag of then, flat."""
     saved = json.loads((Path(__file__).parent / "settings-0.1.json").read_text())
     settings = resolve_resumed({"resume": True}, saved)
-    assert settings.flat() == {**saved, "resume": True}
+    younger = {name: f.default for name, (_, f) in FLAGS.items() if name not in saved}
+    assert {"val_shard", "text_column"} <= younger.keys()
+    assert settings.flat() == {**saved, **younger, "resume": True}
+
+
+def test_only_flags_younger_than_the_run_may_be_missing():
+    """A flag that says since when it is there takes its default; one that was always there is
+    damage (test_resuming_changes_only_what_may_change)."""
+    saved = resolve({"depth": 2, "text_column": "content"}, "cpu").flat()
+    assert resolve_resumed({}, saved).job.text_column == "content"
+    young = [name for name, (_, f) in FLAGS.items() if f.metadata["since"]]
+    settings = resolve_resumed({}, {n: v for n, v in saved.items() if n not in young})
+    assert settings.job.text_column == "text" and settings.model.depth == 2
+    with pytest.raises(UserError, match="--text-column body differs from the run's content"):
+        resolve_resumed({"text_column": "body"}, saved)
+
+
+@pytest.mark.parametrize("name", ["data", "run", "val_shard", "text_column"])
+def test_an_empty_value_is_refused(name):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UserError, match=f"{flag} is empty"):
+        resolve({name: ""}, "cpu")
+    with pytest.raises(UserError, match=f"{flag} is empty"):
+        resolve_resumed({name: ""}, resolve({}, "cpu").flat())
