@@ -26,6 +26,7 @@ from nanofuse.train.checkpoint import (
 )
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.data.survey import describe_data
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from nanofuse.train.errors import UserError
@@ -59,27 +60,37 @@ def new_run_dir(settings):
 
 
 def find_tokenizer(corpus, vocab_size, size_given):
-    """The corpus folder's tokenizer, or one trained on the corpus and kept there if it can be.
+    """The data's tokenizer, or one trained on the corpus and kept there if it can be.
 
     Raises:
-        UserError: the folder's tokenizer is damaged, or not of the --vocab-size given.
+        UserError: the tokenizer there is damaged, or not of the --vocab-size given.
     """
-    path = corpus.directory / FILE_NAME if corpus.directory else None
+    path = corpus.tokenizer_path
     if path and path.exists():
         tokenizer = Tokenizer.load(path)
-        if size_given and tokenizer.vocab_size != vocab_size:
+        other = vocab_size not in (tokenizer.vocab_size, tokenizer.asked_vocab_size)
+        if other and size_given:
             raise UserError(
                 f"--vocab-size {vocab_size}: {path} has {tokenizer.vocab_size} tokens; "
                 "drop the flag, or move that file away to train another"
             )
+        if other:
+            print(
+                f"tokenizer: {path} has {tokenizer.vocab_size:,} tokens, not the default of "
+                f"{vocab_size:,}; move that file away to train one of the default"
+            )
+        elif vocab_size != tokenizer.vocab_size:
+            print(f"tokenizer: {tokenizer.shortfall} ({path})")
         return tokenizer
     print(f"tokenizer: training {vocab_size:,} tokens on {corpus.name}", flush=True)
     tokenizer = train_on_corpus(corpus, vocab_size)
+    if tokenizer.shortfall:
+        print(f"tokenizer: {tokenizer.shortfall}")
     if path:
         try:
             tokenizer.save(path)
         except OSError as error:
-            print(f"tokenizer: kept with the run only ({error.strerror}: {corpus.directory})")
+            print(f"tokenizer: kept with the run only ({error.strerror}: {path.parent})")
     return tokenizer
 
 
@@ -99,7 +110,7 @@ def describe(start, plan, facts):
         f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
         *facts,
-        f"data: {start.corpus.name}; tokenizer of {start.tokenizer.vocab_size:,} tokens",
+        *describe_data(start.corpus, start.tokenizer, config.sequence_len),
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
         f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",
@@ -157,9 +168,11 @@ def start_new(given):
         config = settings.model.config()
     make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
-    corpus = open_corpus(settings.job.data)
+    job = settings.job
+    corpus = open_corpus(job.data, job.text_column, job.val_shard)
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
-    settings = settings.replace({"vocab_size": tokenizer.vocab_size})
+    if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
+        settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     return Start(settings, machine, corpus, tokenizer, config, fp8, directory)
 
@@ -180,7 +193,8 @@ def start_resumed(given):
     settings = resolve_resumed(given, meta["settings"])
     if meta["step"] >= meta["num_iterations"]:
         raise UserError(f"--resume: {directory} has finished its {meta['step']} steps")
-    corpus = open_corpus(settings.job.data)
+    job = settings.job
+    corpus = open_corpus(job.data, job.text_column, job.val_shard)
     if meta["loader"]["corpus"] != corpus.fingerprint:
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
     config = config_of(meta, checkpoint)

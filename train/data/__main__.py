@@ -5,42 +5,67 @@ python -m train.data info                what is there
 python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside its shards
 """
 
-from nanofuse.train.command import CommandParser, add_data_argument, run_command
-from nanofuse.train.data.corpus import SPLITS, ParquetCorpus, data_directory, open_corpus
-from nanofuse.train.data.download import download_shards
-from nanofuse.train.data.tokenizer import FILE_NAME, train_on_corpus
+from nanofuse.train.command import CommandParser, add_data_argument, not_empty, run_command
+from nanofuse.train.data.corpus import (
+    SPLITS,
+    TEXT_COLUMN,
+    ParquetCorpus,
+    data_directory,
+    open_corpus,
+)
+from nanofuse.train.data.download import LAST_SHARD, download_shards
+from nanofuse.train.data.tokenizer import train_on_corpus
 from nanofuse.train.errors import UserError
+
+MAX_WORKERS = 64
+
+
+def open_data(args):
+    """The corpus of a command's flags."""
+    return open_corpus(args.data, args.text_column or TEXT_COLUMN, args.val_shard or "")
 
 
 def info(args):
     """Print what --data holds: shards, documents, row groups and bytes per split."""
-    corpus = open_corpus(args.data)
+    corpus = open_data(args)
     print(f"data: {corpus.name}")
     for split in SPLITS:
-        print(f"{split}: {corpus.num_units(split)} units")
+        validates = f" ({corpus.validation})" if split == "val" else ""
+        print(f"{split}: {corpus.num_units(split)} units{validates}")
     if isinstance(corpus, ParquetCorpus):
         for path, documents in zip(corpus.shards, corpus.documents, strict=True):
             print(f"  {path.name}  {documents:>9,} documents  {path.stat().st_size:>13,} bytes")
-        tokenizer = corpus.directory / FILE_NAME
+        tokenizer = corpus.tokenizer_path
         print(f"tokenizer: {tokenizer if tokenizer.exists() else 'none yet'}")
+    for hint in corpus.hints:
+        print(f"data: {hint}")
 
 
 def download(args):
-    if args.num_shards < 1:
-        raise UserError(f"-n {args.num_shards} must be at least 1")
+    for flag, value, most in (
+        ("-n", args.num_shards, LAST_SHARD),
+        ("--workers", args.workers, MAX_WORKERS),
+    ):
+        if not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most:,}"
+            raise UserError(f"{flag} {value} must be {bound}")
     paths = download_shards(data_directory(args.data), args.num_shards, args.workers)
     print(f"{len(paths)} shards in {data_directory(args.data)}")
 
 
 def train_tokenizer(args):
     """Train a tokenizer on --data and write it beside the shards."""
-    corpus = open_corpus(args.data)
-    if corpus.directory is None:
+    corpus = open_data(args)
+    path = corpus.tokenizer_path
+    if path is None:
         raise UserError("--data names no folder to keep a tokenizer in; pass --data DIR")
-    path = corpus.directory / FILE_NAME
     tokenizer = train_on_corpus(corpus, args.vocab_size)
     tokenizer.save(path)
     print(f"tokenizer of {tokenizer.vocab_size:,} tokens written to {path}")
+    if tokenizer.shortfall:
+        print(f"tokenizer: {tokenizer.shortfall}")
+    if line := corpus.tell_replaced():
+        print(line)
 
 
 def main(argv=None):
@@ -57,6 +82,12 @@ def main(argv=None):
     train.set_defaults(call=train_tokenizer)
     for command in (fetch, show, train):
         add_data_argument(command)
+    for command in (show, train):
+        for flag, metavar, text in (
+            ("--val-shard", "FILE", "shard that validates (default: val*, test* or the last)"),
+            ("--text-column", "NAME", f"column that holds the text [{TEXT_COLUMN}]"),
+        ):
+            command.add_argument(flag, metavar=metavar, type=not_empty, help=text)
     args = parser.parse_args(argv)
     args.call(args)
 

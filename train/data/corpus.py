@@ -8,11 +8,21 @@ import hashlib
 import os
 import re
 import sysconfig
+import threading
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from nanofuse.train.data.shards import (
+    choose_validation,
+    decode_texts,
+    find_shards,
+    first_line,
+    listed,
+    open_shard,
+)
+from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.errors import UserError
 
 DATA_ENV = "NANOFUSE_DIR"
@@ -20,98 +30,272 @@ DEFAULT_DIR = Path("~/.cache/nanofuse")
 STDLIB = "stdlib"
 TEXT_COLUMN = "text"
 SPLITS = ("train", "val")
+SPLIT_NAMES = {"train": "training", "val": "validation"}
+FETCH_HINT = "fetch some with python -m train.data download -n 8, or name another --data"
+READ_DOCUMENTS = 1000  # row groups are read together up to about this many documents
+READ_BYTES = 8 << 20  # and this many bytes of the file
 
 
 class ParquetCorpus:
-    """A folder of `*.parquet` shards with a text column; the last shard in name order validates.
+    """Parquet shards with a text column: a folder of them, or one file.
 
-    A unit is one row group. Footers of all shards are read at once, so that a truncated one is
-    found before training.
+    Of a folder one or more shards validate (train.data.shards.choose_validation). Of one file the
+    last VAL_FRACTION of its row groups does, or of its rows where it has a single row group.
+
+    A unit is one row group, or the part of it that belongs to its split. Footers of all shards are
+    read at once, so that a damaged one is found before training.
+
+    Args:
+        path: folder or file.
+        text_column: name of the column.
+        val_shard: file name of the shard that validates; '': chosen as above.
 
     Raises:
-        UserError: missing folder, fewer than two shards, a shard that is truncated or has no
-            text column, no documents to train on or to validate.
+        UserError: nothing there, fewer than two shards in a folder, a shard that cannot be used,
+            no documents to train on or to validate.
     """
 
-    def __init__(self, directory):
-        self.directory = Path(directory).expanduser()
-        hint = "fetch some with python -m train.data download -n 8, or name another --data"
-        if not self.directory.is_dir():
-            raise UserError(f"data directory {self.directory} does not exist; {hint}")
-        self.shards = sorted(self.directory.glob("*.parquet"))
-        if len(self.shards) < 2:
+    VAL_FRACTION = 0.05  # of one file
+
+    def __init__(self, path, text_column=TEXT_COLUMN, val_shard=""):
+        path = Path(path)
+        self.path, self.text_column = path, text_column
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"data directory {path} does not exist; {FETCH_HINT}") from None
+        except OSError as error:
             raise UserError(
-                f"data directory {self.directory} holds {len(self.shards)} parquet shards, "
-                f"at least 2 are needed (the last one validates); {hint}"
+                f"--data {path} cannot be read ({error.strerror}); name another"
+            ) from None
+        self.one_file = not os.path.isdir(path)
+        self.directory = path.parent if self.one_file else path
+        if self.one_file and val_shard:
+            raise UserError(f"--val-shard needs a folder of shards, and --data {path} is one file")
+        self.shards = [path] if self.one_file else find_shards(path)
+        if not self.one_file and len(self.shards) < 2:
+            one = f"name it as --data {self.shards[0]}" if self.shards else FETCH_HINT
+            raise UserError(
+                f"data directory {path} holds {len(self.shards)} parquet shards, at least 2 are "
+                f"needed (one validates); {one}"
             )
-        self.documents = []  # per shard
-        self.units = {split: [] for split in SPLITS}  # (shard index, row group)
-        for index, path in enumerate(self.shards):
-            metadata = self._open(path).metadata
-            self.documents.append(metadata.num_rows)
-            split = "val" if index == len(self.shards) - 1 else "train"
-            self.units[split] += [(index, group) for group in range(metadata.num_row_groups)]
+        names = [shard.name for shard in self.shards]
+        self.reordered = names != sorted(names)
+        self.val_shards, self.left_out, self.by_name = choose_validation(names, val_shard, path)
+        self.documents, self.row_groups = [], []  # per shard
+        self.units_a_read = []  # per shard: row groups to read at a time
+        self.units = {split: [] for split in SPLITS}  # (shard, row group, first row, end or None)
+        sizes = [self._add(index, shard) for index, shard in enumerate(self.shards)]
         for split, units in self.units.items():
             if not units:
-                raise UserError(
-                    f"data directory {self.directory}: {split} shards are empty; {hint}"
-                )
+                raise UserError(f"{self.path}: {split} shards are empty; {FETCH_HINT}")
+        facts = [(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)]
+        self.fingerprint = self._fingerprint(facts)
+        self.lock = threading.Lock()  # of the file that is open; splits are read side by side
+        self.opened = None, None  # shard and its ParquetFile
+        self.replaced = {split: {} for split in SPLITS}  # unit -> documents that were not UTF-8
+        self.told = set()  # splits of which that was said
 
-    @staticmethod
-    def _open(path):
-        hint = "delete it and fetch it again"
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"shard {path} is truncated or damaged ({reason}); {hint}") from None
-        if TEXT_COLUMN not in file.schema_arrow.names:
-            raise UserError(f"shard {path} has no column {TEXT_COLUMN!r}; {hint}")
-        return file
+    def _add(self, index, path):
+        """Take up one shard; returns its size in bytes."""
+        metadata = open_shard(path, self.text_column).metadata
+        rows, groups, size = metadata.num_rows, metadata.num_row_groups, path.stat().st_size
+        self.documents.append(rows)
+        self.row_groups.append(groups)
+        together = min(READ_DOCUMENTS * groups // max(rows, 1), READ_BYTES * groups // size)
+        self.units_a_read.append(max(together, 1))
+        units = [(index, group, 0, None) for group in range(groups)]
+        if self.one_file:
+            self._split_file(units, rows)
+        elif path.name not in self.left_out:
+            self.units["val" if path.name in self.val_shards else "train"] += units
+        return size
+
+    def _split_file(self, units, rows):
+        """Share the units of the only file out among the splits."""
+        if rows < 2:
+            raise UserError(f"--data {self.path} holds {rows} documents; {FETCH_HINT}")
+        if len(units) == 1:
+            cut = rows - max(1, round(self.VAL_FRACTION * rows))
+            units = [(0, 0, 0, cut), (0, 0, cut, None)]
+        num_val = max(1, round(self.VAL_FRACTION * len(units)))
+        self.units = {"train": units[:-num_val], "val": units[-num_val:]}
+
+    def _fingerprint(self, facts):
+        """Changes when shards are added, removed or replaced by others of another size, or when
+        another column, shard or part is trained on.
+
+        Args:
+            facts: (name, bytes) of every shard.
+        """
+        if self.one_file or self.left_out or self.val_shards != [self.shards[-1].name]:
+            facts = [*facts, ("val", len(self.units["val"]), *self.val_shards, *self.left_out)]
+        if self.text_column != TEXT_COLUMN:
+            facts = [*facts, ("column", self.text_column)]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def tokenizer_path(self):
+        """Where the tokenizer of this data is kept."""
+        if self.one_file:
+            return self.path.with_name(f"{self.path.name}.{FILE_NAME}")
+        return self.path / FILE_NAME
 
     @property
     def name(self):
+        if self.one_file:
+            return f"{self.documents[0]:,} documents of {self.path}"
         return f"{len(self.shards)} parquet shards in {self.directory}"
 
     @property
-    def fingerprint(self):
-        """Changes when shards are added, removed or replaced by others of another size."""
-        facts = [(path.name, path.stat().st_size) for path in self.shards]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    def validation(self):
+        """What validates, and why where that is by its name."""
+        if self.one_file:
+            index, group, row, _ = self.units["val"][0]
+            if row:
+                return f"its last {self.documents[0] - row:,} documents validate"
+            return f"its last {len(self.units['val'])} of {self.row_groups[0]} row groups validate"
+        verb = "validates" if len(self.val_shards) == 1 else "validate"
+        text = f"{listed(self.val_shards)} {verb}"
+        if self.by_name:
+            text += " by name (--val-shard chooses another)"
+        if self.left_out:
+            text += f", {listed(self.left_out)} left out"
+        return text
+
+    @property
+    def hints(self):
+        """Lines on what is other than one may expect."""
+        if not self.reordered:
+            return []
+        return [
+            "shards are in the order of their numbers (2 before 10); up to version 0.1 they were "
+            "in that of their names, so that other shards came first and may have validated"
+        ]
 
     def num_units(self, split):
         return len(self.units[split])
 
     def describe(self, split, unit):
         """Where a unit lies, for people: {"shard": name, "row_group": n}."""
-        index, group = self.units[split][unit]
+        index, group, _, _ = self.units[split][unit]
         return {"shard": self.shards[index].name, "row_group": group}
 
+    def spans(self, split, first=0):
+        """(unit, count) of the reads that cover a split's units from `first`, in order."""
+        units = self.units[split]
+        while first < len(units):
+            shard, count = units[first][0], 1
+            most = min(self.units_a_read[shard], len(units) - first)
+            while count < most and units[first + count][0] == shard:
+                count += 1
+            yield first, count
+            first += count
+
+    def _open(self, index):
+        """The ParquetFile of a shard, kept until another shard is asked for."""
+        if self.opened[0] != index:
+            file = open_shard(self.shards[index], self.text_column)
+            if file.metadata.num_row_groups != self.row_groups[index]:
+                raise UserError(f"shard {self.shards[index]} has changed since the start")
+            self.opened = index, file
+        return self.opened[1]
+
+    def _read(self, split, first, count):
+        """As read_span, but a damaged row group is not named."""
+        units = self.units[split][first : first + count]
+        index, groups = units[0][0], [unit[1] for unit in units]
+        with self.lock:
+            file = self._open(index)
+            table = file.read_row_groups(groups, columns=[self.text_column])
+            rows = [file.metadata.row_group(group).num_rows for group in groups]
+        texts, replaced = decode_texts(table.column(self.text_column))
+        documents, start = [], 0
+        for unit, ((_, _, low, high), length) in enumerate(zip(units, rows, strict=True), first):
+            part = slice(start + low, start + (length if high is None else high))
+            documents.append([text for text in texts[part] if text])
+            if count := sum(part.start <= row < part.stop for row in replaced):
+                self.replaced[split][unit] = count
+            start += length
+        return documents
+
+    def read_span(self, split, first, count):
+        """Documents of `count` units of one shard from unit `first`: a list of str for each.
+
+        Raises:
+            UserError: names the row group that cannot be read.
+        """
+        try:
+            return self._read(split, first, count)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            if count > 1:
+                units = range(first, first + count)
+                return [self.read_span(split, unit, 1)[0] for unit in units]
+            index, group, _, _ = self.units[split][first]
+            raise UserError(
+                f"row group {group} of shard {self.shards[index]} is damaged "
+                f"({first_line(error)}); copy the shard anew from where it came"
+            ) from None
+
     def read(self, split, unit):
-        """Documents of one row group.
+        """Documents of one unit.
 
         Raises:
             UserError: the row group cannot be read.
         """
-        index, group = self.units[split][unit]
-        path = self.shards[index]
-        try:
-            table = self._open(path).read_row_group(group, columns=[TEXT_COLUMN])
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"row group {group} of shard {path} is damaged ({reason}); "
-                "delete the shard and fetch it again"
-            ) from None
-        return [text for text in table.column(TEXT_COLUMN).to_pylist() if text]
+        return self.read_span(split, unit, 1)[0]
+
+    def head(self, count):
+        """The first `count` training documents or fewer, without reading a long row group whole.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        texts, rows = [], 0
+        for first, units in self.spans("train"):
+            index, _, _, high = self.units["train"][first]
+            groups = [group for _, group, _, _ in self.units["train"][first : first + units]]
+            file = open_shard(self.shards[index], self.text_column)
+            try:
+                batches = file.iter_batches(count, row_groups=groups, columns=[self.text_column])
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"shard {self.shards[index]}: {first_line(error)}") from None
+            if batch is not None:
+                found, replaced = decode_texts(batch.column(0).slice(0, high))
+                texts += [text for text in found if text]
+                rows += len(found)
+                if replaced:
+                    self.replaced["train"][first] = len(replaced)
+            if rows >= count:
+                break
+        return texts[:count]
+
+    def tell_replaced(self):
+        """A line on documents that were not UTF-8 where a split's have not been told of, or None.
+
+        They are told of once a split, with the number seen until then.
+        """
+        new = [s for s in SPLITS if self.replaced[s] and s not in self.told]
+        self.told.update(new)
+        if not new:
+            return None
+        counts = [f"{sum(self.replaced[s].values()):,} {SPLIT_NAMES[s]} documents" for s in new]
+        return (
+            f"data: {' and '.join(counts)} read so far hold bytes that are not UTF-8; each such "
+            "byte becomes U+FFFD"
+        )
 
 
 class StdlibCorpus:
     """Source and documentation files of the running Python's standard library, tests excluded.
 
-    Files come in the order of their paths' hashes, the first 2 % validate. A unit is 16 files. A
-    document is a run of paragraphs of one file, about 1,000 characters long: packing crops what
-    does not fit a row, and whole files would lose most of their text in short rows.
+    Files come in the order of their paths' hashes, the first 2 % validate. A unit is 16 files. What
+    cannot be read, such as a dangling link, is left out. A document is a run of paragraphs of one
+    file, about 1,000 characters long: packing crops what does not fit a row, and whole files would
+    lose most of their text in short rows.
     """
 
     SUFFIXES = (".py", ".txt", ".rst", ".md")
@@ -120,20 +304,24 @@ class StdlibCorpus:
     UNIT_FILES = 16
     DOCUMENT_CHARS = 1000
 
-    directory = None
+    directory = tokenizer_path = None
+    hints = ()
 
     def __init__(self):
         root = Path(sysconfig.get_path("stdlib"))
         files = []
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = [name for name in subfolders if name not in self.EXCLUDED]
-            files += [Path(folder, name) for name in names if name.endswith(self.SUFFIXES)]
+            paths = [Path(folder, name) for name in names if name.endswith(self.SUFFIXES)]
+            files += [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
         files.sort(key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
         if len(files) < 2:
             raise UserError(f"no standard library source under {root}; name a --data directory")
         num_val = max(1, round(len(files) * self.VAL_FRACTION))
         self.root = root
         self.files = {"val": files[:num_val], "train": files[num_val:]}
+        facts = [(p.name, p.stat().st_size) for split in SPLITS for p in self.files[split]]
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()  # of names and sizes
 
     @property
     def name(self):
@@ -141,10 +329,9 @@ class StdlibCorpus:
         return f"{count} files of Python's standard library in {self.root}"
 
     @property
-    def fingerprint(self):
-        """Changes with the files' names and sizes."""
-        facts = [(p.name, p.stat().st_size) for split in SPLITS for p in self.files[split]]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    def validation(self):
+        """What validates."""
+        return f"{len(self.files['val'])} of them validate"
 
     def num_units(self, split):
         return -(-len(self.files[split]) // self.UNIT_FILES)
@@ -155,8 +342,30 @@ class StdlibCorpus:
     def read(self, split, unit):
         """Documents of one unit; bytes that are not UTF-8 become U+FFFD."""
         files = self.files[split][unit * self.UNIT_FILES : (unit + 1) * self.UNIT_FILES]
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-        return [piece for text in texts for piece in split_text(text, self.DOCUMENT_CHARS)]
+        documents = []
+        for path in files:
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            documents += split_text(text, self.DOCUMENT_CHARS)
+        return documents
+
+    def spans(self, split, first=0):
+        """(unit, count) of the reads that cover a split's units from `first`: one unit each."""
+        return ((unit, 1) for unit in range(first, self.num_units(split)))
+
+    def read_span(self, split, first, count):
+        """Documents of `count` units from unit `first`: a list of str for each."""
+        return [self.read(split, unit) for unit in range(first, first + count)]
+
+    def head(self, count):
+        """The first `count` training documents or fewer."""
+        units = (self.read("train", unit) for unit in range(self.num_units("train")))
+        return list(islice(chain.from_iterable(units), count))
+
+    def tell_replaced(self):
+        """None: nothing is said of the library's files in other encodings."""
 
 
 def split_text(text, size):
@@ -177,23 +386,46 @@ def split_text(text, size):
 
 
 def data_directory(flag=None):
-    """The data directory: the flag, or $NANOFUSE_DIR, or ~/.cache/nanofuse."""
-    return Path(flag or os.environ.get(DATA_ENV) or DEFAULT_DIR).expanduser()
-
-
-def open_corpus(flag=None):
-    """The corpus that --data, $NANOFUSE_DIR or the default folder names, in that order.
-
-    Where neither names a folder and ~/.cache/nanofuse holds no shard, the standard library
-    serves; `--data stdlib` asks for it.
+    """The data directory: the flag, or $NANOFUSE_DIR, or ~/.cache/nanofuse.
 
     Raises:
-        UserError: a folder that was named holds no usable shards.
+        UserError: `~` stands for no folder that the system knows.
     """
-    if flag == STDLIB:
-        return StdlibCorpus()
-    directory = data_directory(flag)
+    path = Path(flag or os.environ.get(DATA_ENV) or DEFAULT_DIR)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no home folder is known for it; name one with --data") from None
+
+
+def open_corpus(flag=None, text_column=TEXT_COLUMN, val_shard=""):
+    """The corpus that --data, $NANOFUSE_DIR or the default folder names, in that order.
+
+    Where neither names anything and ~/.cache/nanofuse holds no shard, the standard library
+    serves; `--data stdlib` asks for it.
+
+    Args:
+        text_column, val_shard: as ParquetCorpus has them; the standard library has neither.
+
+    Raises:
+        UserError: what was named holds no usable shards.
+    """
     named = flag or os.environ.get(DATA_ENV)
-    if not named and not any(directory.glob("*.parquet")):
-        return StdlibCorpus()
-    return ParquetCorpus(directory)
+    if flag != STDLIB and (named or default_has_shards()):
+        return ParquetCorpus(data_directory(flag), text_column, val_shard)
+    for name, value, default in (
+        ("--val-shard", val_shard, ""),
+        ("--text-column", text_column, TEXT_COLUMN),
+    ):
+        if value != default:
+            raise UserError(f"{name} {value} needs parquet shards; name them with --data")
+    return StdlibCorpus()
+
+
+def default_has_shards():
+    """Whether ~/.cache/nanofuse is there and holds a shard."""
+    try:
+        directory = DEFAULT_DIR.expanduser()
+    except RuntimeError:  # no home
+        return False
+    return directory.is_dir() and bool(find_shards(directory))

@@ -5,6 +5,7 @@ memory while the current one is used. The batches depend on the corpus, the toke
 state only, never on timing.
 """
 
+import contextlib
 import itertools
 import os
 import queue
@@ -12,9 +13,11 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from nanofuse.train.data.packing import BestFitPacker
 from nanofuse.train.errors import UserError
@@ -28,101 +31,197 @@ DOCUMENTS_A_TASK = 128  # 8 tasks fill the packer's buffer of 1000 for the first
 
 @dataclass
 class LoaderState:
-    """Where the stream of batches stands: next document to read, and the packer's buffer."""
+    """Where the stream of batches stands: the next document to read, and the packer's buffer.
 
-    epoch: int = 0
+    `epoch` counts what was trained, `reading` what was read: the buffer lies between.
+    """
+
+    reading: int = 0  # epoch of the next document
     unit: int = 0
     document: int = 0  # within the unit
-    buffer: list = field(default_factory=list)  # (n,) int32 arrays
+    buffer: list = field(default_factory=list)  # (n,) int32 arrays, a row of each document at most
+    lengths: list = field(default_factory=list)  # whole lengths of the buffer's documents
+    num_read: int | None = 0  # documents read so far; None: a state that did not say
+    epoch_size: int = 0  # documents of one epoch; 0: the first one is not over
+
+    @property
+    def epoch(self):
+        """Whole epochs that the documents gone from the buffer into rows amount to."""
+        if self.num_read is None:
+            return self.reading
+        gone = self.num_read - len(self.buffer)
+        return gone // self.epoch_size if self.epoch_size else 0
 
     def to_tensors(self):
-        """The buffer as {"tokens": (sum n,) int32, "lengths": (docs,) int64}."""
+        """{"tokens": (sum n,) int32, "lengths": (docs,) int64, of the buffer, "whole_lengths":
+        (docs,) int64, "counts": num_read and epoch_size, (2,) int64}."""
         tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.int32)
-        lengths = [len(document) for document in self.buffer]
-        return {
+
+        def integers(values):
+            return torch.tensor(values, dtype=torch.int64)
+
+        tensors = {
             "tokens": torch.from_numpy(tokens),
-            "lengths": torch.tensor(lengths, dtype=torch.int64),
+            "lengths": integers([len(document) for document in self.buffer]),
+            "whole_lengths": integers(self.lengths),
         }
+        if self.num_read is not None:
+            tensors["counts"] = integers([self.num_read, self.epoch_size])
+        return tensors
 
     def position(self):
-        return {"epoch": self.epoch, "unit": self.unit, "document": self.document}
+        """The next document to read."""
+        return {"epoch": self.reading, "unit": self.unit, "document": self.document}
 
     @classmethod
     def restore(cls, position, tensors):
-        ends = np.cumsum(tensors["lengths"].numpy())
-        buffer = np.split(tensors["tokens"].numpy(), ends[:-1]) if len(ends) else []
-        return cls(**position, buffer=list(buffer))
+        """The state of a `position()` and `to_tensors()`; those of version 0.1 had whole documents
+        and no counts.
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        tokens, lengths = tensors.get("tokens"), tensors.get("lengths")
+        whole, counts = tensors.get("whole_lengths", lengths), tensors.get("counts")
+        kinds = [(tokens, torch.int32), *((t, torch.int64) for t in (lengths, whole))]
+        numbers = [position.get(name) for name in ("epoch", "unit", "document")]
+        fits = (
+            all(t is not None and t.dtype == dtype and t.dim() == 1 for t, dtype in kinds)
+            and lengths.shape == whole.shape
+            and bool((lengths > 0).all() and (whole >= lengths).all())
+            and bool((whole[1:] >= whole[:-1]).all())
+            and bool((lengths <= len(tokens)).all())
+            and int(lengths.sum()) == len(tokens)
+            and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+            and (counts is None or (counts.dtype == torch.int64 and counts.shape == (2,)))
+            and (counts is None or bool((counts >= 0).all()))
+        )
+        if not fits:
+            raise UserError("the saved state of the data loader is damaged; resume from another")
+        ends = np.cumsum(lengths.numpy())
+        buffer = np.split(tokens.numpy(), ends[:-1]) if len(ends) else []
+        num_read, epoch_size = (None, 0) if counts is None else counts.tolist()
+        return cls(*numbers, list(buffer), whole.tolist(), num_read, epoch_size)
 
 
 class PackedLoader:
     """Iterator of (rows (B, T+1) int32 numpy, LoaderState after them), made in the background.
 
     Args:
-        corpus, split: documents to read (train.corpus).
+        corpus, split: documents to read (train.data.corpus).
         tokenizer: train.data.tokenizer.Tokenizer.
         batch_size, seq_len: B and T.
-        epochs: passes over the split; None goes on for ever. Rows left over at the end that do
-            not fill a batch are dropped.
+        epochs: passes over the split; None goes on for ever.
         state: LoaderState to continue from.
+        fill: rows left over at the end make a last batch together with rows of `<|bos|>` only,
+            which count no bytes; otherwise they are dropped.
 
     Raises:
-        UserError: from the iterator, when a shard cannot be read or the split holds no text.
+        UserError: a state of other data or of another tokenizer; from the iterator, when a shard
+            cannot be read or the split holds no text.
     """
 
-    def __init__(self, corpus, split, tokenizer, batch_size, seq_len, epochs=None, state=None):
+    def __init__(
+        self, corpus, split, tokenizer, batch_size, seq_len, epochs=None, state=None, fill=False
+    ):
         self.corpus, self.split, self.tokenizer = corpus, split, tokenizer
         self.batch_size, self.row_len, self.epochs = batch_size, seq_len + 1, epochs
+        self.fill = fill
         state = state or LoaderState()
-        self.epoch, self.unit, self.document = state.epoch, state.unit, state.document
-        self.packer = BestFitPacker(self._documents(), self.row_len, buffer=state.buffer)
+        if state.unit >= max(corpus.num_units(split), 1):
+            raise UserError(f"the saved state of the data loader is of other data ({corpus.name})")
+        if any(d.min() < 0 or d.max() >= tokenizer.vocab_size for d in state.buffer):
+            raise UserError("the saved state of the data loader is of another tokenizer")
+        self.reading, self.unit, self.document = state.reading, state.unit, state.document
+        self.num_read, self.epoch_size = state.num_read, state.epoch_size
+        self.packer = BestFitPacker(
+            self._documents(), self.row_len, buffer=state.buffer, lengths=state.lengths
+        )
         self.queue = queue.Queue(BATCHES_AHEAD)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._pack, daemon=True)
         self.thread.start()
 
+    def _load(self, encode, first, count):
+        """Read `count` units from unit `first` and have their texts tokenised.
+
+        Args:
+            encode: list of texts -> future of their documents.
+
+        Returns:
+            ([(unit, number of documents)], futures of the documents in order, the error that
+            ended the reading early or None)
+        """
+        texts, counts, error = [], [], None
+        try:
+            spans = [self.corpus.read_span(self.split, first, count)]
+        except UserError as damage:  # what lies before the damage is whole
+            spans, error = [], damage
+            for unit in range(first, first + count):
+                try:
+                    spans.append(self.corpus.read_span(self.split, unit, 1))
+                except UserError:
+                    break
+        for unit, documents in enumerate(itertools.chain.from_iterable(spans), first):
+            counts.append((unit, len(documents)))
+            texts += documents
+        starts = range(0, len(texts), DOCUMENTS_A_TASK)
+        tasks = [encode(texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
+        if line := self.corpus.tell_replaced():
+            with contextlib.suppress(OSError, ValueError):  # a stdout that is gone ends no run
+                tqdm.write(line)
+        return counts, tasks, error
+
     def _documents(self):
-        """Tokenised documents in order; self.epoch, unit and document name the next one."""
-        start_epoch, start_unit, start_document = self.epoch, self.unit, self.document
-        units = self.corpus.num_units(self.split)
+        """Tokenised documents in order; self.reading, unit and document name the next one."""
+        start_epoch, start_unit, start_document = self.reading, self.unit, self.document
 
         def order():
             for epoch in itertools.count(start_epoch):
                 if self.epochs is not None and epoch >= self.epochs:
                     return
                 first = start_unit if epoch == start_epoch else 0
-                yield from ((epoch, unit) for unit in range(first, units))
+                for unit, count in self.corpus.spans(self.split, first):
+                    yield epoch, unit, count
 
         order = order()
-        encode = self.tokenizer.encode_documents
         readers = ThreadPoolExecutor(1)
         workers = ThreadPoolExecutor(TOKENIZER_THREADS)
-
-        def load(unit):
-            texts = self.corpus.read(self.split, unit)
-            starts = range(0, len(texts), DOCUMENTS_A_TASK)
-            return [workers.submit(encode, texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
+        encode = partial(workers.submit, self.tokenizer.encode_documents)
 
         ahead, seen = deque(), False
         try:
             while True:
-                for epoch, unit in itertools.islice(order, UNITS_AHEAD - len(ahead)):
-                    ahead.append((epoch, unit, readers.submit(load, unit)))
+                for epoch, unit, count in itertools.islice(order, UNITS_AHEAD - len(ahead)):
+                    ahead.append((epoch, readers.submit(self._load, encode, unit, count)))
                 if not ahead:
                     return
-                epoch, unit, loading = ahead.popleft()
+                epoch, loading = ahead.popleft()
                 if epoch > start_epoch and not seen:
                     raise UserError(f"{self.split} documents of {self.corpus.name} hold no text")
-                tasks = loading.result()
-                skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
+                counts, tasks, error = loading.result()
                 documents = itertools.chain.from_iterable(task.result() for task in tasks)
-                for number, document in enumerate(documents, 1):
-                    seen = True
-                    if number > skip:
-                        self.epoch, self.unit, self.document = epoch, unit, number
-                        yield document
+                for unit, count in counts:
+                    skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
+                    for number, document in enumerate(itertools.islice(documents, count), 1):
+                        seen = True
+                        if number > skip:
+                            self._count(epoch)
+                            self.reading, self.unit, self.document = epoch, unit, number
+                            yield document
+                if error:
+                    raise error
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
             workers.shutdown(wait=False, cancel_futures=True)
+
+    def _count(self, epoch):
+        """One document of `epoch` more; that of a first one's successor tells its size."""
+        if self.num_read is None:
+            return
+        if epoch and not self.epoch_size:
+            self.epoch_size = self.num_read
+        self.num_read += 1
 
     def _put(self, item):
         while not self.stopped.is_set():
@@ -131,14 +230,28 @@ class PackedLoader:
             except queue.Full:
                 continue
 
+    def _state(self):
+        """The LoaderState after the rows packed so far."""
+        return LoaderState(
+            self.reading,
+            self.unit,
+            self.document,
+            list(self.packer.buffer),
+            list(self.packer.lengths),
+            self.num_read,
+            self.epoch_size,
+        )
+
     def _pack(self):
         try:
             while not self.stopped.is_set():
-                rows = [self.packer.next_row() for _ in range(self.batch_size)]
-                if any(row is None for row in rows):
+                found = (self.packer.next_row() for _ in range(self.batch_size))
+                rows = list(itertools.takewhile(lambda row: row is not None, found))
+                missing = self.batch_size - len(rows)
+                if missing and not (rows and self.fill):
                     return self._put(StopIteration())
-                state = LoaderState(self.epoch, self.unit, self.document, list(self.packer.buffer))
-                self._put((np.stack(rows), state))
+                rows += [np.full(self.row_len, self.tokenizer.bos, np.int32)] * missing
+                self._put((np.stack(rows), self._state()))
         except BaseException as error:  # raised again where the batch is asked for
             self._put(error)
 

@@ -9,14 +9,21 @@ nanochat's. Special tokens are `<|bos|>` and eight chat markers, numbered after 
 import base64
 import hashlib
 import json
+import math
+import os
+import re
+import stat
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import regex
 import rustbpe
 import tiktoken
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
@@ -42,6 +49,96 @@ MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
 FORMAT = "nanofuse-bpe-1"
 FILE_NAME = "tokenizer.json"
 MAX_TRAINING_CHARS = 250_000_000
+MAX_VOCAB_SIZE = 2**20
+MAX_FILE_BYTES = 2**26
+MAX_PATTERN_CHARS = 10_000
+MAX_REPEATS = 10_000  # of all counted repetitions of a pattern together, which are unrolled
+# Beyond about a million blanks in a row the libraries' regular expressions run out of stack.
+MAX_BLANKS = 2**19
+BLANK_RUN = re.compile(rf"(?<!\s)\s{{{MAX_BLANKS},}}")
+# What a pattern has to take whole: every ASCII character, other scripts, blanks of many kinds.
+PROBE = "".join(map(chr, range(128))) + (
+    " It's naïve, I'LL say 12345 日本語 🎉 e\u0301\u200b\ufffd!?"
+    "\n\n  \t\r\n\u00a0\u3000\u2028 x \n "
+)
+
+
+def cut_blanks(text):
+    """Pieces of a text that joined give it again, none with more than MAX_BLANKS blanks in a row.
+
+    A text without such a run is one piece.
+    """
+    step = MAX_BLANKS // 2  # a run that is too long has one of these slices to itself
+    starts = range(0, len(text) - step + 1, step)
+    if len(text) <= MAX_BLANKS or not any(text[i : i + step].isspace() for i in starts):
+        return [text]
+    cuts = [0]
+    for run in BLANK_RUN.finditer(text):
+        cuts += range(run.start() + MAX_BLANKS, run.end(), MAX_BLANKS)
+    return [text[i:j] for i, j in pairwise([*cuts, len(text)])]
+
+
+@contextmanager
+def naming_panics(what):
+    """A panic of a native library, which is no Exception, becomes a UserError about `what`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the tokenizer's library failed on {what} ({reason})") from None
+
+
+class TokenizerFile(BaseModel):
+    """What a tokenizer file holds; tokens are base64."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[FORMAT]
+    pattern: str = Field(min_length=1, max_length=MAX_PATTERN_CHARS)
+    special_tokens: list[str] = Field(max_length=MAX_VOCAB_SIZE)
+    tokens: list[Annotated[str, Field(min_length=4)]] = Field(
+        min_length=NUM_BYTES, max_length=MAX_VOCAB_SIZE
+    )
+    asked_vocab_size: int | None = Field(None, ge=MIN_VOCAB_SIZE, le=MAX_VOCAB_SIZE)
+
+
+def check_pattern(pattern):
+    """Refuse a pattern that does not split every text into pieces that are not empty.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    repeats = [int(number[:9]) for number in re.findall(r"\d+(?=[,}])", pattern)]
+    if math.prod(max(number, 1) for number in repeats) > MAX_REPEATS:
+        raise ValueError("its pattern repeats too much")
+    try:
+        compiled = regex.compile(pattern)
+        empty = compiled.match("", timeout=1)
+        pieces = [match[0] for match in compiled.finditer(PROBE, timeout=1)]
+    except (regex.error, TimeoutError, RecursionError, MemoryError, OverflowError) as error:
+        raise ValueError(f"its pattern: {error}") from None
+    if empty or not all(pieces):
+        raise ValueError("its pattern matches nothing at all")
+    if "".join(pieces) != PROBE:
+        raise ValueError("its pattern leaves parts of a text out")
+
+
+def check_tokens(tokens):
+    """Refuse tokens of which one comes twice, or that lack a byte.
+
+    Raises:
+        ValueError: which.
+    """
+    known = set()
+    for token in tokens:
+        if token in known:
+            raise ValueError(f"the token {token[:20]!r} comes twice")
+        known.add(token)
+    missing = [byte for byte in range(NUM_BYTES) if bytes([byte]) not in known]
+    if missing:
+        raise ValueError(f"the byte {missing[0]:#04x} has no token")
 
 
 class Tokenizer:
@@ -50,10 +147,12 @@ class Tokenizer:
     Args:
         tokens: byte strings in rank order, the 256 single bytes among them.
         pattern: regular expression that splits text before merging.
+        asked_vocab_size: what training was asked for where the text gave fewer.
     """
 
-    def __init__(self, tokens, pattern=SPLIT_PATTERN):
+    def __init__(self, tokens, pattern=SPLIT_PATTERN, asked_vocab_size=None):
         self.tokens, self.pattern = list(tokens), pattern
+        self.asked_vocab_size = asked_vocab_size
         specials = {name: len(self.tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "nanofuse",
@@ -68,14 +167,24 @@ class Tokenizer:
         """Learn merges from an iterable of str; a small corpus may give fewer than asked.
 
         Raises:
-            UserError: vocab_size leaves no room for 256 bytes and the special tokens.
+            UserError: vocab_size leaves no room for 256 bytes and the special tokens, or is more
+                than a file may hold.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"--vocab-size {vocab_size} is below the minimum of {MIN_VOCAB_SIZE}")
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(f"--vocab-size {vocab_size} is above the maximum of {MAX_VOCAB_SIZE}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        pieces = (piece for text in texts for piece in cut_blanks(text))
+        with naming_panics("the text to train on"):
+            trainer.train_from_iterator(
+                pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+            )
         ranks = trainer.get_mergeable_ranks()  # [(bytes, rank)]
-        return cls(bytes(token) for token, _ in sorted(ranks, key=lambda pair: pair[1]))
+        tokenizer = cls(bytes(token) for token, _ in sorted(ranks, key=lambda pair: pair[1]))
+        if tokenizer.vocab_size < vocab_size:
+            tokenizer.asked_vocab_size = vocab_size
+        return tokenizer
 
     @classmethod
     def load(cls, path):
@@ -84,24 +193,57 @@ class Tokenizer:
         Raises:
             UserError: the file is missing or is not one.
         """
+        path = os.fspath(path)
         hint = "train one with python -m train.data train-tokenizer --data DIR"
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if fields["format"] != FORMAT or fields["special_tokens"] != list(SPECIAL_TOKENS):
-                raise ValueError
-            return cls([base64.b64decode(t) for t in fields["tokens"]], fields["pattern"])
+            return cls._read(path)
         except FileNotFoundError:
             raise UserError(f"no tokenizer at {path}; {hint}") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a tokenizer of nanofuse; {hint}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {hint}") from None
+        except ValueError as error:
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                error = f"{where}: {first['msg']}" if where else first["msg"]
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path} is not a tokenizer of nanofuse ({reason}); move it away and {hint}"
+            ) from None
 
-    def to_json(self):
-        fields = {
+    @classmethod
+    def _read(cls, path):
+        """As load; ValueError says what is wrong with the file."""
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is not a regular file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
+        with open(path, "rb") as file:
+            fields = TokenizerFile.model_validate_json(file.read(MAX_FILE_BYTES))
+        if fields.special_tokens != list(SPECIAL_TOKENS):
+            raise ValueError("its special tokens are others")
+        tokens = [base64.b64decode(token, validate=True) for token in fields.tokens]
+        check_tokens(tokens)
+        check_pattern(fields.pattern)
+        with naming_panics(f"{path}, a tokenizer whose pattern it cannot use"):
+            tokenizer = cls(tokens, fields.pattern, fields.asked_vocab_size)
+            if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+                raise ValueError("its pattern leaves parts of a text out")
+        return tokenizer
+
+    def _fields(self):
+        return {
             "format": FORMAT,
             "pattern": self.pattern,
             "special_tokens": list(SPECIAL_TOKENS),
             "tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens],
         }
+
+    def to_json(self):
+        fields = self._fields()
+        if self.asked_vocab_size is not None:
+            fields["asked_vocab_size"] = self.asked_vocab_size
         return json.dumps(fields, indent=0)
 
     def save(self, path):
@@ -110,16 +252,27 @@ class Tokenizer:
 
     @property
     def fingerprint(self):
-        """SHA-256 of the saved form, hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of pattern and tokens as they are saved, hexadecimal."""
+        return hashlib.sha256(json.dumps(self._fields(), indent=0).encode()).hexdigest()
 
     @property
     def vocab_size(self):
         return len(self.tokens) + len(SPECIAL_TOKENS)
 
+    @property
+    def shortfall(self):
+        """Words for a vocabulary of fewer tokens than were asked for, or None."""
+        if self.asked_vocab_size is None:
+            return None
+        return (
+            f"{self.vocab_size:,} tokens are all that the text gave of the "
+            f"{self.asked_vocab_size:,} of --vocab-size"
+        )
+
     def encode(self, text):
         """Token ids of `text`; special tokens in it are ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        with naming_panics(f"a text of {len(text):,} characters"):
+            return [i for piece in cut_blanks(text) for i in self.encoding.encode_ordinary(piece)]
 
     def encode_documents(self, texts):
         """Token ids of every text, `<|bos|>` first, as (n,) int32 numpy arrays, read-only.
@@ -128,10 +281,15 @@ class Tokenizer:
         that back may have to wait for the thread that trains. NumPy gives it away for long copies,
         bytes do not.
         """
+        pieces = [cut_blanks(text) for text in texts]
         encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-        if any(BOS in text for text in texts):  # rare; it stays text, and would look like a start
-            return [np.append(self.bos, encode(text)).astype(np.int32) for text in texts]
-        ids = encode("".join(BOS + text for text in texts), allowed_special={BOS})  # uint32
+        size = sum(map(len, texts))
+        with naming_panics(f"{len(texts)} documents of {size:,} characters"):
+            # rare: the text stays text, and would look like a start; or it is cut
+            if any(BOS in text for text in texts) or any(len(parts) > 1 for parts in pieces):
+                ids = [np.concatenate([[self.bos], *map(encode, parts)]) for parts in pieces]
+                return [document.astype(np.int32) for document in ids]
+            ids = encode("".join(BOS + text for text in texts), allowed_special={BOS})  # uint32
         ends = [*(ids.itemsize * np.flatnonzero(ids == self.bos)).tolist(), ids.nbytes]
         raw = ids.tobytes()
         return [np.frombuffer(raw[i:j], np.int32) for i, j in pairwise(ends)]
@@ -151,11 +309,12 @@ def train_on_corpus(corpus, vocab_size, max_chars=MAX_TRAINING_CHARS):
 
     def texts():
         budget = max_chars
-        for unit in range(corpus.num_units("train")):
-            for text in corpus.read("train", unit):
-                yield text[:budget]
-                budget -= len(text)
-                if budget <= 0:
-                    return
+        for first, count in corpus.spans("train"):
+            for documents in corpus.read_span("train", first, count):
+                for text in documents:
+                    yield text[:budget]
+                    budget -= len(text)
+                    if budget <= 0:
+                        return
 
     return Tokenizer.train(texts(), vocab_size)

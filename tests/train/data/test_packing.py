@@ -44,7 +44,7 @@ def test_rows_are_full_start_with_bos_and_lose_only_crops(lengths, row_len, buff
             document = by_first[piece[1]]  # a piece is a whole document, or a prefix at the end
             assert np.array_equal(piece, document[: len(piece)])
             assert len(piece) == len(document) or index == len(starts) - 2
-    left = sum(len(document) for document in packer.buffer)
+    left = sum(packer.lengths)
     total = sum(lengths)
     unfinished = total - kept - packer.dropped_tokens - left
     assert 0 <= unfinished < row_len  # tokens of the last row, which stayed incomplete
@@ -57,7 +57,7 @@ def test_a_document_is_cropped_only_when_none_fits(lengths, row_len):
     packer = BestFitPacker(make_documents(lengths), row_len, buffer_size=1000)
     packer._refill()
     while True:
-        buffer = [len(document) for document in packer.buffer]
+        buffer = list(packer.lengths)
         row = packer.next_row()
         if row is None:
             return
@@ -82,7 +82,7 @@ def test_saved_buffer_continues_exactly():
     documents = iter(make_documents(lengths))
     first = BestFitPacker(documents, 32, 20)
     head = [first.next_row() for _ in range(60)]
-    rest = BestFitPacker(documents, 32, 20, buffer=list(first.buffer))
+    rest = BestFitPacker(documents, 32, 20, buffer=list(first.buffer), lengths=first.lengths)
     tail = [rest.next_row() for _ in range(len(whole) - 60)]
     assert np.array_equal(np.stack(whole), np.stack(head + tail))
 
