@@ -257,18 +257,22 @@ class ParquetCorpus:
         for first, units in self.spans("train"):
             index, _, _, high = self.units["train"][first]
             groups = [group for _, group, _, _ in self.units["train"][first : first + units]]
-            file = open_shard(self.shards[index], self.text_column)
+            file, held, replaced = open_shard(self.shards[index], self.text_column), 0, 0
             try:
-                batches = file.iter_batches(count, row_groups=groups, columns=[self.text_column])
-                batch = next(batches, None)
+                for batch in file.iter_batches(
+                    count, row_groups=groups, columns=[self.text_column]
+                ):
+                    left = batch.num_rows if high is None else min(batch.num_rows, high - held)
+                    found, places = decode_texts(batch.column(0).slice(0, left))
+                    texts += [text for text in found if text]
+                    held, replaced = held + left, replaced + len(places)
+                    if held == high or rows + held >= count:
+                        break
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"shard {self.shards[index]}: {first_line(error)}") from None
-            if batch is not None:
-                found, replaced = decode_texts(batch.column(0).slice(0, high))
-                texts += [text for text in found if text]
-                rows += len(found)
-                if replaced:
-                    self.replaced["train"][first] = len(replaced)
+            rows += held
+            if replaced:
+                self.replaced["train"][first] = replaced
             if rows >= count:
                 break
         return texts[:count]

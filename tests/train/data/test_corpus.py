@@ -1,3 +1,8 @@
+import hashlib
+import os
+import random
+import sysconfig
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,15 +31,6 @@ def test_fingerprint_follows_the_files(data_dir):
     assert ParquetCorpus(data_dir).fingerprint != before
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
-def test_a_truncated_shard_is_found_at_once(data_dir, keep):
-    path = data_dir / "shard_00001.parquet"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(UserError, match=r"shard_00001\.parquet is truncated or damaged .*fetch"):
-        ParquetCorpus(data_dir)
-
-
 def test_a_damaged_row_group_is_named(data_dir):
     path = data_dir / "shard_00000.parquet"
     content = bytearray(path.read_bytes())
@@ -43,12 +39,6 @@ def test_a_damaged_row_group_is_named(data_dir):
     corpus = ParquetCorpus(data_dir)
     with pytest.raises(UserError, match=r"row group 0 of shard .*shard_00000\.parquet is damaged"):
         corpus.read("train", 0)
-
-
-def test_a_shard_without_text_is_refused(data_dir):
-    pq.write_table(pa.table({"content": ["a"]}), data_dir / "shard_00001.parquet")
-    with pytest.raises(UserError, match=r"shard_00001\.parquet has no column 'text'"):
-        ParquetCorpus(data_dir)
 
 
 def test_missing_and_empty_directories(tmp_path, data_dir):
@@ -112,3 +102,152 @@ def test_choice_of_corpus(data_dir, work_dir, monkeypatch):
     cache.mkdir()
     data_dir.rename(cache / "nanofuse")
     assert isinstance(open_corpus(), ParquetCorpus)
+
+
+def test_unreadable_files_of_the_library_are_left_out(tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(40):
+        (library / f"module_{i}.py").write_text(f"x = {i}\n" * 30)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    whole = StdlibCorpus()
+    (library / "sitecustomize.py").symlink_to("/nowhere/sitecustomize.py")
+    (library / "loop.py").symlink_to(library / "loop.py")
+    os.mkfifo(library / "pipe.py")  # reading it would hang
+    (library / "folder.py").mkdir()
+    corpus = StdlibCorpus()
+    assert corpus.fingerprint == whole.fingerprint and "40 files" in corpus.name
+    texts = all_texts(corpus, "train")
+    (corpus.files["train"][0]).unlink()  # later on
+    assert 0 < len(all_texts(corpus, "train")) < len(texts)
+    assert corpus.fingerprint == whole.fingerprint
+
+
+def write(path, texts, **options):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, **options)
+
+
+def test_last_row_groups_of_one_file_validate(tmp_path):
+    texts = documents(400)
+    write(tmp_path / "all.parquet", texts, row_group_size=10)
+    corpus = open_corpus(str(tmp_path / "all.parquet"))
+    assert all_texts(corpus, "train") == texts[:380] and all_texts(corpus, "val") == texts[380:]
+    assert corpus.validation == "its last 2 of 40 row groups validate"
+    assert corpus.tokenizer_path == tmp_path / "all.parquet.tokenizer.json"
+    assert corpus.describe("val", 0) == {"shard": "all.parquet", "row_group": 38}
+
+
+@pytest.mark.parametrize("count", [2, 3, 100])
+def test_last_rows_of_a_single_row_group_validate(tmp_path, count):
+    texts = [f"text {i}" for i in range(count)]
+    write(tmp_path / "all.parquet", texts)
+    corpus = ParquetCorpus(tmp_path / "all.parquet")
+    num_val = max(1, count // 20)
+    assert all_texts(corpus, "train") == corpus.head(1000) == texts[:-num_val]
+    assert all_texts(corpus, "val") == texts[-num_val:]
+    assert corpus.validation == f"its last {num_val} documents validate"
+
+
+def test_one_file_too_small_or_damaged_is_refused(tmp_path):
+    write(tmp_path / "one.parquet", ["alone"])
+    with pytest.raises(UserError, match=r"one\.parquet holds 1 documents"):
+        ParquetCorpus(tmp_path / "one.parquet")
+    (tmp_path / "texts.csv").write_text("text\na\nb\n")
+    with pytest.raises(UserError, match=r"texts\.csv is not a parquet file"):
+        ParquetCorpus(tmp_path / "texts.csv")
+    write(tmp_path / "two.parquet", ["a", "b"])
+    with pytest.raises(UserError, match="--val-shard needs a folder"):
+        ParquetCorpus(tmp_path / "two.parquet", val_shard="two.parquet")
+
+
+def test_fingerprint_is_that_of_0_1_where_the_data_is_read_as_then(data_dir):
+    """By hand: names and sizes in order. Whatever else is trained on has another."""
+    facts = [(p.name, p.stat().st_size) for p in sorted(data_dir.glob("*.parquet"))]
+    before = hashlib.sha256(repr(facts).encode()).hexdigest()
+    assert ParquetCorpus(data_dir).fingerprint == before
+    others = [
+        ParquetCorpus(data_dir, val_shard="shard_00001"),
+        ParquetCorpus(data_dir, val_shard="shard_00000"),
+        ParquetCorpus(data_dir / "shard_00000.parquet"),
+    ]
+    for path in data_dir.glob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("more", table["text"]), path, row_group_size=25)
+    others += [ParquetCorpus(data_dir), ParquetCorpus(data_dir, "more")]
+    assert len({before, *(corpus.fingerprint for corpus in others)}) == 6
+
+
+def test_it_is_kept_when_a_shard_goes(data_dir):
+    """Every save asks for it."""
+    corpus = ParquetCorpus(data_dir)
+    before = corpus.fingerprint
+    (data_dir / "shard_00001.parquet").unlink()
+    assert corpus.fingerprint == before
+
+
+def test_flags_of_shards_need_shards(work_dir):
+    with pytest.raises(UserError, match="--val-shard a needs parquet shards"):
+        open_corpus("stdlib", val_shard="a")
+    with pytest.raises(UserError, match="--text-column b needs parquet shards"):
+        open_corpus(text_column="b")
+
+
+def test_no_home(work_dir, monkeypatch):
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", unknown)
+    assert isinstance(open_corpus(), StdlibCorpus)
+    with pytest.raises(UserError, match="~nobody/data: no home folder"):
+        open_corpus("~nobody/data")
+
+
+def test_reads_cover_every_unit_once_and_stay_in_a_shard(tmp_path):
+    for index, (count, size) in enumerate([(2500, 1), (30, 7), (5000, 2500), (1500, 1), (9, 3)]):
+        write(
+            tmp_path / f"shard_{index}.parquet", documents(count, seed=index), row_group_size=size
+        )
+    corpus = ParquetCorpus(tmp_path)
+    spans = list(corpus.spans("train"))
+    covered = [unit for first, count in spans for unit in range(first, first + count)]
+    assert covered == list(range(corpus.num_units("train")))
+    assert [count for _, count in spans] == [1000, 1000, 500, 5, 1, 1, 1000, 500]
+    assert list(corpus.spans("train", 2499)) == [(2499, 1), *spans[3:]]
+    assert list(corpus.spans("val")) == [(0, 3)] and not list(corpus.spans("val", 3))
+    for first, count in spans:
+        shards = {corpus.describe("train", u)["shard"] for u in range(first, first + count)}
+        assert len(shards) == 1
+    together = [docs for first, count in spans for docs in corpus.read_span("train", first, count)]
+    assert together == [corpus.read("train", u) for u in range(corpus.num_units("train"))]
+
+
+def test_large_row_groups_are_read_alone(tmp_path):
+    """By their bytes in the file, not only by the number of documents."""
+    texts = [random.Random(i).randbytes(600_000).hex() for i in range(20)]
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", texts, row_group_size=1, compression="none")
+    corpus = ParquetCorpus(tmp_path)
+    assert {count for _, count in corpus.spans("train")} == {6, 2}  # 8 MiB of 24
+
+
+def test_footers_are_parsed_once_for_neighbouring_units(tmp_path, monkeypatch):
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", documents(50), row_group_size=1)
+    corpus = ParquetCorpus(tmp_path)
+    opened = []
+    open_file = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: opened.append(a) or open_file(*a, **k))
+    all_texts(corpus, "train")
+    assert len(opened) == 1
+
+
+def test_a_shard_that_changed_since_the_start_is_refused(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", documents(50), row_group_size=10)
+    corpus = ParquetCorpus(tmp_path)
+    write(tmp_path / "a.parquet", documents(50), row_group_size=5)
+    with pytest.raises(UserError, match=r"a\.parquet has changed since the start"):
+        corpus.read("train", 0)
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(UserError, match=r"a\.parquet is gone"):
+        corpus.read("train", 0)
