@@ -12,6 +12,11 @@ WINDOW_MULTIPLE = 128
 ROTARY_BASE = 100_000
 ROTARY_LENGTHS = 10  # the rotary table covers this many times sequence_len
 
+MAX_LAYERS = 4096
+MAX_SEQUENCE = 2**24
+MAX_VOCABULARY = 2**20
+SHAPE = "the weights have that shape"  # why a resumed run keeps a value
+
 
 def round_up(n: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least n."""
@@ -22,17 +27,41 @@ def round_up(n: int, multiple: int) -> int:
 class Dials:
     """What one sets to get a GPT's shape; every field is a flag of train.run."""
 
-    depth: int = option(16, "layers; the one dial of size", least=1)
-    aspect_ratio: int = option(64, "width per layer of depth", least=1)
-    head_dim: int = option(128, "size of an attention head", least=1)
+    depth: int = option(16, "layers; the one dial of size", least=1, most=MAX_LAYERS, fixed=SHAPE)
+    aspect_ratio: int = option(64, "width per layer of depth", least=1, most=2**16, fixed=SHAPE)
+    head_dim: int = option(128, "size of an attention head", least=1, most=2**16, fixed=SHAPE)
     n_kv_head: int = option(
-        0, "key/value heads, a divisor of the heads (0: as many as query heads)", least=0
+        0,
+        "key/value heads, a divisor of the heads (0: as many as query heads)",
+        least=0,
+        most=2**16,
+        fixed=SHAPE,
     )
-    max_seq_len: int = option(2048, "tokens per row", least=1)
-    window_pattern: str = option("SSSL", "attention windows, tiled: S quarter row, L whole")
-    vocab_size: int = option(32768, "tokens of the tokenizer, where one is trained", least=1)
-    bigram_embed_factor: int = option(5, "bigram rows per vocabulary entry (0: dense)", least=0)
-    bigram_lambda_init: float = option(0.05, "start of every layer's bigram lambda")
+    max_seq_len: int = option(
+        2048, "tokens per row", least=1, most=MAX_SEQUENCE, fixed="the loader's state has such rows"
+    )
+    window_pattern: str = option(
+        "SSSL",
+        "attention windows, tiled: S quarter row, L whole",
+        fixed="the weights were trained with it",
+    )
+    vocab_size: int = option(
+        32768,
+        "tokens of the tokenizer, where one is trained",
+        least=1,
+        most=MAX_VOCABULARY,
+        fixed=SHAPE,
+    )
+    bigram_embed_factor: int = option(
+        5, "bigram rows per vocabulary entry (0: dense)", least=0, most=2**20, fixed=SHAPE
+    )
+    bigram_lambda_init: float = option(
+        0.05,
+        "start of every layer's bigram lambda",
+        least=-1000,
+        most=1000,
+        fixed="only a new run starts from it",
+    )
 
     def config(self) -> "GPTConfig":
         """The shape: width depth * aspect_ratio, rounded up to whole heads.

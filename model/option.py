@@ -16,6 +16,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
     since: str | None = None,
+    fixed: str | None = None,
 ) -> Any:
     """A field with a default, a line of help, and its bounds or choices.
 
@@ -24,6 +25,7 @@ def option(
         metavar: what stands for the value in the help, such as "DIR"; None: by type.
         least, most: bounds of a number, inclusive.
         since: version that brought the field; settings saved before it take the default.
+        fixed: why a resumed run keeps its value; None: it may be given anew.
     """
     metadata = {
         "help": help,
@@ -32,6 +34,7 @@ def option(
         "least": least,
         "most": most,
         "since": since,
+        "fixed": fixed,
     }
     return field(default=default, metadata=metadata)
 

@@ -1,11 +1,11 @@
 """How long a run is and how its batch splits: pure arithmetic on settings and config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.errors import UserError
 from nanofuse.train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
-from nanofuse.train.settings import Settings
+from nanofuse.train.settings import LENGTHS, MAX_STEPS, Settings, flag_name
 
 REFERENCE_DEPTH = 12
 
@@ -35,8 +35,11 @@ class Plan:
         return self.num_iterations * self.total_batch_size
 
 
-def make_plan(settings: Settings, config: GPTConfig) -> Plan:
+def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -> Plan:
     """Plan of a run; the horizon is --num-iterations, else --target-flops, else the data ratio.
+
+    Args:
+        total: tokens per step, in place of the settings'.
 
     Raises:
         UserError: no horizon, or batch sizes that do not divide.
@@ -57,7 +60,7 @@ def make_plan(settings: Settings, config: GPTConfig) -> Plan:
         vocab_size=config.vocab_size,
     )
     reference_tokens = s.target_param_data_ratio * reference.num_scaling_params
-    total = s.total_batch_size
+    total = s.total_batch_size if total is None else total
     if total == -1:
         total = max(auto_batch_size(tokens, reference_tokens), device_tokens)
     if total < 1 or total % device_tokens:
@@ -73,6 +76,8 @@ def make_plan(settings: Settings, config: GPTConfig) -> Plan:
         steps, flag = int(tokens // total), "--target-param-data-ratio"
     if steps < 1:
         raise UserError(f"{flag} gives {steps} steps of {total} tokens; raise it to get one")
+    if steps > MAX_STEPS:
+        raise UserError(f"{flag} gives {steps:.3g} steps; {MAX_STEPS:,} are the most, lower it")
     if eval_tokens < device_tokens:
         raise UserError(
             f"--eval-tokens {eval_tokens} is less than one device batch of {device_tokens}"
@@ -87,3 +92,32 @@ def make_plan(settings: Settings, config: GPTConfig) -> Plan:
             settings.optim.weight_decay, total, tokens, reference_tokens
         ),
     )
+
+
+def make_resumed_plan(
+    settings: Settings, saved: Settings, config: GPTConfig, step: int, num_iterations: int
+) -> Plan:
+    """Plan of a run that goes on: the batch is the run's, the length too unless asked anew.
+
+    Args:
+        settings, saved: those of now, and those of the checkpoint.
+        step, num_iterations: where the checkpoint stands, and the length it was on the way to.
+
+    Raises:
+        UserError: sizes that do not divide, or nothing left to do.
+    """
+    total = make_plan(saved, config).total_batch_size
+    plan = make_plan(settings, config, total)
+    now, then = (vars(s.horizon) for s in (settings, saved))
+    changed = [name for name in LENGTHS if now[name] != then[name]]
+    if not changed:
+        plan = replace(plan, num_iterations=num_iterations)
+    if plan.num_iterations <= step:
+        if changed:
+            flag = next((n for n in changed if now[n] not in (-1, LENGTHS[n])), changed[0])
+            raise UserError(
+                f"{flag_name(flag)} {now[flag]} ends at step {plan.num_iterations}, and the run "
+                f"is at step {step}; a resumed run can only go on"
+            )
+        raise UserError(f"the run has finished its {step} steps; raise --num-iterations to go on")
+    return plan

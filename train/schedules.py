@@ -35,11 +35,13 @@ def scaled_weight_decay(
 class ScheduleConfig:
     """Shape of the learning rate's schedule."""
 
-    warmup_steps: int = option(40, "steps of linear warm-up", least=0)
+    warmup_steps: int = option(40, "steps of linear warm-up", least=0, most=10**12)
     warmdown_ratio: float = option(
         0.65, "last share of the steps, with linear warm-down", least=0, most=1
     )
-    final_lr_frac: float = option(0.05, "share of the learning rate left at the end", least=0)
+    final_lr_frac: float = option(
+        0.05, "share of the learning rate left at the end", least=0, most=1000
+    )
 
 
 @dataclass(frozen=True)

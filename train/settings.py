@@ -24,6 +24,9 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.schedules import ScheduleConfig
 
+MAX_STEPS = 10**12
+LEAST_LAMBDA = 1e-9  # of a bigram lambda's start: AdamW's epsilon hides the gradients of less
+OTHER_DATA = "the loader's state is of the run's data"  # why a resumed run keeps a value
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 
 
@@ -31,24 +34,40 @@ COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduc
 class Horizon:
     """How long a run is, and its batch."""
 
-    num_iterations: int = option(-1, "steps (-1: from the two flags below)")
-    target_flops: float = option(-1.0, "train for this many FLOPs (-1: off)")
-    target_param_data_ratio: float = option(8.0, "tokens per scaling parameter")
-    device_batch_size: int = option(32, "rows per forward pass", least=1)
-    total_batch_size: int = option(-1, "tokens per step (-1: from the horizon)")
+    num_iterations: int = option(
+        -1, "steps (-1: from the two flags below)", least=-1, most=MAX_STEPS
+    )
+    target_flops: float = option(-1.0, "train for this many FLOPs (-1: off)", least=-1, most=1e40)
+    target_param_data_ratio: float = option(8.0, "tokens per scaling parameter", most=1e9)
+    device_batch_size: int = option(32, "rows per forward pass", least=1, most=2**24)
+    total_batch_size: int = option(
+        -1,
+        "tokens per step (-1: from the horizon)",
+        least=-1,
+        most=2**32,
+        fixed="learning rates and weight decay are scaled to it",
+    )
 
 
 @dataclass(frozen=True)
 class Reports:
     """Evaluation, samples, checkpoints and logs."""
 
-    eval_every: int = option(250, "steps between evaluations (-1: only at the ends)")
-    eval_tokens: int = option(80 * 524288, "validation tokens per evaluation, at most", least=1)
+    eval_every: int = option(
+        250, "steps between evaluations (-1: only at the ends)", least=-1, most=MAX_STEPS
+    )
+    eval_tokens: int = option(
+        80 * 524288, "validation tokens per evaluation, at most", least=1, most=2**48
+    )
     skip_initial_eval: bool = option(False, "no evaluation before the first step")
-    sample_every: int = option(2000, "steps between samples (-1: none, 0: only at the end)")
-    save_every: int = option(-1, "steps between checkpoints (-1: only at the end)")
+    sample_every: int = option(
+        2000, "steps between samples (-1: none, 0: only at the end)", least=-1, most=MAX_STEPS
+    )
+    save_every: int = option(
+        -1, "steps between checkpoints (-1: only at the end)", least=-1, most=MAX_STEPS
+    )
     train_log_every: int = option(
-        50, "steps between log lines; others never wait for the GPU", least=1
+        50, "steps between log lines; others never wait for the GPU", least=1, most=MAX_STEPS
     )
     wandb: bool = option(False, "log to Weights & Biases as well (needs the wandb extra)")
 
@@ -61,10 +80,22 @@ class Job:
     resume: bool = option(False, "continue --run NAME from its latest checkpoint")
     data: str = option("", "folder of parquet shards, one shard, or 'stdlib'", metavar="PATH")
     val_shard: str = option(
-        "", "shard that validates (default: val*, test* or the last)", metavar="FILE", since="0.2"
+        "",
+        "shard that validates (default: val*, test* or the last)",
+        metavar="FILE",
+        since="0.2",
+        fixed=OTHER_DATA,
     )
-    text_column: str = option("text", "column of the shards that holds the text", since="0.2")
-    seed: int = option(42, "seed of the initialisation and of samples", least=0, most=2**63 - 1)
+    text_column: str = option(
+        "text", "column of the shards that holds the text", since="0.2", fixed=OTHER_DATA
+    )
+    seed: int = option(
+        42,
+        "seed of the initialisation and of samples",
+        least=0,
+        most=2**63 - 1,
+        fixed="only a new run starts from it",
+    )
 
 
 @dataclass(frozen=True)
@@ -143,22 +174,11 @@ CPU_PRESET = {
     "sample_every": 0,
 }
 
-# What may change when a run is resumed; everything else is the checkpoint's.
-RESUMABLE = {
-    "run",
-    "resume",
-    "data",
-    "eval_every",
-    "eval_tokens",
-    "skip_initial_eval",
-    "sample_every",
-    "save_every",
-    "train_log_every",
-    "wandb",
-    "cuda_graphs",
-}
+# Each of them sets the length of a run, unless it has this value.
+LENGTHS = {"num_iterations": -1, "target_flops": -1, "target_param_data_ratio": None}
 
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "on or off"}
 
 # Words of model/ for what a flag sets under another name.
 MODEL_WORDS = {"n_layer": "depth", "sequence_len": "max_seq_len"}
@@ -234,30 +254,69 @@ def check(settings: Settings) -> None:
         UserError: names the flag.
     """
     for name, value in settings.flat().items():
-        least, most = (FLAGS[name][1].metadata[key] for key in ("least", "most"))
+        flag, f = flag_name(name), FLAGS[name][1]
+        choices, least, most = (f.metadata[key] for key in ("choices", "least", "most"))
+        kinds = (float, int) if f.type is float else (f.type,)
+        if type(value) not in kinds:
+            raise UserError(f"{flag} must be {KINDS[f.type]}, got {value!r:.50}")
+        if choices and value not in choices:
+            raise UserError(f"{flag} must be one of {', '.join(choices)}, got {value!r:.50}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag_name(name)} must be a finite number, got {value}")
+            raise UserError(f"{flag} must be a finite number, got {value}")
         if least is not None and value < least:
-            raise UserError(f"{flag_name(name)} must be at least {least}, got {value}")
+            raise UserError(f"{flag} must be at least {least}, got {value}")
         if most is not None and value > most:
-            raise UserError(f"{flag_name(name)} must be at most {most}, got {value}")
+            raise UserError(f"{flag} must be at most {most:,}, got {value}")
+
+
+def given_lengths(given: Mapping[str, Any]) -> list[str]:
+    """The flags among those given that set the length of the run: one at most.
+
+    Raises:
+        UserError: names two of them.
+    """
+    names = [name for name, off in LENGTHS.items() if given.get(name, off) != off]
+    if len(names) > 1:
+        flags = " and ".join(map(flag_name, names[:2]))
+        raise UserError(f"{flags} both set the length of the run; drop one of them")
+    return names
+
+
+def check_bigram(settings: Settings) -> None:
+    """Refuse a bigram table that could never learn: it starts at zero, and its gradient has the
+    factor lambda, whose gradient has the factor table.
+
+    Raises:
+        UserError: names the flag.
+    """
+    start, mult = settings.model.bigram_lambda_init, settings.optim.bigram_embedding_lr_mult
+    if not settings.model.bigram_embed_factor:
+        return
+    hint = "; raise it, or leave the table out with --bigram-embed-factor 0"
+    if abs(start) < LEAST_LAMBDA:
+        raise UserError(f"--bigram-lambda-init {start}: the bigram table would never learn{hint}")
+    if mult == 0:
+        raise UserError(f"--bigram-embedding-lr-mult 0: the bigram table would stay zero{hint}")
 
 
 def resolve(given: Mapping[str, Any], device_type: str) -> Settings:
     """Settings of a new run from the flags that were given ({name: value}).
 
     Raises:
-        UserError: a value that no run can have.
+        UserError: a value that no run can have, or flags that exclude each other.
     """
     refuse_empty(given)
     preset = CPU_PRESET if device_type == "cpu" else {}
+    if given_lengths(given):  # in place of the preset's
+        preset = {name: value for name, value in preset.items() if name not in LENGTHS}
     settings = Settings().replace({**preset, **given})
     check(settings)
+    check_bigram(settings)
     return settings
 
 
 def resolve_resumed(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Settings:
-    """Settings of a resumed run: the saved ones, with RESUMABLE flags as given now. A flag that is
+    """Settings of a resumed run: the saved ones, with what may change as given now. A flag that is
     younger than the run has its default.
 
     Raises:
@@ -269,15 +328,23 @@ def resolve_resumed(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Setti
     saved = {**young, **saved}
     unknown, missing = sorted(saved.keys() - FLAGS), sorted(FLAGS.keys() - saved)
     if unknown or missing:
-        what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]!r} is missing"
+        what = f"{unknown[0]!r:.50} is unknown" if unknown else f"{missing[0]!r} is missing"
         raise UserError(f"the run's settings do not fit this version ({what})")
     settings = Settings().replace(saved)
+    try:
+        check(settings)
+    except UserError as error:
+        raise UserError(f"the run's settings are damaged: {error}") from None
     for name, value in given.items():
-        if name not in RESUMABLE and value != saved[name]:
+        reason = FLAGS[name][1].metadata["fixed"]
+        if reason and value != saved[name]:
             raise UserError(
-                f"{flag_name(name)} {value} differs from the run's {saved[name]}; "
+                f"{flag_name(name)} {value} differs from the run's {saved[name]}, and {reason}; "
                 "drop the flag, or start a new --run"
             )
-    settings = settings.replace({name: v for name, v in given.items() if name in RESUMABLE})
+    changes = dict(given)
+    if lengths := given_lengths(given):  # in place of the run's
+        changes |= {n: off for n, off in LENGTHS.items() if off is not None and n not in lengths}
+    settings = settings.replace(changes)
     check(settings)
     return settings

@@ -31,12 +31,11 @@ from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.loop import Progress, Trainer
-from nanofuse.train.plan import make_plan
+from nanofuse.train.memory import check_training_memory
+from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
 from nanofuse.train.runlog import RunLog
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import Settings, flag_name, naming_flags, resolve, resolve_resumed
-
-GIB = 2**30
 
 
 def new_run_dir(settings):
@@ -97,13 +96,7 @@ def find_tokenizer(corpus, vocab_size, size_given):
 def describe(start, plan, facts):
     """Lines that say what is about to run; `facts` are train.assemble's."""
     settings, config, machine = start.settings, start.config, start.machine
-    activation_bytes, rows = machine.dtype.itemsize, settings.horizon.device_batch_size
-    memory = config.memory_estimate(
-        rows,
-        activation_bytes,
-        fp8=start.fp8[0] != "off",
-        fused=machine.backend == "fused",
-    )
+    rows = settings.horizon.device_batch_size
     counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
     mode = f", mode {settings.machine.compile_mode}" if machine.backend == "compile" else ""
     return [
@@ -118,7 +111,6 @@ def describe(start, plan, facts):
         f"plan: {plan.num_iterations:,} steps x {plan.total_batch_size:,} tokens = "
         f"{plan.tokens:,}; {plan.micro_steps} micro-steps of {rows} rows; "
         f"lr x{plan.lr_scale:.4f}, weight decay {plan.weight_decay:.4f}",
-        f"memory: about {memory / GIB:.1f} GiB expected",
         f"run: {start.directory}"
         + (f", resumed at step {start.meta['step']}" if start.checkpoint else ""),
     ]
@@ -134,6 +126,7 @@ class Start:
     tokenizer: Tokenizer
     config: GPTConfig
     fp8: tuple  # provider and why
+    plan: Plan
     directory: Path
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
@@ -166,15 +159,19 @@ def start_new(given):
     directory = new_run_dir(settings)
     with naming_flags():
         config = settings.model.config()
-    make_plan(settings, config)  # refuses bad sizes before a tokenizer is trained
+    # bad sizes are refused before a tokenizer is trained
+    make_plan(settings, config)
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
+    least = config if "vocab_size" in given else dataclasses.replace(config, vocab_size=1)
+    check_training_memory(settings, least, machine, fp8[0])
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
     if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, directory)
+    plan = make_plan(settings, config)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, directory)
 
 
 def start_resumed(given):
@@ -191,18 +188,26 @@ def start_resumed(given):
     if "settings" not in meta:
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
     settings = resolve_resumed(given, meta["settings"])
-    if meta["step"] >= meta["num_iterations"]:
-        raise UserError(f"--resume: {directory} has finished its {meta['step']} steps")
+    config = config_of(meta, checkpoint)
+    saved = resolve_resumed({}, meta["settings"])
+    length = meta["num_iterations"]
+    plan = make_resumed_plan(settings, saved, config, meta["step"], length)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     if meta["loader"]["corpus"] != corpus.fingerprint:
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
-    config = config_of(meta, checkpoint)
     tokenizer = load_tokenizer(directory, config)
     machine = select_machine(settings.machine.device_type, settings.machine.backend)
     check_backend_flags(given, machine)
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, directory, checkpoint, meta)
+    if plan.num_iterations != length:
+        print(
+            f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "
+            "is that of a run of this length"
+        )
+    return Start(
+        settings, machine, corpus, tokenizer, config, fp8, plan, directory, checkpoint, meta
+    )
 
 
 def build_trainer(start, started):
@@ -215,7 +220,9 @@ def build_trainer(start, started):
         UserError: an attention backend that cannot run here, or a damaged checkpoint.
     """
     settings, config, machine = start.settings, start.config, start.machine
-    plan = make_plan(settings, config)
+    plan = start.plan
+    memory = check_training_memory(settings, config, machine, start.fp8[0])
+    print(f"memory: {memory} expected", flush=True)
 
     def set_weights(model):
         if start.checkpoint:

@@ -2,7 +2,7 @@ import pytest
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.errors import UserError
-from nanofuse.train.plan import make_plan
+from nanofuse.train.plan import make_plan, make_resumed_plan
 from nanofuse.train.settings import Settings
 
 
@@ -56,3 +56,32 @@ def test_bad_sizes_name_the_flag(fields, message):
         fields["total_batch_size"] = 524_288
     with pytest.raises(UserError, match=message):
         plan(**fields)
+
+
+def resumed(step=4, **fields):
+    saved = Settings().replace({"depth": 4, "num_iterations": 8, "device_batch_size": 2})
+    settings = saved.replace(fields)
+    return make_resumed_plan(settings, saved, saved.model.config(), step, 8)
+
+
+def test_a_resumed_run_keeps_its_batch_and_may_get_longer():
+    """The batch of -1 follows from the device batch too, and must not move with it."""
+    saved = Settings().replace({"depth": 4, "num_iterations": 8})
+    assert resumed().num_iterations == 8 and resumed(num_iterations=16).num_iterations == 16
+    total = make_plan(saved, saved.model.config()).total_batch_size
+    assert resumed(device_batch_size=4).total_batch_size == total
+    assert resumed(device_batch_size=4).micro_steps * 2 == resumed().micro_steps
+    assert resumed(num_iterations=6).num_iterations == 6
+
+
+def test_nothing_left_to_do_is_said():
+    with pytest.raises(UserError, match="--num-iterations 3 ends at step 3, .* at step 4"):
+        resumed(num_iterations=3)
+    with pytest.raises(UserError, match="finished its 8 steps; raise --num-iterations"):
+        resumed(step=8)
+    assert resumed(step=8, num_iterations=9).num_iterations == 9
+
+
+def test_a_length_without_end_is_refused():
+    with pytest.raises(UserError, match=r"--target-flops gives .* steps"):
+        plan(target_flops=1e40)

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from nanofuse.model.option import options
 from nanofuse.model.providers import ATTENTION, PRODUCTS
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import EQUILIBRATIONS
+from nanofuse.train.plan import make_plan
 from nanofuse.train.settings import (
     CPU_PRESET,
     FLAGS,
@@ -131,11 +133,94 @@ def test_parse_errors_are_one_line():
         ({"seed": 2**63}, "--seed"),
         ({"seed": -1}, "--seed"),
         ({"n_kv_head": -1}, "--n-kv-head"),
+        ({"depth": 2**63}, "--depth must be at most"),
+        ({"total_batch_size": 2**63}, "--total-batch-size must be at most"),
+        ({"num_iterations": 2**63}, "--num-iterations must be at most"),
+        ({"bigram_lambda_init": 1e308}, "--bigram-lambda-init must be at most"),
+        ({"bigram_lambda_init": -1e308}, "--bigram-lambda-init must be at least"),
     ],
 )
 def test_impossible_values_name_the_flag(given, message):
     with pytest.raises(UserError, match=message):
         resolve(given, "cpu")
+
+
+def test_every_number_has_bounds():
+    """2**63 of anything is refused, and so is what no step could be made of."""
+    for name, (_, f) in FLAGS.items():
+        if f.type in (int, float):
+            assert f.metadata["most"] is not None, name
+            for value in (f.type(1e308), -f.type(1e308)):
+                with pytest.raises(UserError):
+                    resolve({name: value}, "cpu")
+                    make_plan(Settings().replace({name: value}), Settings().model.config())
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"bigram_lambda_init": 0.0}, "--bigram-lambda-init"),
+        ({"bigram_lambda_init": -0.0}, "--bigram-lambda-init"),
+        ({"bigram_lambda_init": 1e-60}, "--bigram-lambda-init"),  # 0 in fp32
+        ({"bigram_embedding_lr_mult": 0.0}, "--bigram-embedding-lr-mult"),
+    ],
+)
+def test_a_bigram_table_that_could_not_learn_is_refused(given, flag):
+    with pytest.raises(UserError, match=f"{flag} .*--bigram-embed-factor 0"):
+        resolve(given, "cpu")
+    resolve({**given, "bigram_embed_factor": 0}, "cpu")
+    # a run of an older version that did so goes on
+    resolve_resumed({}, Settings().replace(given).flat())
+
+
+def test_the_flags_of_the_length_are_the_cpu_presets_too():
+    assert resolve({}, "cpu").horizon.num_iterations == CPU_PRESET["num_iterations"]
+    for given in ({"target_flops": 1e9}, {"target_param_data_ratio": 4.0}):
+        assert resolve(given, "cpu").horizon.num_iterations == -1
+    assert resolve({"num_iterations": 7, "target_flops": -1.0}, "cpu").horizon.num_iterations == 7
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_two_flags_of_the_length_are_refused(device_type):
+    values = {"num_iterations": 3, "target_flops": 1e9, "target_param_data_ratio": 4.0}
+    for pair in itertools.combinations(values, 2):
+        given = {name: values[name] for name in pair}
+        with pytest.raises(UserError) as error:
+            resolve(given, device_type)
+        with pytest.raises(UserError):
+            resolve_resumed(given, resolve({}, device_type).flat())
+        assert all("--" + name.replace("_", "-") in str(error.value) for name in pair)
+
+
+def test_a_resumed_run_takes_new_rates_lengths_and_machines():
+    saved = resolve({"depth": 2, "run": "a"}, "cpu").flat()
+    changes = {
+        "matrix_lr": 0.01, "embedding_lr": 0.5, "weight_decay": 0.0, "warmdown_ratio": 0.5,
+        "num_iterations": 200, "device_batch_size": 4, "attention": "flex", "fp8": "off",
+        "backend": "eager", "device_type": "cpu", "deterministic": True,
+    }  # fmt: skip
+    assert resolve_resumed(changes, saved).flat() == {**saved, **changes}
+    again = resolve_resumed({"target_flops": 1e12}, saved)
+    assert again.horizon.num_iterations == -1 and again.horizon.target_flops == 1e12
+    assert resolve_resumed({}, again.flat()) == again
+
+
+def test_what_cannot_change_says_why():
+    saved = resolve({"depth": 2, "run": "a"}, "cpu").flat()
+    for name, (_, f) in FLAGS.items():
+        if f.metadata["fixed"]:
+            value = f.type(saved[name] * 2 + 2) if f.type in (int, float) else "none"
+            value = not saved[name] if f.type is bool else value
+            with pytest.raises(UserError, match="differs from the run's") as error:
+                resolve_resumed({name: value}, saved)
+            assert f.metadata["fixed"] in str(error.value) and "--" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, True, "4", 4.0, [], {}, 2**63, -1])
+def test_saved_settings_are_checked_as_flags_are(value):
+    saved = {**resolve({"depth": 2}, "cpu").flat(), "depth": value}
+    with pytest.raises(UserError, match="settings are damaged: --depth"):
+        resolve_resumed({}, saved)
 
 
 def test_resuming_changes_only_what_may_change():

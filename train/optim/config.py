@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from nanofuse.model.option import option
 
 ADAMW_EPS = 1e-10
+MAX_RATE = 1e30  # finite in fp32 after every factor
+STATE = "the optimiser's state was made with it"  # why a resumed run keeps a value
 EQUILIBRATIONS = ("row", "col", "none")  # kernels/newton_schulz.py's
 REFERENCE_WIDTH = 768  # AdamW's matrix learning rates are tuned at this width
 
@@ -27,15 +29,27 @@ class AdamWGroup:
 class OptimConfig:
     """Learning rates and Muon's options; defaults are those of docs/recipe.md."""
 
-    embedding_lr: float = option(0.3, "AdamW, token embedding (value embeddings: half)", least=0)
-    unembedding_lr: float = option(0.008, "AdamW, lm_head", least=0)
-    matrix_lr: float = option(0.02, "Muon, matrices inside the blocks", least=0)
-    scalar_lr: float = option(0.3, "AdamW, x0 lambdas (residual lambdas: a hundredth)", least=0)
-    weight_decay: float = option(0.28, "Muon's cautious decay, before scaling", least=0)
-    bigram_embedding_lr_mult: float = option(1.0, "bigram table: times --embedding-lr", least=0)
-    bigram_lambda_lr: float = option(0.01, "AdamW, bigram lambdas", least=0)
-    muon_plus: bool = option(True, "rescale Muon's update to norm sqrt(min(rows, cols))")
-    muon_eq: str = option("row", "equilibration before Muon's iteration", EQUILIBRATIONS)
+    embedding_lr: float = option(
+        0.3, "AdamW, token embedding (value embeddings: half)", least=0, most=MAX_RATE
+    )
+    unembedding_lr: float = option(0.008, "AdamW, lm_head", least=0, most=MAX_RATE)
+    matrix_lr: float = option(0.02, "Muon, matrices inside the blocks", least=0, most=MAX_RATE)
+    scalar_lr: float = option(
+        0.3, "AdamW, x0 lambdas (residual lambdas: a hundredth)", least=0, most=MAX_RATE
+    )
+    weight_decay: float = option(
+        0.28, "Muon's cautious decay, before scaling", least=0, most=MAX_RATE
+    )
+    bigram_embedding_lr_mult: float = option(
+        1.0, "bigram table: times --embedding-lr", least=0, most=1e6
+    )
+    bigram_lambda_lr: float = option(0.01, "AdamW, bigram lambdas", least=0, most=MAX_RATE)
+    muon_plus: bool = option(
+        True, "rescale Muon's update to norm sqrt(min(rows, cols))", fixed=STATE
+    )
+    muon_eq: str = option(
+        "row", "equilibration before Muon's iteration", EQUILIBRATIONS, fixed=STATE
+    )
     muon_beta2: float = 0.9  # of the variance reduction
 
     def adamw_groups(self) -> dict[str, AdamWGroup]:
