@@ -1,6 +1,7 @@
 """What the start of a run says of its data, and which share of it packing drops."""
 
 import itertools
+from operator import length_hint
 
 import numpy as np
 
@@ -34,10 +35,10 @@ def dropped_share(lengths, row_len):
         lengths: tokens of each document, at least one.
         row_len: tokens per row.
     """
-    documents = (np.broadcast_to(np.int32(0), length) for length in itertools.cycle(lengths))
-    packer = BestFitPacker(itertools.islice(documents, PACKED_DOCUMENTS), row_len)
-    rows = 0
-    while len(packer.buffer) == packer.buffer_size or not rows:  # until the documents end
+    lengths = itertools.islice(itertools.cycle(lengths), PACKED_DOCUMENTS)
+    documents = iter([np.broadcast_to(np.int32(0), length) for length in lengths])
+    packer, rows = BestFitPacker(documents, row_len), 0
+    while length_hint(documents):  # what is in the buffer then is neither packed nor dropped
         packer.next_row()
         rows += 1
     return packer.dropped_tokens / (packer.dropped_tokens + rows * row_len)

@@ -79,12 +79,12 @@ def cut_blanks(text):
 
 
 @contextmanager
-def naming_panics(what):
-    """A panic of a native library, which is no Exception, becomes a UserError about `what`."""
+def naming_failures(what):
+    """A ValueError or a panic (no Exception) of a native library becomes a UserError on `what`."""
     try:
         yield
     except BaseException as error:
-        if type(error).__module__ != "pyo3_runtime":
+        if not isinstance(error, ValueError) and type(error).__module__ != "pyo3_runtime":
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"the tokenizer's library failed on {what} ({reason})") from None
@@ -176,7 +176,7 @@ class Tokenizer:
             raise UserError(f"--vocab-size {vocab_size} is above the maximum of {MAX_VOCAB_SIZE}")
         trainer = rustbpe.Tokenizer()
         pieces = (piece for text in texts for piece in cut_blanks(text))
-        with naming_panics("the text to train on"):
+        with naming_failures("the text to train on"):
             trainer.train_from_iterator(
                 pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
             )
@@ -226,10 +226,10 @@ class Tokenizer:
         tokens = [base64.b64decode(token, validate=True) for token in fields.tokens]
         check_tokens(tokens)
         check_pattern(fields.pattern)
-        with naming_panics(f"{path}, a tokenizer whose pattern it cannot use"):
+        with naming_failures("its pattern"):
             tokenizer = cls(tokens, fields.pattern, fields.asked_vocab_size)
-            if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-                raise ValueError("its pattern leaves parts of a text out")
+        if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+            raise ValueError("its pattern leaves parts of a text out")
         return tokenizer
 
     def _fields(self):
@@ -271,7 +271,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of `text`; special tokens in it are ordinary text."""
-        with naming_panics(f"a text of {len(text):,} characters"):
+        with naming_failures(f"a text of {len(text):,} characters"):
             return [i for piece in cut_blanks(text) for i in self.encoding.encode_ordinary(piece)]
 
     def encode_documents(self, texts):
@@ -284,7 +284,7 @@ class Tokenizer:
         pieces = [cut_blanks(text) for text in texts]
         encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
         size = sum(map(len, texts))
-        with naming_panics(f"{len(texts)} documents of {size:,} characters"):
+        with naming_failures(f"{len(texts)} documents of {size:,} characters"):
             # rare: the text stays text, and would look like a start; or it is cut
             if any(BOS in text for text in texts) or any(len(parts) > 1 for parts in pieces):
                 ids = [np.concatenate([[self.bos], *map(encode, parts)]) for parts in pieces]

@@ -100,6 +100,30 @@ def test_unreachable_hub_and_missing_shards(tmp_path):
         download.download_shards(tmp_path, 21, hub=FakeHub())
 
 
-def test_command_checks_its_count(tmp_path):
-    with pytest.raises(UserError, match="-n 0 must be at least 1"):
-        data.main(["download", "-n", "0", "--data", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("-n", "0", "-n 0 must be at least 1"),
+        ("-n", "-3", "-n -3 must be at least 1"),
+        ("-n", "6543", "-n 6543 must be at most 6,542"),
+        ("-n", str(2**63), "must be at most 6,542"),
+        ("--workers", "0", "--workers 0 must be at least 1"),
+        ("--workers", "-3", "--workers -3 must be at least 1"),
+        ("--workers", str(2**63), "must be at most 64"),
+    ],
+)
+def test_command_checks_its_numbers(tmp_path, monkeypatch, flag, value, message):
+    """Before the network is asked or a folder is made."""
+    monkeypatch.setattr(data, "download_shards", None)
+    with pytest.raises(UserError, match=message):
+        data.main(["download", f"{flag}={value}", "--data", str(tmp_path / "new")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["two", "nan", "1e3", "", "1.5"])
+@pytest.mark.parametrize("flag", ["-n", "--workers"])
+def test_what_is_no_whole_number_ends_in_one_line(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main(["download", f"{flag}={value}"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and flag in err

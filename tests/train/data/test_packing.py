@@ -1,3 +1,5 @@
+from bisect import bisect_left, bisect_right, insort_right
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,6 +87,54 @@ def test_saved_buffer_continues_exactly():
     rest = BestFitPacker(documents, 32, 20, buffer=list(first.buffer), lengths=first.lengths)
     tail = [rest.next_row() for _ in range(len(whole) - 60)]
     assert np.array_equal(np.stack(whole), np.stack(head + tail))
+
+
+def old_rows(lengths, row_len, buffer_size):
+    """Rows of the scheme where the buffer holds whole documents, as up to version 0.1."""
+    documents, buffer, rows = iter(make_documents(lengths)), [], []
+    while True:
+        row, filled = np.empty(row_len, np.int32), 0
+        while filled < row_len:
+            while len(buffer) < buffer_size and (document := next(documents, None)) is not None:
+                insort_right(buffer, document, key=len)
+            if not buffer:
+                return rows
+            space = row_len - filled
+            index = bisect_right(buffer, space, key=len) - 1
+            if index >= 0:
+                index = bisect_left(buffer, len(buffer[index]), key=len)
+            taken = buffer.pop(max(index, 0))[:space]
+            row[filled : filled + len(taken)] = taken
+            filled += len(taken)
+        rows.append(row)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 90), max_size=80), st.integers(2, 20), st.integers(1, 12),
+    st.integers(0, 30),
+)  # fmt: skip
+def test_a_row_of_each_document_gives_the_rows_of_whole_ones(lengths, row_len, buffer_size, cut):
+    """Documents of many rows among them, and with a state saved and restored on the way."""
+    expected = old_rows(lengths, row_len, buffer_size)
+    documents = iter(make_documents(lengths))
+    packer, rows = BestFitPacker(documents, row_len, buffer_size), []
+    while (row := packer.next_row()) is not None:
+        rows.append(row)
+        assert all(len(document) <= row_len for document in packer.buffer)
+        if len(rows) == cut:
+            packer = BestFitPacker(documents, row_len, buffer_size, packer.buffer, packer.lengths)
+    assert len(rows) == len(expected)
+    assert all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+
+
+def test_what_is_beyond_a_row_is_not_kept_in_memory():
+    packer = BestFitPacker([np.zeros(10**6, np.int32) for _ in range(3)], 8, 3)
+    packer._refill()
+    assert packer.lengths == [10**6] * 3
+    assert all(len(d) == 8 and d.base is None for d in packer.buffer)
+    whole = BestFitPacker([], 8, 3, [np.zeros(100, np.int32)])  # a state of version 0.1
+    assert whole.lengths == [100] and len(whole.buffer[0]) == 8
 
 
 def test_a_long_document_fills_a_row():

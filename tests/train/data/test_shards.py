@@ -66,7 +66,7 @@ def test_no_hint_where_the_order_is_the_old_one(data_dir):
 def test_natural_order():
     names = ["a1b2", "a1b10", "a2", "a10", "a010b", "b", "b7", "b07", "1", "02", "10", "9" * 200]
     expected = ["1", "02", "10", "9" * 200, "a1b2", "a1b10", "a2", "a10", "a010b", "b", "b07", "b7"]
-    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key) == expected
+    assert sorted(names, key=natural_key) == expected
 
 
 @pytest.mark.parametrize(

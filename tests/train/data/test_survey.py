@@ -1,0 +1,86 @@
+"""What the start of a run says of its data."""
+
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
+from nanofuse.train.data.loader import PackedLoader
+from nanofuse.train.data.survey import describe_data, document_lengths, dropped_share
+from tests.helpers import WORDS, documents
+
+
+def corpus_of(folder, texts, **options):
+    for name in "ab":
+        pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet", **options)
+    return ParquetCorpus(folder)
+
+
+def shares(lines):
+    return [float(x) for x in re.findall(r"drops ([\d.]+) % of the tokens", "\n".join(lines))]
+
+
+def test_the_data_line_names_what_validates(data_dir, tokenizer):
+    line = describe_data(ParquetCorpus(data_dir), tokenizer, 64)[0]
+    assert line.startswith("data: 3 parquet shards in ") and line.endswith(
+        "; shard_00002.parquet validates; tokenizer of 320 tokens"
+    )
+    assert "of them validate" in describe_data(StdlibCorpus(), tokenizer, 64)[0]
+
+
+def test_an_order_other_than_before_is_said(data_dir, tokenizer):
+    for old, new in (("00000", "9"), ("00001", "10")):
+        (data_dir / f"shard_{old}.parquet").rename(data_dir / f"shard_{new}.parquet")
+    lines = describe_data(ParquetCorpus(data_dir), tokenizer, 64)
+    assert "2 before 10" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "seq_len", "low", "high"), [(1200, 64, 90, 100), (20, 256, 0, 5)]
+)
+def test_the_share_that_packing_drops(tmp_path, tokenizer, words, seq_len, low, high):
+    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(words)) for i in range(300)]
+    lines = describe_data(corpus_of(tmp_path, texts), tokenizer, seq_len)
+    assert len(shares(lines)) == 1 and low <= shares(lines)[0] <= high
+    assert ("raise --max-seq-len" in lines[-1]) == (low >= 50)
+
+
+@pytest.mark.parametrize("seq_len", [32, 64, 200])
+def test_it_is_about_what_packing_drops_later(tmp_path, tokenizer, seq_len):
+    corpus = corpus_of(tmp_path, documents(1500, longest=150), row_group_size=100)
+    share = dropped_share(document_lengths(corpus, tokenizer), seq_len + 1)
+    loader = PackedLoader(corpus, "train", tokenizer, 8, seq_len)
+    rows = sum(len(next(loader)[0]) for _ in range(50_000 // seq_len))
+    loader.close()
+    dropped = loader.packer.dropped_tokens
+    assert share == pytest.approx(dropped / (dropped + rows * (seq_len + 1)), abs=0.05)
+
+
+def test_a_document_of_many_megabytes_is_measured_by_its_beginning(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, ["birds sang " * 1_000_000, *documents(9)])
+    lengths = document_lengths(corpus, tokenizer)
+    ids = tokenizer.encode_documents(["birds sang " * 1000])[0]
+    assert lengths == [pytest.approx(1000 * len(ids), rel=0.01)]
+
+
+def test_a_long_row_group_is_not_read_whole(tmp_path, tokenizer, monkeypatch):
+    corpus = corpus_of(tmp_path, documents(5000))
+    monkeypatch.setattr(corpus, "_read", None)
+    lengths = document_lengths(corpus, tokenizer)
+    assert lengths == [len(d) for d in tokenizer.encode_documents(documents(5000)[:1000])]
+
+
+def test_data_that_holds_no_text_or_is_damaged_is_left_to_the_loader(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, ["", ""])
+    assert len(describe_data(corpus, tokenizer, 64)) == 1
+    path = tmp_path / "a.parquet"
+    path.write_bytes(path.read_bytes()[:20])
+    assert len(describe_data(corpus, tokenizer, 64)) == 1
+
+
+def test_documents_that_are_not_utf8_are_counted(tmp_path, tokenizer):
+    raw = pa.array([b"caf\xe9", b"fine", b"\xff"] * 20, pa.binary())
+    corpus = corpus_of(tmp_path, raw, row_group_size=7)
+    assert "40 training documents" in describe_data(corpus, tokenizer, 64)[-1]
