@@ -1,0 +1,182 @@
+"""What the JSON files that are read back may hold, with bounds, and the sizes of their tensors.
+
+A file is validated whole before anything follows from it, and the sizes that it claims are compared
+with the tensors' headers before anything of that size is allocated.
+"""
+
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from nanofuse.model.config import (
+    MAX_LAYERS,
+    MAX_SEQUENCE,
+    MAX_VOCABULARY,
+    GPTConfig,
+)
+from nanofuse.train.errors import UserError
+
+FORMAT = 1
+MAX_FILE_BYTES = 2**26
+MAX_COUNT = 2**53  # of steps, units, documents: exact in any JSON reader
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Width = Annotated[int, Field(ge=1, le=2**24)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Fields of exactly these names and types; every number is finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sizes(Strict):
+    """What nanochat's model_config and this project's have in common."""
+
+    sequence_len: int = Field(ge=1, le=MAX_SEQUENCE)
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    n_layer: int = Field(ge=1, le=MAX_LAYERS)
+    n_head: Width
+    n_kv_head: Width
+    n_embd: Width
+    window_pattern: str = Field(min_length=1, max_length=MAX_LAYERS)
+
+
+class Architecture(Sizes):
+    """GPTConfig's fields."""
+
+    bigram_embed_factor: Count
+    bigram_lambda_init: float
+
+
+class ProgressFields(Strict):
+    """What a checkpoint carries of the loop; train/loop.py knows the other fields."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, bool | int | float | str | None]
+
+    step: Count
+    train_seconds: float = Field(ge=0)
+    val_bpb: float | None = None
+    best_bpb: float | None = None
+    loss: float | None = None
+
+
+class Position(Strict):
+    """Where the data loader stands, and in which data."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epoch: Count
+    unit: Count
+    document: Count
+    corpus: str
+
+
+class Meta(Strict):
+    """meta.json of a checkpoint; a converted one has no training to go on with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal[1]
+    step: Count
+    architecture: Architecture = Field(alias="model_config")
+    val_bpb: float | None = None
+    settings: dict[str, bool | int | float | str] | None = None  # train/settings.py checks them
+    progress: ProgressFields | None = None
+    num_iterations: Count | None = None
+    optimizer_steps: Count | None = None
+    loader: Position | None = None
+    files: dict[str, str] | None = None  # SHA-256 by name
+    tokenizer: str | None = None  # its fingerprint
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Meta":
+        if self.settings is None:
+            return self
+        if self.progress is None or self.loader is None:
+            raise ValueError("progress or loader is missing")
+        if self.num_iterations is None or self.optimizer_steps is None:
+            raise ValueError("num_iterations or optimizer_steps is missing")
+        if self.progress.step != self.step or self.optimizer_steps > self.step:
+            raise ValueError("its steps disagree")
+        return self
+
+
+class NanochatMeta(BaseModel):
+    """meta_NNNNNN.json of nanochat, as far as it is read."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    declared: dict[str, Any] = Field(alias="model_config")
+    val_bpb: float | None = None
+
+
+def first_reason(error: ValidationError) -> str:
+    """The first thing that a schema found wrong, in one line."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, found["loc"]))
+    text = " ".join(found["msg"].removeprefix("Value error, ").split())
+    return f"{where[:80]}: {text}" if where else text
+
+
+def read_json(path: Path | str, schema: type[Model]) -> Model:
+    """A JSON file, validated.
+
+    Raises:
+        ValueError: what is wrong with it, in one line; it is missing, or not such a file.
+    """
+    try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is not a regular file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
+        with open(path, "rb") as file:
+            return schema.model_validate_json(file.read(MAX_FILE_BYTES))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except ValidationError as error:
+        raise ValueError(first_reason(error)) from None
+
+
+def read_meta(path: Path | str) -> dict[str, Any]:
+    """meta.json of a checkpoint, as a dict.
+
+    Raises:
+        ValueError: as read_json.
+    """
+    return read_json(path, Meta).model_dump(by_alias=True, exclude_unset=True)
+
+
+def header(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a safetensors file; no tensor is read.
+
+    Raises:
+        ValueError: the file is missing, cut short or damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from None
+
+
+def check_size(config: GPTConfig, shapes: dict[str, tuple[int, ...]], source: Path | str) -> None:
+    """Refuse a config that claims another size than the tensors that are there have together.
+
+    Raises:
+        UserError: names the source.
+    """
+    there = sum(math.prod(shape) for shape in shapes.values())
+    if there != config.num_params:
+        raise UserError(
+            f"{source}: model_config claims {config.num_params:,} parameters, the file holds "
+            f"{there:,}"
+        )
