@@ -4,6 +4,8 @@ Beside keys and values the cache holds what else a position reads of the one bef
 token, for the bigram hash, and the previous normalised embedding, for smear.
 """
 
+import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -97,26 +99,41 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number from 0 on, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
+
+
+def row_generators(seed, count, device):
+    """A torch.Generator for every row: row 0 has the seed, row i one made of the seed and i.
+
+    So the draws of a row do not depend on how many stand beside it.
+    """
+
+    def seed_of(row):
+        digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1 if row else seed
+
+    return [torch.Generator(device).manual_seed(seed_of(row)) for row in range(count)]
 
 
 def sample_next(
     logits,  # (B, V)
     sampling,
-    generator,
+    generators,
 ):
-    """Draw one token per row, (B,) int64."""
+    """Draw one token per row, (B,) int64, each with its generator."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a small temperature must not overflow
     logits = logits / sampling.temperature
     if sampling.top_k:
         k = min(sampling.top_k, logits.size(-1))
         kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    rows = zip(logits.softmax(dim=-1), generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=each) for row, each in rows])
 
 
 @torch.inference_mode()
@@ -124,7 +141,8 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
     """Sample num_samples continuations of a prompt; yields a list of num_samples tokens per step.
 
     A row ends at the stop token, which is not yielded; from then on its entry is None. The prompt
-    is prefilled once and its cache copied to all rows. The model keeps its mode, train or eval.
+    is prefilled once and its cache copied to all rows. The model keeps its mode, train or eval. Row
+    i draws the same whatever num_samples is (its logits may round otherwise beside other rows).
 
     Args:
         prompt: non-empty list of token ids.
@@ -140,7 +158,7 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     device = model.resid_lambdas.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
+    generators = row_generators(sampling.seed, num_samples, device)
     was_training = model.training
     model.eval()
     try:
@@ -149,7 +167,7 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
         cache, logits = cache.expand(num_samples), logits.repeat(num_samples, 1)
         ended = [False] * num_samples
         for step in range(max_tokens):
-            tokens = sample_next(logits, sampling, generator)  # (num_samples,)
+            tokens = sample_next(logits, sampling, generators)  # (num_samples,)
             column = tokens.tolist()
             ended = [e or t == stop_token for e, t in zip(ended, column, strict=True)]
             if all(ended):
