@@ -12,6 +12,17 @@ WINDOW_MULTIPLE = 128
 ROTARY_BASE = 100_000
 ROTARY_LENGTHS = 10  # the rotary table covers this many times sequence_len
 
+# GPTConfig's fields that nanochat's model_config has
+NANOCHAT_FIELDS = (
+    "sequence_len",
+    "vocab_size",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "window_pattern",
+)
+
 MAX_LAYERS = 4096
 MAX_SEQUENCE = 2**24
 MAX_VOCABULARY = 2**20

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nanofuse.model.config import ROTARY_LENGTHS
 from nanofuse.train.errors import UserError
 
 try:
@@ -98,3 +99,24 @@ def check_training_memory(settings, config, machine, fp8):
         f"training {config.num_params:,} parameters with {rows:,} rows of {config.sequence_len:,}"
     )
     return check_memory(estimate(rows), machine.device, what, hint)
+
+
+def check_inference_memory(config, itemsize, device, rows=1, positions=0, hint="the model's size"):
+    """As check_memory, for a model that generates, or is only held.
+
+    Args:
+        itemsize: bytes of a weight, and of a value in the KV cache.
+        rows, positions: of the KV cache.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    cache = 2 * rows * positions * config.n_layer * config.kv_dim * itemsize
+    logits = 4 * 4 * rows * config.padded_vocab_size if positions else 0
+    rotary = 4 * 2 * ROTARY_LENGTHS * config.sequence_len * config.head_dim
+    # a cache that grows is there twice
+    needed = itemsize * config.num_params + 2 * rotary + 2 * cache + logits
+    what = f"a model of {config.num_params:,} parameters"
+    if rows > 1:
+        what += f" with {rows:,} rows of {positions:,} tokens"
+    return check_memory(needed, device, what, hint)

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +129,156 @@ def test_damaged_checkpoints_are_named_and_nothing_is_made(nanochat_dir, damage,
     with pytest.raises(UserError, match=r"model_(000500|NNNNNN)\.pt|meta_000500\.json"):
         main(["from-nanochat", str(nanochat_dir), "--run", "x"])
     assert not run_dir("x").exists() and "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2, 3],
+        torch.zeros(3),
+        None,
+        7,
+        {"model": {"a": torch.zeros(2)}, "step": 7},
+        {1: torch.zeros(2)},
+        {"a": "text"},
+        {},
+        {"a": torch.zeros(3).to_sparse()},
+        {"a": torch.zeros(3, device="meta")},
+        {"lm_head.weight": torch.zeros(1, 1).expand(2**20, 2**20)},
+    ],
+    ids=str,
+)
+def test_files_of_something_else_are_named(nanochat_dir, content):
+    torch.save(content, nanochat_dir / "model_000500.pt")
+    with pytest.raises(UserError, match=r"model_000500\.pt") as error:
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert "\n" not in str(error.value) and not run_dir("x").exists()
+
+
+def test_a_module_is_not_run(nanochat_dir):
+    torch.save(torch.nn.Linear(2, 2), nanochat_dir / "model_000500.pt")
+    with pytest.raises(UserError, match=r"model_000500\.pt .* more than tensors"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+def test_files_of_before_the_zip_format(nanochat_dir):
+    path = nanochat_dir / "model_000500.pt"
+    torch.save(nanochat_tensors(), path, _use_new_zipfile_serialization=False)
+    main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_tensors_that_are_no_weights_are_named(nanochat_dir, dtype):
+    """Today's code took them for weights by .float()."""
+    tensors = nanochat_tensors()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    torch.save(tensors, nanochat_dir / "model_000500.pt")
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"lm_head\.weight is {name}"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert not run_dir("x").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_real_numbers_are_weights(nanochat_dir, dtype):
+    tensors = {name: t.to(dtype) for name, t in nanochat_tensors().items()}
+    torch.save(tensors, nanochat_dir / "model_000500.pt")
+    main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_no_numbers_are_refused(nanochat_dir, value):
+    """1e300 is finite in fp64, and infinite in the fp32 of a run."""
+    tensors = nanochat_tensors()
+    tensors["resid_lambdas"] = tensors["resid_lambdas"].double()
+    tensors["resid_lambdas"][2] = value
+    torch.save(tensors, nanochat_dir / "model_000500.pt")
+    with pytest.raises(UserError, match="resid_lambdas has values that are no finite numbers"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert not run_dir("x").exists()
+
+
+def config_with(directory, **fields):
+    meta = {"step": 500, "model_config": {**CONFIG, **fields}}
+    (directory / "meta_000500.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rope_base", 500000), ("softcap", 30.0), ("mlp_type", "swiglu"), ("bias", True), ("x", None)],
+)
+def test_fields_of_another_architecture_are_named(nanochat_dir, name, value):
+    config_with(nanochat_dir, **{name: value})
+    with pytest.raises(UserError, match=rf"model_config has {name}"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert not run_dir("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rope_base", 100000), ("rope_theta", 100000.0), ("softcap", 15), ("dropout", 0.0)],
+)
+def test_fields_that_say_what_this_model_does_pass(nanochat_dir, name, value):
+    config_with(nanochat_dir, **{name: value})
+    main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_layer", 10**6),
+        ("n_layer", 4096),
+        ("n_embd", 2**24),
+        ("n_embd", 2**40),
+        ("vocab_size", 2**20),
+        ("sequence_len", 2**40),
+        ("n_layer", -1),
+        ("n_layer", 4.0),
+        ("n_layer", "4"),
+        ("n_layer", True),
+        ("n_layer", None),
+        ("n_layer", []),
+        ("n_layer", float("nan")),
+        ("n_head", 0),
+        ("n_head", 7),
+        ("window_pattern", ""),
+        ("window_pattern", "SX"),
+    ],
+)
+def test_claimed_sizes_are_compared_before_anything_is_allocated(
+    nanochat_dir, monkeypatch, name, value
+):
+    def allocated(*args):
+        raise AssertionError("a model of the claimed size is made")
+
+    monkeypatch.setattr("nanofuse.train.nanochat.GPT", allocated)
+    config_with(nanochat_dir, **{name: value})
+    with pytest.raises(UserError, match="000500") as error:
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+    assert "\n" not in str(error.value) and not run_dir("x").exists()
+
+
+def test_rows_beyond_the_memory_are_refused(nanochat_dir, monkeypatch):
+    """No tensor of the file shows the length of a row, but a table is as long."""
+    monkeypatch.setattr("nanofuse.train.memory.memory_of", lambda device: 2**30)
+    config_with(nanochat_dir, sequence_len=2**24)
+    with pytest.raises(UserError, match="GiB"):
+        main(["from-nanochat", str(nanochat_dir), "--run", "x"])
+
+
+def test_flags_are_parsed_without_torch():
+    root = Path(__file__).parents[2]
+    for module in ("convert", "generate"):
+        code = f"import sys; from nanofuse.train.{module} import main\n"
+        code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-OO", "-c", code], cwd=root, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_existing_targets_are_kept(nanochat_dir, work_dir):
