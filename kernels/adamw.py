@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import tuned
 
@@ -150,15 +151,16 @@ def _adamw_kernel(
         _adamw_block(p, g, m, v, scalars, tl.arange(0, BLOCK) < count, CLEAR, BLOCK)
 
 
-def _block_table(quadruples, block):
-    """The table that `_adamw_kernel` reads as blocks_ptr, (B, 6) int64 on the CPU.
+def block_table(tuples, block):
+    """A table of the blocks of tensors, (B, K + 2) int64 on the CPU: a row holds the addresses of
+    one block in K tensors of one size, its elements, and the index of the tuple.
 
     Args:
-        quadruples: [(index of the tensor, (p, g, m, v))].
+        tuples: [(index, (K tensors))].
         block: elements of a block.
     """
     rows = []
-    for index, tensors in quadruples:
+    for index, tensors in tuples:
         count = tensors[0].numel()
         starts = torch.arange(0, count, block)
         addresses = [x.data_ptr() + starts * x.element_size() for x in tensors]
@@ -204,7 +206,7 @@ class AdamWTensors:
                 groups.setdefault(key, []).append((index, tensors))
         self.launches = [  # (block table, DTYPE, GRAD_DTYPE, ALIGNMENT, BLOCK)
             (
-                _block_table(group, self.config.block_bytes // dtype.itemsize).to(device),
+                block_table(group, self.config.block_bytes // dtype.itemsize).to(device),
                 STORAGE[dtype],
                 STORAGE[grad_dtype],
                 alignment,
@@ -268,10 +270,10 @@ def adamw(
         clear_grad: set every gradient to zero after it is read.
 
     Raises:
-        ValueError: schedule is not (2,) fp32; a tensor moved (AdamWTensors.check_addresses).
+        ValueError: schedule is not (2,) fp32 and contiguous; a tensor moved
+            (AdamWTensors.check_addresses).
     """
-    if schedule.shape != (2,) or schedule.dtype != torch.float32:
-        raise ValueError("the schedule of adamw is a (2,) fp32 tensor; see adamw_schedule")
+    check_tensor("adamw", "schedule", schedule, (2,), torch.float32)
     tensors.check_addresses()
     count = len(tensors.tensors)
     _adamw_scalars_kernel[(1,)](

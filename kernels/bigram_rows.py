@@ -58,13 +58,13 @@ def hash_rows(
     CURRENT: tl.constexpr,
     PREVIOUS: tl.constexpr,
 ):
-    """Table rows of a block of positions, (BM,) int64."""
+    """Table rows of a block of positions, (BM,) int64 in [0, num_rows) for every token."""
     first = position % T == 0
     token = tl.load(tokens_ptr + position, mask=ok, other=0).to(tl.int64)
     previous = tl.load(tokens_ptr + position - 1, mask=ok & ~first, other=0).to(tl.int64)
-    return tl.where(
-        first, num_rows - 1, ((CURRENT * token) ^ (PREVIOUS * previous)) % (num_rows - 1)
-    )
+    row = ((CURRENT * token) ^ (PREVIOUS * previous)) % (num_rows - 1)
+    row += tl.where(row < 0, num_rows - 1, 0)  # of a negative token: the remainder has its sign
+    return tl.where(first, num_rows - 1, row)
 
 
 @triton.jit
@@ -92,6 +92,8 @@ def bigram_rows(
     num_rows,
 ):
     """Table row of every position, (B, T) int32: bigram_rows_ref in a kernel, without prev_token.
+
+    The rows are in [0, num_rows) for every token, negative ones included.
 
     Raises:
         ValueError: num_rows < 2, or tokens are not contiguous.

@@ -19,6 +19,7 @@ kernels/embedding_grad.py adds up by token. Bytes, N positions of width C at s b
 import torch
 import torch.nn.functional as F
 
+from nanofuse.kernels.common.checks import check_scalars, check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS, rms_norm_ref
 from nanofuse.kernels.common.tuning import Tile, tuned
@@ -59,14 +60,19 @@ def _normed_rows(
     tokens,  # (BM,) int64
     ok,  # (BM, BC) bool
     cols,  # (BC,)
+    V,
     C,
     eps,
 ):
     """Look up and normalise table rows: the result (BM, BC) in fp32, the same rounded to the
-    table's dtype (BM, BC), and the inverse root mean squares rstd (BM,)."""
+    table's dtype (BM, BC), and the inverse root mean squares rstd (BM,). A token outside of the
+    table reads nothing and gives NaN."""
+    known = (tokens >= 0) & (tokens < V)
+    ok = ok & known[:, None]
     e = tl.load(table_ptr + tokens[:, None] * C + cols[None, :], mask=ok, other=0.0)
     e = e.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(e * e, axis=1) / C + eps)
+    rstd = tl.where(known, rstd, float("nan"))
     normed = e * rstd[:, None]
     return normed, normed.to(table_ptr.dtype.element_ty).to(tl.float32), rstd
 
@@ -80,6 +86,7 @@ def _embed_smear_fwd_kernel(
     y_ptr,  # (N, C)
     gate_ptr,  # (N,) fp32: sigmoid(gate), written
     N,
+    V,
     C,
     T,
     eps,
@@ -92,9 +99,9 @@ def _embed_smear_fwd_kernel(
     row_ok, first = rows < N, rows % T == 0
     ok = row_ok[:, None] & (cols < C)[None, :]
     token = tl.load(tokens_ptr + rows, mask=row_ok, other=0).to(tl.int64)
-    _, x, _ = _normed_rows(table_ptr, token, ok, cols, C, eps)
+    _, x, _ = _normed_rows(table_ptr, token, ok, cols, V, C, eps)
     token = tl.load(tokens_ptr + rows - 1, mask=row_ok & ~first, other=0).to(tl.int64)
-    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, C, eps)
+    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, V, C, eps)
     weight = tl.load(weight_ptr + cols, mask=cols < G, other=0.0).to(tl.float32)  # (BC,)
     gate = 1.0 / (1.0 + tl.exp(-tl.sum(x * weight[None, :], axis=1)))  # (BM,)
     scale = tl.load(lambda_ptr).to(tl.float32) * gate
@@ -115,6 +122,7 @@ def _embed_smear_bwd_kernel(
     grad_rows_ptr,  # (N, C) gradient of the looked-up rows
     partial_ptr,  # (programs, G + 1) fp32: gradients of gate_weight (G) and smear_lambda (1)
     N,
+    V,
     C,
     T,
     eps,
@@ -132,9 +140,9 @@ def _embed_smear_bwd_kernel(
     after_ok = (rows + 1 < N) & ~last
     after = tl.load(grad_ptr + offsets + C, mask=ok & after_ok[:, None], other=0.0).to(tl.float32)
     token = tl.load(tokens_ptr + rows, mask=row_ok, other=0).to(tl.int64)
-    normed, x, rstd = _normed_rows(table_ptr, token, ok, cols, C, eps)
+    normed, x, rstd = _normed_rows(table_ptr, token, ok, cols, V, C, eps)
     token = tl.load(tokens_ptr + rows - 1, mask=row_ok & ~first, other=0).to(tl.int64)
-    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, C, eps)
+    _, previous, _ = _normed_rows(table_ptr, token, ok & ~first[:, None], cols, V, C, eps)
     weight = tl.load(weight_ptr + cols, mask=cols < G, other=0.0).to(tl.float32)  # (BC,)
     smear_lambda = tl.load(lambda_ptr).to(tl.float32)
     gate = tl.load(gate_ptr + rows, mask=row_ok, other=0.0)  # (BM,)
@@ -151,7 +159,7 @@ def _embed_smear_bwd_kernel(
     tl.store(partial_ptr + G, tl.sum(gate * grad_scale, axis=0))
 
 
-def _launch(tokens, table, gate_weight):
+def _launch(tokens, table, gate_weight, smear_lambda):
     """Check the inputs; the grid, size arguments and tile of the forward and backward launch.
 
     Raises:
@@ -160,6 +168,9 @@ def _launch(tokens, table, gate_weight):
     for name, tensor in (("tokens", tokens), ("table", table), ("gate_weight", gate_weight)):
         if not tensor.is_contiguous():
             raise ValueError(f"embed_smear takes contiguous {name}; call .contiguous() on it")
+    check_scalars("embed_smear", smear_lambda=smear_lambda)
+    if tokens.dim() != 2 or table.dim() != 2:
+        raise ValueError("embed_smear: tokens must be (B, T) and the table (V, C)")
     if gate_weight.numel() > table.size(1):
         raise ValueError(
             f"embed_smear: the gate reads {gate_weight.numel()} channels of {table.size(1)}"
@@ -172,7 +183,7 @@ def _launch(tokens, table, gate_weight):
         "BC": triton.next_power_of_2(c),
         "num_warps": config.warps,
     }
-    return (triton.cdiv(n, config.rows),), (n, c, tokens.size(1), RMS_NORM_EPS), tile
+    return (triton.cdiv(n, config.rows),), (n, table.size(0), c, tokens.size(1), RMS_NORM_EPS), tile
 
 
 def embed_smear_fwd(
@@ -183,12 +194,16 @@ def embed_smear_fwd(
 ):
     """Smeared embeddings y (B*T, C) in the table's dtype, and sigmoid(gate) (B*T,) fp32.
 
+    A token outside of [0, V) gives NaN, at its position and at the next one of its row, which takes
+    a part of it; in backward its gradients are NaN too, but for the table, where it has no row.
+
     Raises:
         ValueError: a tensor that is not contiguous, or a gate wider than the table.
     """
-    grid, sizes, tile = _launch(tokens, table, gate_weight)
-    y = torch.empty(sizes[0], sizes[1], dtype=table.dtype, device=table.device)
-    gate = torch.empty(sizes[0], dtype=torch.float32, device=table.device)
+    grid, sizes, tile = _launch(tokens, table, gate_weight, smear_lambda)
+    n, c = tokens.numel(), table.size(1)
+    y = torch.empty(n, c, dtype=table.dtype, device=table.device)
+    gate = torch.empty(n, dtype=torch.float32, device=table.device)
     _embed_smear_fwd_kernel[grid](tokens, table, gate_weight, smear_lambda, y, gate, *sizes, **tile)
     return y, gate
 
@@ -205,11 +220,13 @@ def embed_smear_bwd(
     smear_lambda (1,) in fp32.
 
     Raises:
-        ValueError: as embed_smear_fwd, or a grad that is not contiguous or of another shape.
+        ValueError: as embed_smear_fwd, or a grad or gate that is not contiguous or of another
+            shape.
     """
-    grid, sizes, tile = _launch(tokens, table, gate_weight)
-    if grad.shape != sizes[:2] or not grad.is_contiguous():
-        raise ValueError(f"embed_smear takes a contiguous grad of shape {sizes[:2]}")
+    grid, sizes, tile = _launch(tokens, table, gate_weight, smear_lambda)
+    n = tokens.numel()
+    check_tensor("embed_smear", "grad", grad, (n, table.size(1)))
+    check_tensor("embed_smear", "gate", gate, (n,), torch.float32)
     grad_rows = torch.empty_like(grad)
     partial = torch.empty(grid[0], tile["G"] + 1, dtype=torch.float32, device=grad.device)
     _embed_smear_bwd_kernel[grid](
@@ -272,6 +289,8 @@ def embed_smear(
     smear_lambda,  # (1,)
 ):
     """Token embedding, RMSNorm and smear, (B, T, C) in the table's dtype; differentiable.
+
+    A token outside of the table gives NaN (see embed_smear_fwd); embed_smear_ref raises.
 
     Raises:
         ValueError: a tensor that is not contiguous, or a gate wider than the table.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from nanofuse.kernels.bigram_rows import bigram_rows
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 
@@ -230,6 +231,8 @@ def embedding_grad(
             raise ValueError(f"{name} must have shape {size}, not {tuple(x.shape)}")
         if x.size(1) > 1 and x.stride(1) != 1:
             raise ValueError(f"{name} must have contiguous rows; call .contiguous() on it")
+    for name, x in (("rows", sorted_rows.rows), ("order", sorted_rows.order)):
+        check_tensor("embedding_grad", name, x, (positions,), torch.int32)
     if grad_rows.numel() == 0:
         return table_grad
     cols = grad_rows.size(1)

@@ -87,6 +87,9 @@ def linear_softcap_cross_entropy(
 ):
     """Cross-entropy in nats of the logits x @ weight.T, a scalar in fp32; differentiable.
 
+    The loss is NaN, and so are the gradients of weight and of that row of x, if a target is neither
+    in [0, vocab_size) nor IGNORE_INDEX.
+
     Args:
         chunk_rows: rows whose logits exist at once.
         reduction: "mean" over the targets that count, or "sum".

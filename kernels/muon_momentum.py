@@ -10,6 +10,7 @@ parameter.
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.newton_schulz import NORM_FLOOR
@@ -115,7 +116,13 @@ def muon_momentum(
     Returns:
         z (N, R, C) in `dtype`: u, or u with unit rows; and with unit_rows the norms (N, R) fp32 of
         u's rows, else None.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or of another shape or dtype.
     """
+    check_tensor("muon_momentum", "grad", grad, None)
+    check_tensor("muon_momentum", "momentum_buffer", momentum_buffer, grad.shape, torch.float32)
+    check_tensor("muon_momentum", "hyper", hyper, (3,), torch.float32)
     n, rows, cols = grad.shape
     z = torch.empty(n, rows, cols, dtype=dtype, device=grad.device)
     norms = None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import (
     MULTIPLE,
     FP8Operand,
@@ -225,9 +226,16 @@ def muon_factors(
     muon_plus,
 ):
     """Update the second moment, and return the factor f of every row (R >= C) or column that
-    applies Muon+ and variance reduction, (N, R) or (N, C) fp32."""
+    applies Muon+ and variance reduction, (N, R) or (N, C) fp32.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or of another shape or dtype.
+    """
     n, rows, cols = shape
     count, reduced = (rows, cols) if rows >= cols else (cols, rows)
+    check_tensor("muon_factors", "squares", squares, (n, count), torch.float32)
+    moment_shape = second_moment_shape(shape)
+    check_tensor("muon_factors", "second_moment", second_moment, moment_shape, torch.float32)
     factors = torch.empty(n, count, dtype=torch.float32, device=squares.device)
     _factors_kernel[(n,)](
         squares,
@@ -254,9 +262,19 @@ def muon_apply(
     weights=None,
 ):
     """Apply u = factors * x and cautious weight decay to param, in place, and write the new values
-    into the WeightCopies `weights`, if given."""
+    into the WeightCopies `weights`, if given.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or of another shape or dtype.
+    """
     n, rows, cols = param.shape
     weights = weights or WeightCopies()
+    shape = (n, rows) if rows >= cols else (n, cols)
+    check_tensor("muon_apply", "param", param, None, torch.float32)
+    check_tensor("muon_apply", "x", x, param.shape)
+    check_tensor("muon_apply", "factors", factors, shape, torch.float32)
+    check_tensor("muon_apply", "hyper", hyper, (3,), torch.float32)
+    _check_copies(param, weights)
     config = tuned("muon_apply", TILE)
     grid = (triton.cdiv(cols, config.cols), triton.cdiv(rows, config.rows), n)
     _apply_kernel[grid](
@@ -276,6 +294,26 @@ def muon_apply(
     )
 
 
+def _check_copies(param, weights):
+    """Raise ValueError for WeightCopies that do not fit param."""
+    if weights.bf16 is not None:
+        check_tensor("muon_update", "the bf16 copy", weights.bf16, param.shape, torch.bfloat16)
+    if weights.fp8 is None:
+        return
+    copies, scaling = weights.fp8, weights.scaling
+    if any(side % MULTIPLE for side in param.shape[1:]):
+        raise ValueError(f"FP8 copies want rows and columns in multiples of {MULTIPLE}")
+    if copies.data.shape != param.shape or copies.transposed.shape != param.mT.shape:
+        raise ValueError("the FP8 copies must have shapes (N, R, C) and (N, C, R)")
+    if scaling is None or not scaling.scale.shape == scaling.amax.shape == param.shape[:1]:
+        raise ValueError("the FP8 copies need one scale and one amax per matrix")
+    for name, x in (("data", copies.data), ("transposed", copies.transposed)):
+        check_tensor("muon_update", f"the FP8 copy's {name}", x, None)
+    for name, x in (("scale", scaling.scale), ("amax", scaling.amax)):
+        check_tensor("muon_update", name, x, None, torch.float32)
+    check_alignment("muon_update", param=param)
+
+
 def _check(param, grad, momentum_buffer, second_moment, hyper, weights):
     """Raise ValueError for what the kernels do not take."""
     if param.dim() != 3 or not grad.shape == momentum_buffer.shape == param.shape:
@@ -289,20 +327,9 @@ def _check(param, grad, momentum_buffer, second_moment, hyper, weights):
         raise ValueError("the gradient must be fp32 or bf16")
     if hyper.shape != (3,):
         raise ValueError("hyper must be the (3,) tensor of muon_hyper")
-    if weights is not None and weights.bf16 is not None:
-        tensors.append(weights.bf16)
-        if weights.bf16.shape != param.shape:
-            raise ValueError("the bf16 copy must have the parameter's shape")
-    if weights is not None and weights.fp8 is not None:
-        tensors += [weights.fp8.data, weights.fp8.transposed]
-        if weights.fp8.data.shape != param.shape or weights.fp8.transposed.shape != param.mT.shape:
-            raise ValueError("the FP8 copies must have shapes (N, R, C) and (N, C, R)")
-        if any(side % MULTIPLE for side in param.shape[1:]):
-            raise ValueError(f"FP8 copies want rows and columns in multiples of {MULTIPLE}")
-        scaling = weights.scaling
-        if scaling is None or not scaling.scale.shape == scaling.amax.shape == param.shape[:1]:
-            raise ValueError("the FP8 copies need one scale and one amax per matrix")
-        check_alignment("muon_update", param=param)
+    check_tensor("muon_update", "hyper", hyper, (3,))
+    if weights is not None:
+        _check_copies(param, weights)
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError("muon_update takes contiguous tensors only")
 

@@ -28,6 +28,7 @@ the operands of the products.
 import torch
 import torch.nn.functional as F
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
 from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
@@ -206,7 +207,12 @@ def unit_rows(
     x,  # (N, R, C) contiguous, bf16 or fp32
 ):
     """z (N, R, C) in compute_dtype: x with every row divided by its norm (rows of zeros stay 0);
-    and the norms (N, R) fp32."""
+    and the norms (N, R) fp32.
+
+    Raises:
+        ValueError: x is not contiguous.
+    """
+    check_tensor("unit_rows", "x", x, None)
     n, rows, cols = x.shape
     z = torch.empty(x.shape, dtype=compute_dtype(x.device), device=x.device)
     norms = torch.empty(n, rows, dtype=torch.float32, device=x.device)
@@ -231,7 +237,12 @@ def unit_rows(
 def initial_scale(
     norms,  # (N, R) fp32, norms of the rows of X
 ):
-    """sigma (N,) fp32 such that sigma * z, with z the unit rows of X, is X after steps 1 and 2."""
+    """sigma (N,) fp32 such that sigma * z, with z the unit rows of X, is X after steps 1 and 2.
+
+    Raises:
+        ValueError: norms are not fp32, or not contiguous.
+    """
+    check_tensor("initial_scale", "norms", norms, None, torch.float32)
     n, rows = norms.shape
     sigma = torch.empty(n, dtype=torch.float32, device=norms.device)
     block = min(1024, triton.next_power_of_2(rows))
@@ -266,8 +277,14 @@ def rescale(
     x,  # (N, R, C) contiguous
     sumsq,  # (N, S) fp32, sums of squares over parts of each matrix
 ):
-    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)), (N, R, C) fp32; zeros stay zero."""
+    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)), (N, R, C) fp32; zeros stay zero.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or sums that are not fp32 or not (N, S).
+    """
     n, rows, cols = x.shape
+    check_tensor("rescale", "x", x, None)
+    check_tensor("rescale", "sumsq", sumsq, (n, sumsq.size(-1)), torch.float32)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     config = tuned("newton_schulz_rescale", RESCALE_TILE)
     grid = (triton.cdiv(rows * cols, config.cols), n)

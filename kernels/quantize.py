@@ -10,6 +10,7 @@ written. FLOPs: 3 per element.
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args, store_fp8
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
@@ -87,13 +88,15 @@ def quantize(
 
     Raises:
         ValueError: x is not a matrix with contiguous rows, or not aligned
-            (kernels.common.fp8.check_alignment).
+            (kernels.common.fp8.check_alignment); an `out` that does not fit.
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError("quantize takes a matrix with contiguous rows; call .contiguous() on it")
     check_alignment("quantize", x=x)
     rows, cols = x.shape
     operand = empty_operand(rows, cols, scaling, x.device) if out is None else out
+    check_tensor("quantize", "out", operand.data, (rows, cols), scaling.dtype)
+    check_tensor("quantize", "out.transposed", operand.transposed, (cols, rows), scaling.dtype)
     config = tuned("quantize", TILE)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _quantize_kernel[grid](

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS
+from nanofuse.kernels.common.checks import check_scalars, check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
 from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.lanes import LANE
@@ -131,6 +132,9 @@ def residual_mix_fwd(
                 f"residual_mix: x is {n} x {c}, but there are {tokens.numel()} tokens "
                 f"and a table of width {table.size(1)}"
             )
+    check_scalars(
+        "residual_mix", resid_lambda=resid_lambda, x0_lambda=x0_lambda, bigram_lambda=bigram_lambda
+    )
     if scaling is not None:
         check_alignment("residual_mix", x=x, branch=branch, x0=x0, table=table)
     y = torch.empty_like(x)
@@ -196,6 +200,8 @@ def residual_mix_bwd(
     """
     tensors = {"y": y, "grad_normed": grad_normed, "grad_stream": grad_stream, "x": x, "out": out}
     _check_matrices("residual_mix", **tensors)
+    check_tensor("residual_mix", "rstd", rstd, y.shape[:1], torch.float32)
+    check_scalars("residual_mix", stream_scale=stream_scale, resid_lambda=resid_lambda)
     if scaling is not None:
         check_alignment("residual_mix", **tensors)
     n, c = y.shape

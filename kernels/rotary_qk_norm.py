@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
 from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
@@ -158,7 +159,7 @@ def rotary_qk_norm_fwd(
 ):
     """Normalise, scale and rotate q and k and add the gated value embeddings to v, all in place.
 
-    Row n has position n % seq_len. Tokens are not checked against the table's size.
+    Row n has position n % seq_len. Where a token is outside of [0, R), v becomes NaN.
 
     Returns:
         rstd (H + K, N) fp32: the inverse root mean square of every q and k head, for backward.
@@ -184,6 +185,7 @@ def rotary_qk_norm_fwd(
         gate,
         rows,
         seq_len,
+        0 if table is None else table.size(0),
         num_heads,
         kv_heads,
         qkv.stride(0),
@@ -217,7 +219,7 @@ def rotary_qk_norm_bwd(
         g_qkv (N, (H + 2K)*D) in qkv's dtype, or None; g_qkv as an FP8Operand, or None; g_gate
         (N, K) in gate's dtype, and g_values (N, K*D) in the table's dtype, the gradients of the
         looked-up table rows, which kernels.embedding_grad adds up by token. The last two are None
-        without a table.
+        without a table; g_gate is NaN where a token is outside of it.
 
     Raises:
         ValueError: tensors that are not contiguous or do not fit together; with a scaling, rows
@@ -227,6 +229,7 @@ def rotary_qk_norm_bwd(
     rows, head_dim = qkv.size(0), cos.size(1)
     num_heads = g_q.size(1) // head_dim
     kv_heads = _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)
+    check_tensor("rotary_qk_norm", "rstd", rstd, (num_heads + kv_heads, rows), torch.float32)
     for name, g, heads in (("g_q", g_q, num_heads), ("g_k", g_k, kv_heads), ("g_v", g_v, kv_heads)):
         shape = (rows, heads * head_dim)
         if g.shape != shape or g.stride(1) != 1 or g.dtype != qkv.dtype:
@@ -262,6 +265,7 @@ def rotary_qk_norm_bwd(
         *operand_args(operand, scaling),
         rows,
         seq_len,
+        0 if table is None else table.size(0),
         num_heads,
         kv_heads,
         g_q.stride(0),
@@ -336,7 +340,8 @@ def rotary_qk_norm(
     The three are views of qkv, which is overwritten: later uses of qkv itself see the new values
     and get no gradient through this function. The function that produced qkv must not need its
     output in its backward pass (a matrix product does not); autograd raises if it does. With
-    tokens, table and gate, v += 3*sigmoid(gate)*table[token]. Differentiable in qkv, table, gate.
+    tokens, table and gate, v += 3*sigmoid(gate)*table[token], NaN for a token outside of the table.
+    Differentiable in qkv, table, gate.
 
     Raises:
         ValueError: qkv is a leaf that requires a gradient; tensors that are not contiguous or do

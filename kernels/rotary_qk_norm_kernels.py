@@ -65,6 +65,7 @@ def _gate_values(
     first,
     last,
     N,
+    R,
     K,
     v_stride,
     D: tl.constexpr,
@@ -72,16 +73,19 @@ def _gate_values(
     BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add the gated value embedding to heads first..last-1 of v in BM rows, in place."""
+    """Add the gated value embedding to heads first..last-1 of v in BM rows, in place; NaN where the
+    token is outside of the table."""
     m, n = tl.arange(0, BM), tl.arange(0, BD)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D)[None, :]
     token = tl.load(tokens_ptr + row + m, mask=m_ok, other=0).to(tl.int64)
+    known = m_ok & (token >= 0) & (token < R)
+    token = tl.where(known, token, 0)  # read, and hidden by the gate's NaN
     table_ptr += (token * (K * D))[:, None] + n[None, :]
     gate_ptr += row.to(tl.int64) * K + m * K
     v_ptr += row.to(tl.int64) * v_stride + (m[:, None] * v_stride + n[None, :])
     for head in tl.range(first, last, num_stages=STAGES):
-        gate = tl.load(gate_ptr + head, mask=m_ok, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head, mask=known, other=float("nan")).to(tl.float32)
         e = tl.load(table_ptr + head * D, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + head * D, mask=inside, other=0.0).to(tl.float32)
         v += (tl.sigmoid(gate) * _GATE_SCALE)[:, None] * e
@@ -99,6 +103,7 @@ def rotary_qk_norm_fwd_kernel(
     gate_ptr,  # (N, K), or None
     N,
     T,
+    R,
     H,
     K,
     qkv_stride,
@@ -126,7 +131,7 @@ def rotary_qk_norm_fwd_kernel(
         last = tl.minimum(first + HEADS, K)
         v_ptr = qkv_ptr + (H + K) * D
         _gate_values(
-            v_ptr, tokens_ptr, table_ptr, gate_ptr, row, first, last, N, K, qkv_stride,
+            v_ptr, tokens_ptr, table_ptr, gate_ptr, row, first, last, N, R, K, qkv_stride,
             D, BM, 2 * HALF, STAGES,
         )  # fmt: skip
 
@@ -235,6 +240,7 @@ def _value_gradients(
     first,
     last,
     N,
+    R,
     K,
     W,
     g_stride,
@@ -244,13 +250,15 @@ def _value_gradients(
     STAGES: tl.constexpr,
 ):
     """Gradients of heads first..last-1 of v in BM rows, of their gate logits and of their value
-    embeddings; returns the raised peak."""
+    embeddings; returns the raised peak. The gate's is NaN where the token is outside of the table.
+    """
     m, n = tl.arange(0, BM), tl.arange(0, BD)
     m_ok = row + m < N
     inside = m_ok[:, None] & (n < D)[None, :]
     g_ptr += row.to(tl.int64) * g_stride + (m[:, None] * g_stride + n[None, :])
     if table_ptr is not None:
         token = tl.load(tokens_ptr + row + m, mask=m_ok, other=0).to(tl.int64)
+        token = tl.where((token >= 0) & (token < R), token, 0)  # read, and hidden by NaN below
         table_ptr += (token * (K * D))[:, None] + n[None, :]
         gates = row.to(tl.int64) * K + m * K
         value_grad_ptr += row.to(tl.int64) * (K * D) + (m[:, None] * (K * D) + n[None, :])
@@ -267,6 +275,12 @@ def _value_gradients(
         peak = _store_gradient(
             g, dx_ptr, data_ptr, transposed_ptr, scale, peak, row, col + start, m, n, inside, N, W
         )
+    if table_ptr is not None:  # in the loop above a condition would cost registers
+        token = tl.load(tokens_ptr + row + m, mask=m_ok, other=0).to(tl.int64)
+        unknown = m_ok & ((token < 0) | (token >= R))
+        tl.debug_barrier()  # other threads stored the gradients that NaN replaces
+        for head in range(first, last):
+            tl.store(gate_grad_ptr + gates + head, float("nan"), mask=unknown)
     return peak
 
 
@@ -291,6 +305,7 @@ def rotary_qk_norm_bwd_kernel(
     amax_ptr,  # (1,) int32, or None
     N,
     T,
+    R,
     H,
     K,
     gq_stride,
@@ -329,7 +344,7 @@ def rotary_qk_norm_bwd_kernel(
         peak = _value_gradients(
             gv_ptr, tokens_ptr, table_ptr, gate_ptr, gate_grad_ptr, value_grad_ptr,
             dx_ptr, data_ptr, transposed_ptr, scale, peak, row, (H + K) * D, first, last,
-            N, K, W, gv_stride, D, BM, 2 * HALF, STAGES,
+            N, R, K, W, gv_stride, D, BM, 2 * HALF, STAGES,
         )  # fmt: skip
     if data_ptr is not None:
         record_amax(amax_ptr, peak.to(tl.float32, bitcast=True))

@@ -4,6 +4,10 @@
     loss_n = logsumexp(z_n) - z_n[target_n],   logsumexp(z_n) = cap + ln sum exp(z_n - cap)
     dlogits_nv = grad_scale_n * (exp(z_nv - logsumexp(z_n)) - [v = target_n]) * dz/dlogits_nv
 
+A target of IGNORE_INDEX (-1) has loss 0 and no gradient. Any other that is no token of [0,
+vocab_size), such as -100, gives NaN for the loss and the whole gradient of its row: it is seen, and
+nobody on the host waits for the device to look.
+
 Since |z| <= cap, the exponentials are taken relative to cap instead of the row's maximum, and one
 pass over a row suffices. Columns from vocab_size on are padding and do not count. With
 r = 1 / (1 + exp(2 x / cap)),
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
 from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.tuning import Tile, tuned
@@ -74,6 +79,8 @@ def softcap_cross_entropy_ref(
 ):
     """Cross-entropy in nats: a scalar for "mean" and "sum", (N,) for "none"; fp32 or fp64.
 
+    Loss and gradient of a position are NaN if its target is neither in [0, vocab_size) nor ignored.
+
     Raises:
         ValueError: an unknown reduction.
     """
@@ -86,6 +93,8 @@ def softcap_cross_entropy_ref(
     z_target = torch.where(is_target, z, 0.0).sum(dim=-1)  # (N,)
     counted = targets != IGNORE_INDEX
     losses = torch.where(counted, log_sum - z_target, 0.0)
+    is_token = (targets >= 0) & (targets < vocab_size)
+    losses = losses * torch.where(is_token | ~counted, 1.0, torch.nan)  # gradients become NaN too
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
@@ -137,6 +146,8 @@ def softcap_cross_entropy_fwd(
 ):
     """Losses (N,) in nats and logsumexp of the softcapped logits (N,), both fp32.
 
+    The loss is NaN where a target is neither in [0, vocab_size) nor IGNORE_INDEX.
+
     Raises:
         ValueError: shapes, strides or dtypes that the kernels do not take.
     """
@@ -168,6 +179,8 @@ def softcap_cross_entropy_bwd(
 ):
     """Gradient of the logits: (N, V_padded) in their dtype or None, and an FP8Operand or None.
 
+    Rows whose target is neither in [0, vocab_size) nor IGNORE_INDEX are NaN, but for the padding.
+
     Args:
         scaling: kernels.common.fp8.Scaling of the gradient as an FP8 operand; None for no operand.
         want_bf16: write the gradient in the dtype of the logits.
@@ -178,6 +191,7 @@ def softcap_cross_entropy_bwd(
             that are not aligned (kernels.common.fp8.check_alignment); no output asked for.
     """
     _check(logits, targets, vocab_size)
+    check_tensor("softcap_cross_entropy", "lse", lse, targets.shape, torch.float32)
     grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)
     rows, cols = logits.shape
     config = tuned("softcap_cross_entropy_bwd", BACKWARD_TILE)
@@ -242,6 +256,8 @@ def softcap_cross_entropy(
     reduction="mean",
 ):
     """Cross-entropy in nats: a scalar for "mean" and "sum", (N,) for "none"; fp32; differentiable.
+
+    Loss and gradient of a position are NaN if its target is neither in [0, vocab_size) nor ignored.
 
     Raises:
         ValueError: an unknown reduction; logits or targets that the kernels do not take.

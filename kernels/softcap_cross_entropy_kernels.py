@@ -59,8 +59,9 @@ def _target_gap(
     vocab,
     CAP: tl.constexpr,
 ):
-    """cap - softcap(the target's logit), a scalar."""
-    x = tl.load(row_ptr + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
+    """cap - softcap(the target's logit), a scalar; NaN for a target that is no token."""
+    is_token = (target >= 0) & (target < vocab)
+    x = tl.load(row_ptr + target, mask=is_token, other=float("nan")).to(tl.float32)
     x = tl.minimum(x, SATURATION * CAP, propagate_nan=tl.PropagateNan.ALL)
     return 2 * CAP / (1.0 + tl.exp2(x * (2 * LOG2_E / CAP)))
 
@@ -129,9 +130,12 @@ def bwd_kernel(
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     m_ok = row + m < N
     lse = tl.load(lse_ptr + row + m, mask=m_ok, other=CAP)
-    target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE).to(tl.int32)
+    target = tl.load(targets_ptr + row + m, mask=m_ok, other=IGNORE)
+    is_token = (target >= 0) & (target < vocab)  # before int32 wraps it
+    target = tl.where(is_token | (target == IGNORE), target, vocab).to(tl.int32)
     upstream = tl.load(grad_scale_ptr + (row + m) * scale_stride, mask=m_ok, other=0.0)
     upstream = 4 * tl.where(target == IGNORE, 0.0, upstream)
+    upstream = tl.where(target == vocab, float("nan"), upstream)
     # upstream * exp(e) is computed as exp(e + log |upstream|); the sign is applied at the store
     sign = tl.where(upstream < 0, -1.0, 1.0)
     upstream = tl.abs(upstream)

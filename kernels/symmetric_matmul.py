@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import TensorDescriptor, triton
 from nanofuse.kernels.common.tuning import sm_count, tuned
 from nanofuse.kernels.symmetric_matmul_kernels import batched_matmul_kernel, symmetric_matmul_kernel
@@ -92,8 +93,7 @@ def _describe(
 
 
 def _check_scale(scale, n):
-    if scale is not None and (scale.shape != (n,) or scale.dtype != torch.float32):
-        raise ValueError(f"scale must be ({n},) in fp32")
+    check_tensor("products", "scale", scale, (n,), torch.float32)
 
 
 def _programs(tiles, config, device):

@@ -203,11 +203,12 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens,  # (B, T) integer
-        targets=None,  # (B, T) int64, -1 is ignored
+        targets=None,  # (B, T) int64 in [0, V), or -1: ignored
         reduction="mean",
         cache=None,
     ):
-        """Softcapped logits (B, T, V) fp32; with targets the loss in nats.
+        """Softcapped logits (B, T, V) fp32; with targets the loss in nats, NaN for a target other
+        than these.
 
         Args:
             reduction: of the loss: "mean", (), or "none", (B*T,).

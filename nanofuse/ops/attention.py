@@ -60,7 +60,7 @@ def rotary_qk_norm(
         RuntimeError, ValueError: see `nanofuse.ops`.
         ValueError: shapes that do not fit; some of tokens, table and gate without the others;
             in_place on a leaf that requires a gradient.
-        IndexError: a token outside of the table. Kernels do not check tokens.
+        IndexError: a token outside of the table, for "eager". The kernel makes v NaN there.
 
     >>> import torch
     >>> from nanofuse import ops

@@ -18,7 +18,8 @@ def softcap_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of softcap * tanh(logits / softcap) in nats, fp32; differentiable.
 
-    A scalar for "mean" and "sum", (N,) for "none". vocab_size is V.
+    A scalar for "mean" and "sum", (N,) for "none". vocab_size is V. A target that is neither in
+    [0, V) nor -1, such as -100, makes the loss and the gradient of its position NaN.
 
     Source: the softcap is that of Gemma 2, https://arxiv.org/abs/2408.00118.
 
@@ -57,7 +58,7 @@ def linear_softcap_cross_entropy(
     """`softcap_cross_entropy` of x @ weight.T, a scalar in nats, fp32; differentiable.
 
     The kernel holds the logits of chunk_rows rows at a time, and makes the gradients in the
-    forward pass.
+    forward pass. A target that is neither in [0, V) nor -1 makes the loss NaN.
 
     Source: Liger-Kernel, https://arxiv.org/abs/2410.10989.
 

@@ -12,7 +12,7 @@ def bigram_rows(
     *,
     backend: Backend = "kernel",
 ) -> Tensor:
-    """Row of a hashed bigram table for every position, (B, T) int32 in [0, num_rows).
+    """Row of a hashed bigram table for every position, (B, T) int32 in [0, num_rows) for any token.
 
         row_t = ((36313 * tok_t) XOR (27191 * tok_{t-1})) mod (num_rows - 1),  row_0 = num_rows - 1
 
@@ -57,7 +57,8 @@ def embed_smear(
     Raises:
         RuntimeError, ValueError: see `nanofuse.ops`.
         ValueError: a gate wider than the table, for the kernel.
-        IndexError: a token outside of the table. Kernels do not check tokens.
+        IndexError: a token outside of the table, for "eager". The kernel gives NaN at its position
+            and at the next one.
 
     >>> import torch
     >>> from nanofuse import ops

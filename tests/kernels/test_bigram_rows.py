@@ -57,6 +57,14 @@ def test_kernel_equals_the_reference(shape, rows, dtype, device):
     assert torch.equal(got.long(), bigram_rows_ref(tokens, rows))
 
 
+@pytest.mark.parametrize("rows", [2, 1601])
+def test_rows_of_any_token_are_rows_of_the_table(rows, device):
+    tokens = torch.tensor([[5, -1, 3, -100, -100, 2**40, 2**62, -(2**62), 2**31]], device=device)
+    got = bigram_rows(tokens, rows)
+    assert torch.equal(got.long(), bigram_rows_ref(tokens, rows))
+    assert (got >= 0).all() and (got < rows).all()
+
+
 def test_kernel_refuses_a_slice(device):
     with pytest.raises(ValueError, match="contiguous"):
         bigram_rows(torch.zeros(4, 8, dtype=torch.int64, device=device)[:, :4], 9)

@@ -71,6 +71,29 @@ def test_first_positions_take_nothing_from_the_row_before(device):
     assert y[0, -1].isnan().all() and y[1:].isfinite().all()
 
 
+def guarded(table):
+    """A copy of the table with other values before and behind it in memory."""
+    rows = len(table)
+    memory = torch.full((3 * rows, table.size(1)), 7.0, dtype=table.dtype, device=table.device)
+    memory[rows : 2 * rows] = table
+    return memory[rows : 2 * rows]
+
+
+@pytest.mark.parametrize("bad", [VOCAB, VOCAB + 3, -1, -VOCAB, 2**32 + 3, -(2**62)])
+def test_a_token_outside_of_the_table_gives_nan_and_reads_nothing(bad, device):
+    tokens, table, *rest = make((2, 5, 24, 24), torch.float32, device)
+    clean = run(embed_smear, (tokens, table, *rest))
+    tokens[0, 2] = bad
+    y, grad_table, grad_gate, grad_lambda = run(embed_smear, (tokens, guarded(table), *rest))
+    assert y[0, 2:4].isnan().all()  # its own row, and the part of it in the next one
+    y[0, 2:4] = clean[0][0, 2:4]
+    assert torch.equal(y, clean[0])
+    assert grad_gate.isnan().any() and grad_lambda.isnan()
+    seen = tokens[tokens != bad].unique()
+    unseen = [row for row in range(VOCAB) if row not in seen.tolist()]
+    assert (grad_table[unseen] == 0).all()
+
+
 def test_two_runs_give_the_same_bits(device):
     case = make((2, 33, 40, 24), torch.float32, device)
     same_bits(lambda: run(embed_smear, case))

@@ -83,6 +83,16 @@ def test_all_ignored(device):
     assert loss.isnan() and (dx == 0).all() and (dw == 0).all()
 
 
+@pytest.mark.parametrize("op", [linear_softcap_cross_entropy, linear_softcap_cross_entropy_ref])
+def test_a_target_that_is_no_token_gives_nan(op, device):
+    x, weight, targets = case(torch.float32, device)
+    targets[2] = -100
+    loss, dx, dw = run(op, x, weight, targets, VOCAB)
+    assert loss.isnan() and dx[2].isnan().all() and dw[:VOCAB].isnan().all()
+    with torch.no_grad():
+        assert op(x, weight, targets, VOCAB).isnan()
+
+
 def test_what_does_not_fit_is_refused(device):
     x, weight, targets = case(torch.float32, device)
     for match, arguments, options in (

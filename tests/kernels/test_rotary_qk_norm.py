@@ -192,6 +192,23 @@ def test_gradient_operand_in_both_layouts(shape, value, device):
     torch.testing.assert_close(plain, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [VOCAB, -1, 2**32 + 3, -(2**62)])
+def test_a_token_outside_of_the_table_gives_nan_and_reads_nothing(bad, device):
+    case = Case((1, 37, 2, 2, 12), torch.float32, device)
+    memory = torch.full((3 * VOCAB, 24), 7.0, device=device)
+    memory[VOCAB : 2 * VOCAB] = case.table
+    case.table = memory[VOCAB : 2 * VOCAB]
+    clean_y, clean = case.run(case.outputs)
+    clean_y = [y.clone() for y in clean_y]
+    case.tokens[35] = bad
+    (q, k, v), (_, g_table, g_gate) = case.run(case.outputs)
+    assert torch.equal(q, clean_y[0]) and torch.equal(k, clean_y[1])
+    row = torch.arange(37, device=device) == 35
+    assert torch.equal(v[0].isnan().all(dim=(1, 2)), row) and v[0, ~row].isfinite().all()
+    assert torch.equal(g_gate.isnan().all(dim=1), row)
+    assert torch.equal(g_gate[~row], clean[2][~row]) and g_table.isfinite().all()
+
+
 def test_v_without_an_embedding_is_untouched(device):
     case = Case((2, 9, 2, 2, 8), torch.float32, device, value=False)
     case.qkv[:, -16:] = float("nan")

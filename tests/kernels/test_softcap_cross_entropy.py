@@ -266,15 +266,31 @@ def test_nan_shows_in_its_row_alone(device):
     assert scaling.amax.isnan()
 
 
-def test_targets_beyond_the_vocabulary_do_as_the_reference(device):
-    logits, targets, upstream = kernel_case(9, 13, 16, torch.float32, device)
-    targets[3], targets[5] = 14, -7
-    a, b = (
-        losses_and_gradient(op, logits, targets, upstream, 13)
-        for op in (softcap_cross_entropy, softcap_cross_entropy_ref)
-    )
-    torch.testing.assert_close(a[0], b[0])
-    torch.testing.assert_close(a[1], b[1])
+@pytest.mark.parametrize("columns", [13, 16])
+@pytest.mark.parametrize("op", [softcap_cross_entropy, softcap_cross_entropy_ref])
+def test_targets_that_are_no_tokens_give_nan(op, columns, device):
+    """Beyond the vocabulary, in its padding, below -1, and equal to a token modulo 2^32."""
+    logits, targets, upstream = kernel_case(9, 13, columns, torch.float32, device)
+    clean = losses_and_gradient(op, logits, targets, upstream, 13)
+    bad = torch.arange(9, device=device) % 2 == 1
+    targets[bad] = torch.tensor([14, -7, -100, 2**32 + 3], device=device)
+    upstream[3] = 0.0
+    losses, grad, padding = losses_and_gradient(op, logits, targets, upstream, 13)
+    assert torch.equal(losses.isnan(), bad)
+    assert grad[bad].isnan().all() and (padding == 0).all()
+    assert torch.equal(losses[~bad], clean[0][~bad]) and torch.equal(grad[~bad], clean[1][~bad])
+    for reduction in ("mean", "sum"):
+        assert op(logits, targets, 13, reduction=reduction).isnan()
+
+
+def test_targets_that_are_no_tokens_give_nan_in_fp8(device):
+    logits, targets, upstream = kernel_case(16, 13, 16, torch.float32, device)
+    targets[4] = -100
+    scaling = Scaling.from_bound(3.0, E5M2, device)
+    *_, operand = softcap_cross_entropy_fwd_bwd(logits, targets, upstream, 13, scaling)
+    rows = operand.dequantize()
+    assert rows[4, :13].isnan().all() and rows[torch.arange(16) != 4].isfinite().all()
+    assert scaling.amax.isnan()
 
 
 def test_rows_of_a_wider_buffer_and_int32_targets(device):
