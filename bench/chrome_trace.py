@@ -22,12 +22,12 @@ RULES = [
         (
             OPTIMIZER,
             r"^_?(momentum|apply|factors|unit_rows|initial_scale|rescale|adamw|adamw_scalars"
-            r"|symmetric_matmul|batched_matmul)_kernel",
+            r"|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
         ),
         ("GEMM", r"^linear_relu_squared_kernel"),
         (
             "norm/rotary",
-            r"^_?(residual_mix|residual_gradients|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
+            r"^_?(residual_mix|residual_gradients|resid_lambda_grad|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
         ),
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),

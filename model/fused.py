@@ -25,8 +25,10 @@ from torch import nn
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, MULTIPLE, Scaling
 from nanofuse.kernels.common.ptx import INTERPRETED
+from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
+from nanofuse.kernels.resid_lambda_grad import SMALL_LAMBDA
 from nanofuse.kernels.residual_gradients import residual_gradients
 from nanofuse.kernels.softcap_cross_entropy import (
     IGNORE_INDEX,
@@ -194,10 +196,12 @@ class FusedGPT(nn.Module):
     def forward(
         self,
         tokens,  # (B, T) integer
-        targets,  # (B, T) int64, -1 is ignored
+        targets,  # (B, T) int64 in [0, vocab_size), or -1: ignored
         reduction="mean",
     ):
         """Mean loss in nats, (), or with reduction "none" the losses of all positions, (B*T,).
+
+        Another target, and a token outside of the embedding table, give NaN: loss and gradients.
 
         Raises:
             ValueError: another reduction, or "none" in training, which needs the mean.
@@ -290,19 +294,21 @@ class FusedGPT(nn.Module):
         layers = len(self.layers)
         grads, operand = self._head_backward(state, grad_loss)
         sums = torch.empty(layers, device=grads.device)
+        # shares of sum(g * x) of each layer's residual mix, as far as x is at hand
+        shares = torch.zeros(layers, sm_count(grads.device), device=grads.device)
         g, factor = grads[layers], None
         for layer in reversed(self.layers):
             i = layer.index
             if i == middle:
-                g = self._middle_backward(state, grads)
+                g = self._middle_backward(state, grads, shares)
                 factor, operand = None, self.precision.quantized(f"grad_mlp.{i}", g)
             below = None if i in (0, middle + 1) else f"grad_mlp.{i - 1}"
             sums[i], operand = layer.backward(
                 self.precision, state.layers.pop(), g, factor, operand, state.tokens, order,
-                grads[i], below,
+                grads[i], below, None if factor is None else shares[i + 1],
             )  # fmt: skip
             g, factor = grads[i], layer.resid_lambda
-        self._mix_backward(state, grads[:layers], sums, order)
+        self._mix_backward(state, grads[:layers], sums, shares.sum(dim=1), order)
         self.precision.scaling.calibrate(False)
         self.ran = True
 
@@ -343,6 +349,7 @@ class FusedGPT(nn.Module):
         self,
         state,
         grads,  # (L + 1, N, C) of `_head_backward`; the slots above the middle layer are filled
+        shares,  # (L, programs) fp32; that of the next layer's sum(g * x) is written
     ):
         """Gradient of the stream after the middle layer, (N, C), summed over its two uses: the next
         layer's residual mix and backout. Also accumulates backout_lambda's gradient."""
@@ -354,6 +361,8 @@ class FusedGPT(nn.Module):
             used = grads[above :: last - above]  # gradients of the next mix, and after backout
             factors = torch.cat([model.resid_lambdas[above : above + 1], -backout])
         g, grad_factors, _, _ = residual_gradients(used, state.x_mid, factors)
+        if above < last:
+            shares[above, 0] = grad_factors[0]
         backout.grad -= grad_factors[-1:]
         state.x_mid = None
         return g
@@ -363,13 +372,15 @@ class FusedGPT(nn.Module):
         state,
         grads,  # (L, N, C) gradient g of the output y of each layer's residual mix
         sums,  # (L,) fp32: sum(g * y) of each layer
+        exact,  # (L,) fp32: sum(g * x) of each layer whose resid_lambda is small, but the first
         order,  # SortedRows of the tokens
     ):
         """Accumulate the gradients of the mixes' lambdas, of the bigram table, and of the token
         embedding and smear, which compute x0.
 
         As y = resid*x + x0_lambda*x0 + bigram_lambda*e, the gradient sum(g*x) of resid follows from
-        sum(g*y), sum(g*x0) and sum(g*e) without reading x. The first layer's x is x0.
+        sum(g*y), sum(g*x0) and sum(g*e) without reading x; a small resid, which would magnify their
+        errors, takes `exact` (kernels/resid_lambda_grad.py). The first layer's x is x0.
         """
         model, bigram = self.model, hasattr(self.model, "bigram_embed")
         resid, coefficients = model.resid_lambdas, model.x0_lambdas.clone()
@@ -385,7 +396,8 @@ class FusedGPT(nn.Module):
             rest -= model.bigram_lambdas * grad_bigram_lambdas
             model.bigram_lambdas.grad += grad_bigram_lambdas
             bigram_table_grad(state.tokens, grad_e, model.bigram_embed.weight.grad)
-        resid.grad += rest / resid
+        exact[0] = grad_x0_lambdas[0]
+        resid.grad += torch.where(resid.abs() < SMALL_LAMBDA, exact, rest / resid)
         model.x0_lambdas.grad += grad_x0_lambdas
         wte = model.transformer.wte.weight
         grad_rows, grad_gate_weight, grad_smear_lambda = embed_smear_bwd(

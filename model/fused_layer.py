@@ -15,6 +15,7 @@ from nanofuse.kernels.embedding_grad import embedding_grad
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
 from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.resid_lambda_grad import resid_lambda_grad
 from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd
 from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd
 from nanofuse.model.fp8.products import PlainGemm
@@ -204,16 +205,22 @@ class FusedLayer:
         order,  # SortedRows of tokens
         out,  # (N, C) to write the gradient of y, the residual mix's output, to
         below,  # name of the FP8 gradient of `branch`, the MLP output below; None if not needed
+        shares,  # (programs,) fp32 zeros for kernels.resid_lambda_grad, or None without factor
     ):
         """Backward pass of the layer down to the output y of its residual mix. Accumulates the
         gradients of the layer's matrices, of its gate and of its value embedding table; those of
-        the lambdas and the bigram table are computed for all layers together (model/fused.py).
+        the lambdas and the bigram table are computed for all layers together (model/fused.py), but
+        for `factor`, the resid_lambda of the layer above: if small, its gradient goes to `shares`.
 
         Returns:
             sum(out * y), () fp32; and the gradient of `branch`, resid_lambda * out, as an operand,
             or None.
         """
         gemm, weights = precision.gemm, self.weights
+        if factor is not None:
+            resid_lambda_grad(
+                g, state.y_mid, state.activated, weights["mlp_proj"].operand, factor, shares
+            )
         gemm.weight_grad(operand, state.activated, weights["mlp_proj"].grad)
         grad_fc = precision.scaling.produce(
             self._name("grad_fc"),

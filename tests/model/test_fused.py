@@ -20,7 +20,11 @@ from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 FEW = 2 if ON_GPU else 1  # rows of a batch where results are not compared; fewer in the interpreter
-UNNAMED = ("bigram_table_grad", "sort_rows")  # ops that `describe` does not name
+UNNAMED = (
+    "bigram_table_grad",
+    "sort_rows",
+    "resid_lambda_grad",
+)  # ops that `describe` does not name
 FIELDS = {"sequence_len": 16, "vocab_size": 96, "window_pattern": "SL", "bigram_embed_factor": 3}
 CASES = {
     "bigram": {},
@@ -72,6 +76,79 @@ def test_loss_and_every_gradient_in_fp32(case):
         if name == "backout_lambda" and config.n_layer < 3:
             continue  # x_mid is x: backout only scales the final norm's input, so the gradient is 0
         assert relative(named[name].grad, p.grad) < 1e-3, name
+
+
+def resid_gradient(model, lambdas, tokens, targets):
+    """Gradient of the resid_lambdas (L,) where they are `lambdas`."""
+    weights = model.model if isinstance(model, FusedGPT) else model
+    with torch.no_grad():
+        weights.resid_lambdas.copy_(torch.tensor(lambdas))
+    weights.zero_grad(set_to_none=False)
+    model(tokens, targets).backward()
+    return weights.resid_lambdas.grad.clone()
+
+
+# of six layers: the first, the one above the middle, whose stream is kept, and others
+SMALL_LAMBDAS = [[0.0, 1.0, 0.0, 1.0, 0.0, 1.0], [1.0, 1e-7, -0.5, -0.03, 1.0, -1e-30]]
+
+
+@pytest.mark.parametrize("lambdas", SMALL_LAMBDAS, ids=str)
+def test_the_gradient_of_a_resid_lambda_does_not_divide_by_it(lambdas):
+    truth, fused = pair(make(depth=6), PlainGemm())
+    got, exact = (resid_gradient(m, lambdas, *batch(truth.config, FEW)) for m in (fused, truth))
+    print(got.tolist(), exact.tolist())
+    torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_both_ways_to_the_gradient_of_a_resid_lambda_agree(provider, monkeypatch):
+    """The quotient, which holds for ordinary lambdas, and the sum, in the same backward pass."""
+    try:
+        gemm = make_gemm(provider)
+    except ValueError as error:
+        pytest.skip(str(error))
+    config = make(depth=6, aspect=32, vocab_size=128)
+    _, fused = pair(config, gemm, torch.bfloat16 if ON_GPU else torch.float32)
+    summed, zero = [], torch.zeros(1, device=DEVICE)
+    launch = fused_layer.resid_lambda_grad
+
+    def both(*args):
+        *tensors, resid_lambda, shares = args
+        summed.append(launch(*tensors, zero, torch.zeros_like(shares)).sum())
+        return launch(*tensors, resid_lambda, shares)
+
+    monkeypatch.setattr(fused_layer, "resid_lambda_grad", both)
+    quotient = resid_gradient(fused, [0.7, -0.8, 0.9, -1.1, 1.2, 0.5], *batch(config, FEW))
+    assert len(summed) == 4
+    assert relative(torch.stack(summed), quotient[[5, 3, 2, 1]]) < 0.02
+
+
+@pytest.mark.parametrize("bad", [-100, 96, -2, 2**32 + 3])
+def test_a_target_outside_of_the_vocabulary_is_nan_everywhere(bad):
+    config = make(depth=1)
+    truth, fused = pair(config, PlainGemm())
+    tokens, targets = batch(config, FEW)
+    targets[0, 7] = bad
+    for model in (truth, fused):
+        weight = (model if model is truth else fused.model).lm_head.weight
+        losses = model.eval()(tokens, targets, reduction="none")
+        assert torch.equal(losses.isnan(), torch.arange(len(losses), device=DEVICE) == 7)
+        loss = model.train()(tokens, targets)
+        loss.backward()
+        assert loss.isnan() and weight.grad[: config.vocab_size].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6, 2**32 + 3])
+def test_a_token_outside_of_the_table_is_nan(bad):
+    config = make(depth=1)
+    _, fused = pair(config, PlainGemm())
+    tokens, targets = batch(config, 2)
+    tokens[0, 7] = bad
+    losses = fused.eval()(tokens, targets, reduction="none")
+    assert losses[7:16].isnan().all() and losses[16:].isfinite().all()
+    loss = fused.train()(tokens, targets)
+    loss.backward()
+    assert loss.isnan() and fused.model.lm_head.weight.grad.isnan().any()
 
 
 @pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
@@ -225,6 +302,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
         "linear_relu_squared_fwd": 2, "linear_relu_squared_bwd": 2,
         "softcap_cross_entropy_fwd": 1, "softcap_cross_entropy_bwd": 1,
         "residual_gradients": 2,  # of backout, and of all layers
+        "resid_lambda_grad": 1,  # of every layer but the first and the one above the middle
         "embedding_grad": 2, "bigram_table_grad": 1, "sort_rows": 1,
     }  # fmt: skip
     for module in (fused_module, fused_layer):
