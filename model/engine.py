@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+LEAST_TEMPERATURE = 1e-6  # below it the draw is greedy, and rounding would decide
+
 
 class KVCache:
     """Keys and values of all layers, (B, capacity, K, D) each; a full cache doubles its capacity.
@@ -124,10 +126,9 @@ def sample_next(
     generators,
 ):
     """Draw one token per row, (B,) int64, each with its generator."""
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return logits.argmax(dim=-1)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # a small temperature must not overflow
-    logits = logits / sampling.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # no overflow
     if sampling.top_k:
         k = min(sampling.top_k, logits.size(-1))
         kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
@@ -151,7 +152,7 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
         stop_token: token id that ends a row, or None.
 
     Raises:
-        ValueError: an empty prompt, or num_samples below 1.
+        ValueError: an empty prompt, num_samples below 1, or logits that are no finite numbers.
     """
     if not prompt:
         raise ValueError("the prompt needs at least one token")
@@ -167,6 +168,8 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
         cache, logits = cache.expand(num_samples), logits.repeat(num_samples, 1)
         ended = [False] * num_samples
         for step in range(max_tokens):
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite; its weights are no numbers")
             tokens = sample_next(logits, sampling, generators)  # (num_samples,)
             column = tokens.tolist()
             ended = [e or t == stop_token for e, t in zip(ended, column, strict=True)]

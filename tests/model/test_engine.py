@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -137,3 +139,25 @@ def test_training_mode_is_restored(model):
     list(generate(model, [1], 1, 2, GREEDY))
     assert model.training
     model.eval()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-40, 1e-8])
+def test_tiny_temperatures_are_greedy(model, temperature):
+    """Divided by them, logits are infinite or NaN in fp32."""
+    greedy = list(generate(model, [1, 2, 3], 2, 8, Sampling(0.0)))
+    assert list(generate(model, [1, 2, 3], 2, 8, Sampling(temperature))) == greedy
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, -1.0])
+def test_temperatures_that_are_none(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_no_numbers_are_said(temperature):
+    model = random_model(small_config(), torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = math.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(generate(model, [1, 2, 3], 2, 8, Sampling(temperature)))
