@@ -69,7 +69,7 @@ def train_tokenizer(args):
 
 
 def main(argv=None):
-    parser = CommandParser(prog="python -m train.data", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m train.data", description="The data command.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     fetch = commands.add_parser("download", help="fetch ClimbMix shards from the hub")
     fetch.add_argument("-n", "--num-shards", type=int, default=8, help="training shards to fetch")

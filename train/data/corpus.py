@@ -9,7 +9,7 @@ import os
 import re
 import sysconfig
 import threading
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,8 +32,9 @@ TEXT_COLUMN = "text"
 SPLITS = ("train", "val")
 SPLIT_NAMES = {"train": "training", "val": "validation"}
 FETCH_HINT = "fetch some with python -m train.data download -n 8, or name another --data"
-READ_DOCUMENTS = 1000  # row groups are read together up to about this many documents
+READ_DOCUMENTS = 256  # row groups are read together up to about this many documents
 READ_BYTES = 8 << 20  # and this many bytes of the file
+HEAD_DOCUMENTS, STREAM_BYTES = 64, 1 << 20  # read at a time where only the first ones are wanted
 
 
 class ParquetCorpus:
@@ -247,35 +248,33 @@ class ParquetCorpus:
         """
         return self.read_span(split, unit, 1)[0]
 
-    def head(self, count):
-        """The first `count` training documents or fewer, without reading a long row group whole.
+    def head(self):
+        """Iterator of the training documents, read HEAD_DOCUMENTS at a time, whatever the size of
+        row groups: for those who want the first ones only.
 
         Raises:
             UserError: they cannot be read.
         """
-        texts, rows = [], 0
-        for first, units in self.spans("train"):
+        for first, count in self.spans("train"):
             index, _, _, high = self.units["train"][first]
-            groups = [group for _, group, _, _ in self.units["train"][first : first + units]]
-            file, held, replaced = open_shard(self.shards[index], self.text_column), 0, 0
+            groups = [group for _, group, _, _ in self.units["train"][first : first + count]]
+            file = open_shard(self.shards[index], self.text_column, STREAM_BYTES)
+            batches = file.iter_batches(
+                HEAD_DOCUMENTS, row_groups=groups, columns=[self.text_column]
+            )
+            rows = replaced = 0
             try:
-                for batch in file.iter_batches(
-                    count, row_groups=groups, columns=[self.text_column]
-                ):
-                    left = batch.num_rows if high is None else min(batch.num_rows, high - held)
+                for batch in batches:
+                    left = batch.num_rows if high is None else min(batch.num_rows, high - rows)
                     found, places = decode_texts(batch.column(0).slice(0, left))
-                    texts += [text for text in found if text]
-                    held, replaced = held + left, replaced + len(places)
-                    if held == high or rows + held >= count:
+                    rows, replaced = rows + left, replaced + len(places)
+                    if replaced:
+                        self.replaced["train"][first] = replaced
+                    yield from (text for text in found if text)
+                    if rows == high:
                         break
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"shard {self.shards[index]}: {first_line(error)}") from None
-            rows += held
-            if replaced:
-                self.replaced["train"][first] = replaced
-            if rows >= count:
-                break
-        return texts[:count]
 
     def tell_replaced(self):
         """A line on documents that were not UTF-8 where a split's have not been told of, or None.
@@ -318,7 +317,9 @@ class StdlibCorpus:
             subfolders[:] = [name for name in subfolders if name not in self.EXCLUDED]
             paths = [Path(folder, name) for name in names if name.endswith(self.SUFFIXES)]
             files += [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
-        files.sort(key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
+        files.sort(
+            key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root).as_posix())).digest()
+        )
         if len(files) < 2:
             raise UserError(f"no standard library source under {root}; name a --data directory")
         num_val = max(1, round(len(files) * self.VAL_FRACTION))
@@ -363,10 +364,10 @@ class StdlibCorpus:
         """Documents of `count` units from unit `first`: a list of str for each."""
         return [self.read(split, unit) for unit in range(first, first + count)]
 
-    def head(self, count):
-        """The first `count` training documents or fewer."""
+    def head(self):
+        """Iterator of the training documents."""
         units = (self.read("train", unit) for unit in range(self.num_units("train")))
-        return list(islice(chain.from_iterable(units), count))
+        return chain.from_iterable(units)
 
     def tell_replaced(self):
         """None: nothing is said of the library's files in other encodings."""

@@ -84,8 +84,11 @@ def is_text(kind):
     return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
 
 
-def open_shard(path, column):
+def open_shard(path, column, buffer_size=0):
     """The ParquetFile of a shard whose text column can be read; pages' checksums are verified.
+
+    Args:
+        buffer_size: bytes of a column to read at a time; 0: those of a row group.
 
     Raises:
         UserError: what is wrong with it, with its name.
@@ -115,7 +118,7 @@ def open_shard(path, column):
     if tail != MAGIC or size < 3 * len(MAGIC):
         raise UserError(f"shard {path} is truncated or damaged (its end is missing); {HINT}")
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=buffer_size)
         fields = file.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"shard {path} is damaged ({first_line(error)}); {HINT}") from None

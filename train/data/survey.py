@@ -18,7 +18,7 @@ def document_lengths(corpus, tokenizer):
     """Tokens of the first training documents, `<|bos|>` included: up to DOCUMENTS of them and
     about CHARS characters; the rest of a longer document is taken to be as its beginning."""
     texts, chars = [], 0
-    for text in corpus.head(DOCUMENTS):
+    for text in itertools.islice(corpus.head(), DOCUMENTS):
         texts.append(text)
         chars += len(text)
         if chars >= CHARS:

@@ -174,6 +174,7 @@ def test_resume_amid_small_row_groups_is_exact(tmp_path, tokenizer, cut, monkeyp
 
 
 def test_thousands_of_row_groups_are_read_at_half_the_speed_or_more(tmp_path, tokenizer):
+    """Of the processor's time, which other processes do not change."""
     texts = documents(3000, seed=1)
     seconds = {}
     for size in (1000, 1):
@@ -183,11 +184,11 @@ def test_thousands_of_row_groups_are_read_at_half_the_speed_or_more(tmp_path, to
         write(folder / "b.parquet", texts[:9])
         corpus, times = ParquetCorpus(folder), []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             loader = PackedLoader(corpus, "train", tokenizer, 8, 64, epochs=1)
             rows = [rows for rows, _ in loader]
             loader.close()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         seconds[size] = min(times)
     assert len(rows) > 100 and seconds[1] <= 2 * seconds[1000], seconds
 

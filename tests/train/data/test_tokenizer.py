@@ -148,8 +148,6 @@ RUNS = {
     "tabs": "\t",
     "ideographic": "\u3000",
     "no-break": "\u00a0",
-    "vertical": "\v",
-    "lines": "\u2028",
     "mixed": " \t\u3000\u00a0",
     "newlines": "\n",
 }
