@@ -1,9 +1,17 @@
 """What the commands share: one-line errors with exit code 2, and the --data flag."""
 
 import argparse
+import os
+import signal
 import sys
+import time
+import traceback
 
-from nanofuse.train.errors import UserError
+from nanofuse.train.console import drop_failing_output, open_missing, show_every_character
+from nanofuse.train.errors import RunEnded, UserError
+
+LOADED = time.perf_counter()  # close to the start of the process
+DEBUG_ENV = "NANOFUSE_DEBUG"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -16,21 +24,44 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def run_command(main):
-    """Call main(); a UserError, or a file or folder that cannot be read or written, becomes one
-    line on stderr and exit code 2."""
+def run_command(main, lossy=False):
+    """Call main(); errors that are told in one line become that line on stderr and an exit code: 2
+    for a UserError or a file or folder that cannot be read or written.
+
+    A reader of stdout that leaves ends the command without a word. With NANOFUSE_DEBUG=1 there is a
+    traceback as well.
+
+    Args:
+        lossy: output that cannot be shown is dropped, and the command goes on.
+    """
+    open_missing()
+    show_every_character()
+    if lossy:
+        drop_failing_output()
     try:
         main()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if not error.filename:
-            raise
-        message = f"{error.filename}: {error.strerror}"
-    else:
+        sys.stdout.flush()
         return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except (UserError, RunEnded, KeyboardInterrupt, OSError) as error:
+        failure = error
+    if isinstance(failure, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(0)
+    message, code = f"error: {failure}", 2
+    if isinstance(failure, RunEnded):
+        code = failure.code
+        message = str(failure) if code > 128 else message
+    elif isinstance(failure, KeyboardInterrupt):
+        message, code = "", 128 + signal.SIGINT
+    elif isinstance(failure, OSError):
+        if not failure.filename:
+            raise failure
+        message = f"error: {failure.filename}: {failure.strerror}"
+    if os.environ.get(DEBUG_ENV):
+        traceback.print_exception(failure)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def not_empty(text):

@@ -12,14 +12,20 @@ from nanofuse.train.errors import UserError
 
 HOPPER = (9, 0)  # compute capability
 
-# Dense bf16 peaks in FLOP/s by name prefix, without sparsity, from NVIDIA's datasheets.
+# Dense bf16 peaks in FLOP/s, without sparsity, from NVIDIA's datasheets, by the whole name that the
+# driver gives a product: NVL modules, MIG slices and laptops' chips have others.
 BF16_PEAKS = {
     "NVIDIA B200": 2.25e15,
-    "NVIDIA GH200": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 120GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
@@ -43,8 +49,8 @@ def device_name(device):
 
 
 def bf16_peak(name):
-    """Dense bf16 peak of a device in FLOP/s, or None where it is not listed."""
-    return next((peak for prefix, peak in BF16_PEAKS.items() if name.startswith(prefix)), None)
+    """Dense bf16 peak of a product in FLOP/s, or None where it is not listed."""
+    return BF16_PEAKS.get(name)
 
 
 @dataclass(frozen=True)

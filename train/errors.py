@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions that end a command with one line."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,15 @@ class UserError(ValueError):
 
     Commands print it as `error: ...` and exit with code 2.
     """
+
+
+class RunEnded(Exception):
+    """A run that ended before its last step, or not as it should; the message is one line.
+
+    Args:
+        code: exit code of the command; above 128: a signal's.
+    """
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code

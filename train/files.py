@@ -1,13 +1,19 @@
 """Making folders, and writing files so that a crash leaves the old one or the new one, never half
-of either."""
+of either. Files and folders have the modes that the umask leaves."""
 
+import contextlib
+import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanofuse.train.errors import UserError
+
+# Names of what is being written; one that a killed process left is removed at the next start.
+LEFTOVER = re.compile(r"\.(step_\d+|[\w+-][\w.+-]*\.jsonl?)\.[a-z0-9_]{8}")
 
 
 def make_folder(path):
@@ -23,35 +29,88 @@ def make_folder(path):
         raise UserError(f"{obstacle} is not a folder; move it away") from None
 
 
+def temporary_name(path):
+    """A name beside `path` that LEFTOVER knows where it is a run's."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def remove_leftovers(directory):
+    """Remove what killed processes left half-written in a run's folder; returns their number."""
+    found = [path for path in Path(directory).glob(".*") if LEFTOVER.fullmatch(path.name)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return len(found)
+
+
+def sync(path):
+    """Have the system write a file or a folder's entries out, where it can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write_text_atomically(path, text):
     """Write UTF-8 text to a temporary file beside `path`, then rename it there."""
+    write_atomically(path, text.encode("utf-8"))
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary file beside `path`, then rename it there."""
     path = Path(path)
     make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = temporary_name(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def atomic_folder(path):
-    """Yield a temporary folder that becomes `path` when the block ends without an error."""
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    A folder that is there already is replaced.
+    """
     path = Path(path)
     make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = temporary_name(path)
+    temporary.mkdir()
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
+        sync(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            remove_folder(path)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(path):
+    """Remove a folder so that half of it is never seen under its name."""
+    doomed = temporary_name(Path(path))
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sha256_of(path):
+    """SHA-256 of a file, hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(view[:size])
+    return digest.hexdigest()

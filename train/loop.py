@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,8 +12,7 @@ import torch
 from nanofuse.model.engine import Sampling, generate
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
-from nanofuse.train.bpb import evaluate_bpb
-from nanofuse.train.checkpoint import save_checkpoint
+from nanofuse.train.bpb import TOO_SMALL, evaluate_bpb
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.loader import DeviceLoader, PackedLoader
 from nanofuse.train.data.tokenizer import Tokenizer
@@ -21,11 +20,14 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.plan import Plan
-from nanofuse.train.runlog import RunLog
+from nanofuse.train.runlog import RunLog, first_line
+from nanofuse.train.saving import Saver
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import Settings
+from nanofuse.train.signals import Interrupted, Signals
 
 SAMPLE_TOKENS = 64
+EMA_DECAY = 0.9  # of the smoothed loss, a step
 
 
 def settle_garbage():
@@ -45,9 +47,18 @@ class Progress:
 
     step: int = 0
     train_seconds: float = 0.0  # in training steps only: no evaluation, no saving
-    val_bpb: float | None = None
+    val_bpb: float | None = None  # of the latest evaluation
+    val_step: int | None = None  # which was at this step
     best_bpb: float | None = None
     loss: float | None = None
+    loss_ema: float = 0.0  # sum of the losses so far, weighted with powers of EMA_DECAY
+    loss_ema_steps: int = 0
+
+    @property
+    def smoothed_loss(self):
+        """Mean of the losses so far, weighted with powers of EMA_DECAY; None before the first."""
+        weight = 1 - EMA_DECAY**self.loss_ema_steps
+        return self.loss_ema / weight if weight else None
 
 
 @dataclass
@@ -68,19 +79,28 @@ class Trainer:
     corpus: ParquetCorpus | StdlibCorpus
     loader: DeviceLoader
     log: RunLog
+    saver: Saver
     directory: Path
     prompt: str  # samples continue it
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
     started: float  # time.perf_counter() at the start of the process
     progress: Progress
+    signals: Signals = field(default_factory=Signals)
+    resumed: bool = False  # from a checkpoint of progress.step
+    done: frozenset = frozenset()  # kinds of reports of that step that were made before
     first_step_seconds: float | None = None  # since the start of the process
     first_evaluation_seconds: float = 0.0  # of those, before the first step
     steady_seconds: float = 0.0  # of the steps after the first window
     steady_steps: int = 0
+    window_steps: int = 0  # since the device was last waited for
+    whole: bool = True  # false where an update was cut off, so that weights lie between two steps
 
     def __post_init__(self):
         self.device = self.loader.device
         self.token_bytes = self.tokenizer.token_bytes().to(self.device)
+        self.state = self.loader.state  # of the loader, after the last whole step
+        self.loss = None  # of that step, a tensor ()
+        self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
 
     def due(self, every):
         """Whether something that happens every `every` steps, and at the end, happens now."""
@@ -101,60 +121,121 @@ class Trainer:
             loss = self.model(inputs, targets)
             (loss / micro_steps).backward()
             total += loss.detach()
-        self.optimizer.step(
-            self.schedule.lr(step),
-            self.schedule.momentum(step),
-            self.plan.weight_decay * self.schedule.weight_decay(step),
-        )
+        before = self.optimizer.step_count
+        try:
+            self.optimizer.step(
+                self.schedule.lr(step),
+                self.schedule.momentum(step),
+                self.plan.weight_decay * self.schedule.weight_decay(step),
+            )
+        except BaseException:
+            self.whole = self.optimizer.step_count == before
+            raise
         self.optimizer.zero_grad()
-        return total / micro_steps
+        self.loss = total / micro_steps
+        self.ema.lerp_(self.loss, 1 - EMA_DECAY)
+        self.progress.step += 1
+        self.progress.loss_ema_steps += 1
+        self.state = self.loader.state
+        return self.loss
+
+    def validation_loader(self, rows):
+        """Packed batches of `rows` rows of the validation split, the last one filled up."""
+        length = self.settings.model.max_seq_len
+        return PackedLoader(self.corpus, "val", self.tokenizer, rows, length, epochs=1, fill=True)
+
+    def check_validation(self):
+        """Refuse a validation split that does not fill a row.
+
+        Raises:
+            UserError: it does not, or cannot be read.
+        """
+        packed = self.validation_loader(1)
+        try:
+            if next(packed, None) is None:
+                raise UserError(TOO_SMALL)
+        finally:
+            packed.close()
 
     def evaluate(self):
-        s = self.settings
-        rows, length = s.horizon.device_batch_size, s.model.max_seq_len
-        packed = PackedLoader(self.corpus, "val", self.tokenizer, rows, length, epochs=1)
+        packed = self.validation_loader(self.settings.horizon.device_batch_size)
         batches = DeviceLoader(packed, self.device)
+
+        def watched():
+            for batch in batches:
+                self.signals.check()
+                yield batch
+
         try:
-            bpb = evaluate_bpb(self.model, batches, self.token_bytes, self.plan.eval_batches)
+            bpb = evaluate_bpb(self.model, watched(), self.token_bytes, self.plan.eval_rows)
         finally:
             batches.close()
         progress = self.progress
-        progress.val_bpb = bpb
+        progress.val_bpb, progress.val_step = bpb, progress.step
         progress.best_bpb = bpb if progress.best_bpb is None else min(bpb, progress.best_bpb)
         settle_garbage()  # the first evaluation compiles
         self.log.metrics("val", progress.step, bpb=bpb, train_seconds=progress.train_seconds)
         self.log.print(f"step {progress.step:>6}  val bpb {bpb:.6f}")
 
     def sample(self):
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(self.prompt)]
+        """Show a continuation of the prompt, as far as both fit the rotary table."""
+        room = self.raw_model.cos.size(0)
+        ids = [self.tokenizer.bos, *self.tokenizer.encode(self.prompt)][: max(room // 2, 1)]
+        count = min(SAMPLE_TOKENS, room - len(ids) + 1)
         sampling = Sampling(temperature=0.8, top_k=50, seed=self.settings.job.seed)
-        columns = generate(self.raw_model, ids, 1, SAMPLE_TOKENS, sampling, self.tokenizer.bos)
-        text = self.prompt + self.tokenizer.decode([column[0] for column in columns])
+        columns = generate(self.raw_model, ids, 1, count, sampling, self.tokenizer.bos)
+        drawn = [column[0] for column in columns]
+        text = self.tokenizer.decode([*ids[1:], *drawn])
         self.log.print(f"step {self.progress.step:>6}  sample: {text!r}")
         self.log.metrics("sample", self.progress.step, text=text)
 
-    def save(self):
-        state = self.loader.state
-        meta = {
+    def try_sample(self):
+        """As sample; one that fails is said in one line."""
+        try:
+            self.sample()
+        except (Interrupted, KeyboardInterrupt, SystemExit, OSError):
+            raise
+        except BaseException as error:  # panics of native libraries are no Exception
+            self.log.print(f"step {self.progress.step:>6}  no sample ({first_line(error)})")
+
+    def not_savable(self):
+        """Why the weights are not to be saved, in words, or None."""
+        if not self.whole:
+            return f"the update of step {self.progress.step + 1} was cut off"
+        if self.loss is not None and not math.isfinite(self.loss.item()):
+            return "its loss is not finite"
+        return None
+
+    def meta(self):
+        """What meta.json holds of the loop and its settings."""
+        progress = self.progress
+        return {
             "model_config": self.raw_model.config.to_dict(),
             "settings": self.settings.flat(),
-            "progress": vars(self.progress),
-            "val_bpb": self.progress.val_bpb,
+            "progress": vars(progress),
+            "val_bpb": progress.val_bpb if progress.val_step == progress.step else None,
             "num_iterations": self.plan.num_iterations,
             "optimizer_steps": self.optimizer.step_count,
             "loader": {
-                **state.position(),
+                **self.state.position(),
                 "corpus": self.corpus.fingerprint,
-                "at": self.corpus.describe("train", state.unit),
+                "at": self.corpus.describe("train", self.state.unit),
             },
         }
-        folder = save_checkpoint(
-            self.directory,
+
+    def save(self):
+        """Write the checkpoint of this step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.progress.loss_ema = self.ema.item()
+        folder = self.saver.save(
             self.progress.step,
-            meta,
+            self.meta(),
             self.raw_model,
             self.optimizer.state_dict(),
-            state.to_tensors(),
+            self.state.to_tensors(),
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")
 
@@ -164,16 +245,18 @@ class Trainer:
         step_seconds = seconds / steps
         tok_per_s = plan.total_batch_size / step_seconds
         lr_mult = self.schedule.lr(progress.step - 1)
+        smoothed = progress.smoothed_loss
         values = {
             "loss": loss,
+            "loss_ema": smoothed,
             "lr_mult": lr_mult,
             "ms_per_step": 1e3 * step_seconds,
             "tok_per_s": tok_per_s,
-            "epoch": self.loader.state.epoch,
+            "epoch": self.state.epoch,
             "train_seconds": progress.train_seconds,
         }
         status = (
-            f"loss {loss:.4f}  lr x{lr_mult:.3f}  epoch {values['epoch']}  "
+            f"loss {smoothed:.4f} (step {loss:.4f})  lr x{lr_mult:.3f}  epoch {values['epoch']}  "
             f"{1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
         )
         clipped = self.model.fp8_clipped() if isinstance(self.model, FusedGPT) else None
@@ -188,65 +271,100 @@ class Trainer:
             self.log.print(f"step {progress.step:>6}  {status}  ETA {remaining / 60:.1f} min")
         return status
 
-    def run(self):
-        """Train from the current step to the last one; evaluates, samples and saves on the way.
+    def close_window(self):
+        """Wait for the device, and report the steps since it was last waited for.
+
+        Returns:
+            what stands beside the bar, None where there were no steps.
 
         Raises:
-            UserError: the loss is no longer finite (seen where it is logged).
+            UserError: the loss is no longer finite.
         """
-        s, progress = self.settings.reports, self.progress
+        progress, steps, self.window_steps = self.progress, self.window_steps, 0
+        if not steps:
+            return None
+        progress.loss = self.loss.item()  # the only wait for the device
+        if not math.isfinite(progress.loss):
+            raise UserError(
+                f"the loss is {progress.loss} at step {progress.step}; lower --matrix-lr, "
+                "--embedding-lr and --unembedding-lr, or --resume from a checkpoint"
+            )
+        progress.loss_ema = self.ema.item()
+        seconds = time.perf_counter() - self.window_start
+        progress.train_seconds += seconds
+        first = self.first_step_seconds is None
+        if first:
+            self.first_step_seconds = time.perf_counter() - self.started
+            spent = self.first_evaluation_seconds
+            note = f", {spent:.1f} s of them evaluation" if spent else ""
+            self.log.print(f"first step after {self.first_step_seconds:.1f} s{note}")
+        else:
+            self.steady_seconds += seconds
+            self.steady_steps += steps
+        status = self.log_step(progress.loss, seconds, steps)
+        if first:
+            settle_garbage()
+        return status
+
+    def reports_due(self):
+        """What is due between this step and the next: "save", "val", "sample"."""
+        s, step = self.settings.reports, self.progress.step
+        due = {
+            "save": self.due(s.save_every),
+            "val": self.due(s.eval_every) or (step == 0 and not s.skip_initial_eval),
+            "sample": s.sample_every >= 0 and self.due(s.sample_every),
+        }
+        return {name for name, now in due.items() if now}
+
+    def between_steps(self, due):
+        """Save, then evaluate and sample, as far as `due` names them.
+
+        The checkpoint comes before what may fail, and gets the BPB of its weights afterwards.
+        """
+        saved = "save" in due or self.saver.saved_step == self.progress.step
+        if "save" in due:
+            self.save()
+        if "val" in due:
+            began = time.perf_counter()
+            self.evaluate()
+            if self.first_step_seconds is None:
+                self.first_evaluation_seconds = time.perf_counter() - began
+            if saved:
+                self.saver.amend(self.progress.step, self.meta())
+        if saved:
+            self.saver.prune()
+        if "sample" in due:
+            self.try_sample()
+
+    def run(self):
+        """Train from the current step to the last one; saves, evaluates and samples on the way.
+
+        Raises:
+            UserError: the loss is no longer finite (seen where it is logged), or of the data.
+            Interrupted: a signal came; the last step is whole, and not saved.
+        """
+        progress, num_iterations = self.progress, self.plan.num_iterations
         self.model.train()
-        resumed_at = progress.step if self.settings.job.resume else None
-        window_steps = 0
-        while True:
-            if progress.step != resumed_at:  # a resumed step was evaluated before it was saved
-                if self.due(s.eval_every) or (progress.step == 0 and not s.skip_initial_eval):
-                    began = time.perf_counter()
-                    try:
-                        self.evaluate()
-                    except UserError:
-                        if progress.step > 0:  # the training so far must not be lost
-                            self.save()
-                        raise
-                    if self.first_step_seconds is None:
-                        self.first_evaluation_seconds = time.perf_counter() - began
-                if s.sample_every >= 0 and self.due(s.sample_every):
-                    self.sample()
-                if self.due(s.save_every):
-                    self.save()
-            if progress.step == self.plan.num_iterations:
-                return
-            if window_steps == 0:  # nothing above happens inside a window
+        self.signals.defer()
+        due = self.reports_due()
+        if self.resumed:  # what was made before the checkpoint's process ended is not made again
+            due -= {"save", *self.done}
+        if "val" not in due and progress.step < num_iterations:
+            self.check_validation()
+        self.between_steps(due)
+        while progress.step < num_iterations:
+            self.signals.check()
+            if self.window_steps == 0:  # nothing above happens inside a window
                 self.synchronize()
-                window_start = time.perf_counter()
-            loss = self.train_step()
-            progress.step += 1
-            window_steps += 1
-            status = None
-            first = self.first_step_seconds is None
-            between = self.due(s.eval_every) or self.due(s.save_every) or self.due(s.sample_every)
-            if first or between or progress.step % s.train_log_every == 0:
-                progress.loss = loss.item()  # the only wait for the device
-                if not math.isfinite(progress.loss):
-                    raise UserError(
-                        f"the loss is {progress.loss} at step {progress.step}; lower --matrix-lr, "
-                        "--embedding-lr and --unembedding-lr, or --resume from a checkpoint"
-                    )
-                seconds = time.perf_counter() - window_start
-                progress.train_seconds += seconds
-                if first:
-                    self.first_step_seconds = time.perf_counter() - self.started
-                    spent = self.first_evaluation_seconds
-                    note = f", {spent:.1f} s of them evaluation" if spent else ""
-                    self.log.print(f"first step after {self.first_step_seconds:.1f} s{note}")
-                else:
-                    self.steady_seconds += seconds
-                    self.steady_steps += window_steps
-                status = self.log_step(progress.loss, seconds, window_steps)
-                window_steps = 0
-                if first:
-                    settle_garbage()
+                self.window_start = time.perf_counter()
+            self.train_step()
+            self.window_steps += 1
+            due, status = self.reports_due(), None
+            log = progress.step % self.settings.reports.train_log_every == 0
+            if due or log or self.first_step_seconds is None or self.signals.number is not None:
+                status = self.close_window()
             self.log.advance(status)
+            self.between_steps(due)
 
     def summary(self):
         """The run in one JSON-able dict."""
@@ -260,6 +378,7 @@ class Trainer:
             "steps": progress.step,
             "tokens": progress.step * self.plan.total_batch_size,
             "loss": progress.loss,
+            "loss_ema": progress.smoothed_loss,
             "val_bpb": progress.val_bpb,
             "best_bpb": progress.best_bpb,
             "train_seconds": round(progress.train_seconds, 3),

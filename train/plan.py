@@ -18,7 +18,7 @@ class Plan:
         num_iterations: optimiser steps.
         total_batch_size: tokens per optimiser step.
         micro_steps: forward and backward passes per optimiser step.
-        eval_batches: device batches per evaluation, at most.
+        eval_rows: rows per evaluation, at most.
         lr_scale: factor on all learning rates.
         weight_decay: Muon's decay before its schedule.
     """
@@ -26,7 +26,7 @@ class Plan:
     num_iterations: int
     total_batch_size: int
     micro_steps: int
-    eval_batches: int
+    eval_rows: int
     lr_scale: float
     weight_decay: float
 
@@ -78,15 +78,13 @@ def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -
         raise UserError(f"{flag} gives {steps} steps of {total} tokens; raise it to get one")
     if steps > MAX_STEPS:
         raise UserError(f"{flag} gives {steps:.3g} steps; {MAX_STEPS:,} are the most, lower it")
-    if eval_tokens < device_tokens:
-        raise UserError(
-            f"--eval-tokens {eval_tokens} is less than one device batch of {device_tokens}"
-        )
+    if eval_tokens < length:
+        raise UserError(f"--eval-tokens {eval_tokens} is less than one row of {length}")
     return Plan(
         num_iterations=steps,
         total_batch_size=total,
         micro_steps=total // device_tokens,
-        eval_batches=eval_tokens // device_tokens,
+        eval_rows=-(-eval_tokens // length),
         lr_scale=batch_lr_scale(total),
         weight_decay=scaled_weight_decay(
             settings.optim.weight_decay, total, tokens, reference_tokens

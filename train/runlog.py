@@ -1,14 +1,69 @@
 """Where a run's figures go: a progress bar, metrics.jsonl, and Weights & Biases if asked for."""
 
 import json
+import os
 import sys
 
 from tqdm import tqdm
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import make_folder
+from nanofuse.train.files import make_folder, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def first_line(error):
+    """An exception in one line: its type and the first line of what it says."""
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _records(path):
+    """(line, record) of the whole JSON objects in a file of metrics, in order."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield line, record
+
+
+def trained_steps(path):
+    """Number of training records in a file of metrics."""
+    return sum(record.get("kind") == "train" for _, record in _records(path))
+
+
+def cut_back(path, step, again=()):
+    """Leave in a file of metrics what belongs to a run that stands at `step`: whole lines, no later
+    steps, and each record once, the last one.
+
+    Args:
+        again: kinds whose records of `step` itself are made again.
+
+    Returns:
+        the kinds of the records of `step` that stay.
+    """
+    kept, kinds = {}, set()
+    for number, (line, record) in enumerate(_records(path)):
+        kind, at = record.get("kind"), record.get("step")
+        key = ("line", number)
+        if isinstance(at, int) and isinstance(kind, str):
+            if at > step or (at == step and kind in again):
+                continue
+            key = (kind, at)
+            if at == step:
+                kinds.add(kind)
+        kept.pop(key, None)  # its place is that of the last one
+        kept[key] = line
+    content = b"".join(line + b"\n" for line in kept.values())
+    if path.exists() and path.read_bytes() != content:
+        write_atomically(path, content)
+    return kinds
 
 
 class RunLog:
@@ -18,44 +73,69 @@ class RunLog:
         directory: the run's folder, made if need be; metrics.jsonl in it is appended to.
         first_step, num_iterations: range of the bar.
         wandb: log to Weights & Biases as well.
+        wandb_id: the run there that goes on; None: a new one.
+
+    Attributes:
+        wandb_id: of the run there, None without one.
 
     Raises:
-        UserError: wandb is asked for and not installed.
+        UserError: wandb is asked for and not installed, or does not start.
     """
 
-    def __init__(self, directory, first_step, num_iterations, wandb=False):
-        self.wandb = None
-        if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError(
-                    "--wandb needs wandb; install it with pip install -e .[wandb]"
-                ) from None
-            self.wandb = client.init(project="nanofuse", name=directory.name)
+    def __init__(self, directory, first_step, num_iterations, wandb=False, wandb_id=None):
+        self.wandb = start_wandb(directory.name, wandb_id) if wandb else None
+        self.wandb_id = getattr(self.wandb, "id", None) or wandb_id
+        self.wandb_failed = False
         make_folder(directory)
-        self.file = (directory / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        self.path = directory / METRICS_FILE
+        self.file = self.path.open("a+b", buffering=0)
         self.bar = tqdm(
             total=num_iterations,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0,
-            disable=not sys.stderr.isatty(),
-            bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:20}| {postfix} ETA {remaining}",
+            disable=not (sys.stderr and sys.stderr.isatty()),
+            bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:20}| {desc} ETA {remaining}",
         )
 
     def metrics(self, kind, step, **values):
-        """Append one JSON object {"kind", "step", ...} and pass it on to wandb."""
+        """Append one JSON object {"kind", "step", ...} and pass it on to wandb.
+
+        A whole line goes to the system at once, so that a killed process leaves no half.
+        """
         record = {"kind": kind, "step": step, **values}
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb is not None:
+        line = (json.dumps(record) + "\n").encode()
+        while line:
+            line = line[self.file.write(line) :]
+        if self.wandb is None:
+            return
+        try:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        except Exception as error:
+            self._tell_wandb(error)
+
+    def _tell_wandb(self, error):
+        """Say once that wandb does not take the figures."""
+        if not self.wandb_failed:
+            self.print(f"wandb: {first_line(error)}; {METRICS_FILE} has every figure")
+        self.wandb_failed = True
+
+    def restore(self):
+        """Write metrics.jsonl anew, with all it held, after it was removed under this process."""
+        self.file.seek(0)
+        content = self.file.read()
+        file = self.path.open("a+b", buffering=0)
+        self.file.close()
+        self.file = file
+        os.ftruncate(file.fileno(), 0)
+        while content:
+            content = content[file.write(content) :]
 
     def advance(self, status=None):
         """One step further; `status` replaces the text beside the bar."""
         if status is not None:
-            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.set_description_str(status, refresh=False)
         self.bar.update()
 
     def print(self, text):
@@ -67,4 +147,26 @@ class RunLog:
         self.bar.close()
         self.file.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self._tell_wandb(error)
+
+
+def start_wandb(name, wandb_id=None):
+    """A run of Weights & Biases, a new one or the one of this id.
+
+    Raises:
+        UserError: it is not installed, or does not start.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs wandb; install it with pip install -e .[wandb]") from None
+    known = {"id": wandb_id, "resume": "allow"} if wandb_id else {}
+    try:
+        return wandb.init(project="nanofuse", name=name, **known)
+    except Exception as error:
+        raise UserError(
+            f"--wandb does not start ({first_line(error)}); run wandb login, or drop --wandb"
+        ) from None

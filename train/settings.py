@@ -25,6 +25,7 @@ from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.schedules import ScheduleConfig
 
 MAX_STEPS = 10**12
+KEEP_ALL = 10**12  # checkpoints
 LEAST_LAMBDA = 1e-9  # of a bigram lambda's start: AdamW's epsilon hides the gradients of less
 OTHER_DATA = "the loader's state is of the run's data"  # why a resumed run keeps a value
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
@@ -65,6 +66,13 @@ class Reports:
     )
     save_every: int = option(
         -1, "steps between checkpoints (-1: only at the end)", least=-1, most=MAX_STEPS
+    )
+    keep: int = option(
+        KEEP_ALL,
+        "checkpoints to keep: the last N, and the best by validation BPB",
+        least=1,
+        most=KEEP_ALL,
+        since="0.2",
     )
     train_log_every: int = option(
         50, "steps between log lines; others never wait for the GPU", least=1, most=MAX_STEPS
@@ -223,7 +231,7 @@ def build_parser() -> CommandParser:
         if choices and metavar:
             text += f": {', '.join(choices)}"
         if f.default != "":
-            text += f" [{f.default}]"
+            text += " [all]" if f.name == "keep" else f" [{f.default}]"
         kwargs = {"help": text.replace("%", "%%"), "default": SUPPRESS, "dest": f.name}
         if f.type is bool:
             action = BooleanOptionalAction if f.default else "store_true"
@@ -267,6 +275,9 @@ def check(settings: Settings) -> None:
             raise UserError(f"{flag} must be at least {least}, got {value}")
         if most is not None and value > most:
             raise UserError(f"{flag} must be at most {most:,}, got {value}")
+    flops = settings.horizon.target_flops
+    if flops != LENGTHS["target_flops"] and flops <= 0:
+        raise UserError(f"--target-flops must be above 0, or -1 for off, got {flops}")
 
 
 def given_lengths(given: Mapping[str, Any]) -> list[str]:

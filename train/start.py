@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from nanofuse.train.checkpoint import (
     LOADER,
     MODEL,
     OPTIM,
+    checkpoints,
     config_of,
     find_checkpoint,
     load_meta,
@@ -24,38 +26,55 @@ from nanofuse.train.checkpoint import (
     load_weights,
     run_dir,
 )
+from nanofuse.train.command import LOADED
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
 from nanofuse.train.data.survey import describe_data
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
-from nanofuse.train.errors import UserError
+from nanofuse.train.disk import room, size_of
+from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.lock import RunLock, Taken
 from nanofuse.train.loop import Progress, Trainer
 from nanofuse.train.memory import check_training_memory
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
-from nanofuse.train.runlog import RunLog
+from nanofuse.train.runlog import METRICS_FILE, RunLog, cut_back
+from nanofuse.train.saving import Saver, out_of_memory, run_and_save
 from nanofuse.train.schedules import Schedule
-from nanofuse.train.settings import Settings, flag_name, naming_flags, resolve, resolve_resumed
+from nanofuse.train.settings import (
+    Settings,
+    flag_name,
+    naming_flags,
+    refuse_empty,
+    resolve,
+    resolve_resumed,
+)
+from nanofuse.train.signals import Interrupted, Signals
+
+LONGEST_LOADING = 60  # seconds from the start of a process to the load of its first module
 
 
-def new_run_dir(settings):
-    """Folder of a new run; without --run the first free one of d<depth>, d<depth>-2, ...
+def take_new_folder(settings, lock):
+    """Take the folder of a new run; without --run the first free one of d<depth>, d<depth>-2, ...
+
+    Args:
+        lock: train.lock.RunLock, which holds it then.
 
     Raises:
-        UserError: --run names one that exists.
+        UserError: --run names one that holds a run, or it cannot be made.
     """
     if settings.job.run:
-        directory = run_dir(settings.job.run)
-        if directory.exists():
-            raise UserError(
-                f"--run {settings.job.run}: {directory} exists; add --resume or choose another name"
-            )
-        return directory
-    directory, count = run_dir(f"d{settings.model.depth}"), 1
-    while directory.exists():
-        count += 1
-        directory = run_dir(f"d{settings.model.depth}-{count}")
-    return directory
+        lock.take(run_dir(settings.job.run), new=True)
+        return
+    name = f"d{settings.model.depth}"
+    for count in itertools.count(1):
+        directory = run_dir(name if count == 1 else f"{name}-{count}")
+        if directory.is_symlink() or checkpoints(directory):
+            continue
+        try:
+            return lock.take(directory, new=True)
+        except Taken:
+            continue
 
 
 def find_tokenizer(corpus, vocab_size, size_given):
@@ -93,8 +112,8 @@ def find_tokenizer(corpus, vocab_size, size_given):
     return tokenizer
 
 
-def describe(start, plan, facts):
-    """Lines that say what is about to run; `facts` are train.assemble's."""
+def describe(start, plan):
+    """Lines that say what is about to run."""
     settings, config, machine = start.settings, start.config, start.machine
     rows = settings.horizon.device_batch_size
     counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
@@ -102,7 +121,6 @@ def describe(start, plan, facts):
     return [
         f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
-        *facts,
         *describe_data(start.corpus, start.tokenizer, config.sequence_len),
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
@@ -118,7 +136,7 @@ def describe(start, plan, facts):
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: everything checked, nothing built or written yet."""
+    """What a run starts from: everything checked, nothing built yet, its folder locked."""
 
     settings: Settings
     machine: Machine
@@ -127,9 +145,13 @@ class Start:
     config: GPTConfig
     fp8: tuple  # provider and why
     plan: Plan
-    directory: Path
+    lock: RunLock
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
+
+    @property
+    def directory(self):
+        return self.lock.directory
 
 
 def check_backend_flags(given, machine):
@@ -146,8 +168,11 @@ def check_backend_flags(given, machine):
             )
 
 
-def start_new(given):
+def start_new(given, lock):
     """Start of a new run from the flags that were given ({field: value}).
+
+    Args:
+        lock: train.lock.RunLock, which takes the run's folder.
 
     Raises:
         UserError: any bad input.
@@ -156,7 +181,6 @@ def start_new(given):
     settings = resolve(given, device_type)
     machine = select_machine(settings.machine.device_type, settings.machine.backend)
     check_backend_flags(given, machine)
-    directory = new_run_dir(settings)
     with naming_flags():
         config = settings.model.config()
     # bad sizes are refused before a tokenizer is trained
@@ -164,6 +188,7 @@ def start_new(given):
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
     least = config if "vocab_size" in given else dataclasses.replace(config, vocab_size=1)
     check_training_memory(settings, least, machine, fp8[0])
+    take_new_folder(settings, lock)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
@@ -171,19 +196,25 @@ def start_new(given):
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     plan = make_plan(settings, config)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, directory)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock)
 
 
-def start_resumed(given):
+def start_resumed(given, lock):
     """Start of a run that continues from its latest checkpoint.
+
+    Args:
+        lock: train.lock.RunLock, which takes the run's folder.
 
     Raises:
         UserError: nothing to resume, flags or data that differ from the run's, damaged files.
     """
     if "run" not in given:
         raise UserError("--resume needs the run to continue; add --run NAME")
+    refuse_empty(given)
     directory = run_dir(given["run"])
-    checkpoint = find_checkpoint(directory)
+    find_checkpoint(directory)
+    lock.take(directory)
+    checkpoint = find_checkpoint(directory)  # the last owner may have saved another
     meta = load_meta(checkpoint)
     if "settings" not in meta:
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
@@ -191,12 +222,13 @@ def start_resumed(given):
     config = config_of(meta, checkpoint)
     saved = resolve_resumed({}, meta["settings"])
     length = meta["num_iterations"]
-    plan = make_resumed_plan(settings, saved, config, meta["step"], length)
+    done = meta["step"] - (meta.get("val_bpb") is None)  # its evaluation is still to come
+    plan = make_resumed_plan(settings, saved, config, done, length)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     if meta["loader"]["corpus"] != corpus.fingerprint:
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
-    tokenizer = load_tokenizer(directory, config)
+    tokenizer = load_tokenizer(directory, config, meta)
     machine = select_machine(settings.machine.device_type, settings.machine.backend)
     check_backend_flags(given, machine)
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
@@ -205,24 +237,24 @@ def start_resumed(given):
             f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "
             "is that of a run of this length"
         )
-    return Start(
-        settings, machine, corpus, tokenizer, config, fp8, plan, directory, checkpoint, meta
-    )
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, checkpoint, meta)
 
 
-def build_trainer(start, started):
-    """The Trainer of a Start; the run's folder is made here, after everything else worked.
+def build_trainer(start, started, signals=None):
+    """The Trainer of a Start.
 
     Args:
         started: time.perf_counter() at the start of the process.
+        signals: train.signals.Signals that were installed, or None.
 
     Raises:
         UserError: an attention backend that cannot run here, or a damaged checkpoint.
     """
     settings, config, machine = start.settings, start.config, start.machine
-    plan = start.plan
+    plan, directory = start.plan, start.directory
     memory = check_training_memory(settings, config, machine, start.fp8[0])
-    print(f"memory: {memory} expected", flush=True)
+    for line in (*describe(start, plan), f"memory: {memory} expected"):
+        print(line, flush=True)
 
     def set_weights(model):
         if start.checkpoint:
@@ -242,18 +274,26 @@ def build_trainer(start, started):
         plan.lr_scale,
         set_weights,
     )
-    state, progress = None, Progress()
+    state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
         built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
         position = {name: meta["loader"][name] for name in LoaderState().position()}
         state = LoaderState.restore(position, load_tensors(folder / LOADER))
-        progress = Progress(**meta["progress"])
+        progress, wandb_id = Progress(**meta["progress"]), meta.get("wandb")
+        evaluated = meta["val_bpb"] is not None
+        again = set() if evaluated else {"val"}
+        done = cut_back(directory / METRICS_FILE, progress.step, again) | {"val"} - again
+    else:
+        start.tokenizer.save(directory / FILE_NAME)
 
-    log = RunLog(start.directory, progress.step, plan.num_iterations, settings.reports.wandb)
-    if not start.checkpoint:
-        start.tokenizer.save(start.directory / FILE_NAME)
-    for line in describe(start, plan, built.facts):
+    reports = settings.reports
+    log = RunLog(directory, progress.step, plan.num_iterations, reports.wandb, wandb_id)
+    saver = Saver(
+        start.lock, log, start.tokenizer, reports.keep, progress.step if start.checkpoint else None
+    )
+    needed = size_of(built.raw_model.state_dict(), built.optimizer.state_dict())
+    for line in (*built.facts, room(needed, directory)):
         log.print(line)
     packed = PackedLoader(
         start.corpus,
@@ -274,22 +314,29 @@ def build_trainer(start, started):
         corpus=start.corpus,
         loader=DeviceLoader(packed, machine.device),
         log=log,
-        directory=start.directory,
+        saver=saver,
+        directory=directory,
         prompt="def " if isinstance(start.corpus, StdlibCorpus) else "The capital of France is",
         peak_flops=bf16_peak(machine.name),
         started=started,
         progress=progress,
+        signals=signals or Signals(),
+        resumed=start.checkpoint is not None,
+        done=frozenset(done),
     )
 
 
 def process_seconds():
-    """Seconds since this process started, imports included; 0 where the system does not tell."""
+    """Seconds since this process started, imports included: between 0 and a minute more than since
+    its first module was loaded, where the system's clocks do not fit together since then."""
+    loaded = time.perf_counter() - LOADED
     try:
         after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return 0.0
-    return uptime - int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: start, in ticks
+        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: start, in ticks
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, ValueError, IndexError, AttributeError):
+        return loaded
+    return seconds if loaded <= seconds <= loaded + LONGEST_LOADING else loaded
 
 
 def train(given):
@@ -297,21 +344,23 @@ def train(given):
 
     Raises:
         UserError: any bad input.
+        RunEnded: an error on the way, or a signal.
     """
     started = time.perf_counter() - process_seconds()
-    start = start_resumed(given) if given.get("resume") else start_new(given)
     try:
-        trainer = build_trainer(start, started)
-        try:
-            trainer.run()
-        finally:
-            trainer.loader.close()
-            trainer.log.close()
-            gc.unfreeze()
-    except torch.OutOfMemoryError:
-        rows = start.settings.horizon.device_batch_size
-        raise UserError(
-            f"--device-batch-size {rows} does not fit in the memory of {start.machine.name}; "
-            "halve it (the total batch stays the same)"
-        ) from None
+        with Signals() as signals, RunLock() as lock:
+            start = (start_resumed if given.get("resume") else start_new)(given, lock)
+            try:
+                trainer = build_trainer(start, started, signals)
+            except torch.OutOfMemoryError:
+                rows, device = start.settings.horizon.device_batch_size, start.machine.device
+                raise UserError(out_of_memory(rows, device)) from None
+            try:
+                run_and_save(trainer)
+            finally:
+                trainer.loader.close()
+                trainer.log.close()
+                gc.unfreeze()
+    except Interrupted as stop:
+        raise RunEnded(f"stopped by {stop} before the first step", 128 + stop.number) from None
     print(json.dumps(trainer.summary()))

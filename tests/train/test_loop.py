@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
 
@@ -48,7 +49,7 @@ def make_trainer(data_dir, work_dir):
 
     def make(**flags):
         given = {**SIZES, "data": str(data_dir), **flags}
-        trainer = build_trainer(start_new(given), time.perf_counter())
+        trainer = build_trainer(start_new(given, RunLock()), time.perf_counter())
         made.append(trainer)
         return trainer
 
@@ -56,6 +57,7 @@ def make_trainer(data_dir, work_dir):
     for trainer in made:
         trainer.loader.close()
         trainer.log.close()
+        trainer.saver.lock.release()
     gc.unfreeze()  # what evaluations froze, or native modules report leaks at exit
 
 

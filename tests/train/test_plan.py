@@ -14,7 +14,7 @@ def plan(depth=16, **fields):
 def test_d16_is_the_headline_run():
     p = plan()
     assert (p.num_iterations, p.total_batch_size, p.micro_steps) == (3584, 524_288, 8)
-    assert p.lr_scale == 1.0 and p.eval_batches == 640
+    assert p.lr_scale == 1.0 and p.eval_rows == 640 * 32
 
 
 def test_the_bigram_table_does_not_lengthen_a_run():

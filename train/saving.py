@@ -1,0 +1,163 @@
+"""Checkpoints of a run that is on, and what is saved and said when it ends before its last step."""
+
+import os
+import sys
+import traceback
+
+import torch
+
+from nanofuse.train.checkpoint import amend_meta, checkpoints, prune, save_checkpoint
+from nanofuse.train.command import DEBUG_ENV
+from nanofuse.train.data.tokenizer import FILE_NAME
+from nanofuse.train.device import device_name
+from nanofuse.train.disk import SaveError
+from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.runlog import first_line
+from nanofuse.train.signals import Interrupted
+from nanofuse.train.versions import code, versions
+
+
+class Saver:
+    """Writes the checkpoints of one run into its folder.
+
+    Args:
+        lock: train.lock.RunLock that holds the folder.
+        log: train.runlog.RunLog.
+        tokenizer: written again where the folder was removed.
+        keep: checkpoints that `prune` leaves, beside the best one.
+        saved_step: step of the checkpoint that the run goes on from, or None.
+
+    Attributes:
+        saved_step: step of the latest checkpoint of this run, or None.
+        lost_at: step at which the folder was found to be gone, or None.
+    """
+
+    def __init__(self, lock, log, tokenizer, keep, saved_step=None):
+        self.lock, self.log, self.tokenizer, self.keep = lock, log, tokenizer, keep
+        self.directory = lock.directory
+        self.saved_step, self.lost_at = saved_step, None
+        self.facts = {"tokenizer": tokenizer.fingerprint, "code": code(), "versions": versions()}
+
+    def _complete(self, meta):
+        return {**meta, **self.facts, "wandb": self.log.wandb_id}
+
+    def save(self, step, meta, model, optim_state, loader_tensors):
+        """As save_checkpoint; a folder that was removed is made again, with all that belongs there.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.lock.lost:
+            self._restore(step)
+        meta = self._complete(meta)
+        folder = save_checkpoint(self.directory, step, meta, model, optim_state, loader_tensors)
+        self.saved_step = step
+        return folder
+
+    def _restore(self, step):
+        """Make the run's folder again: lock, tokenizer and metrics.
+
+        Raises:
+            UserError: it cannot be made, or another process has it.
+        """
+        self.lost_at = step
+        self.lock.retake()
+        self.tokenizer.save(self.directory / FILE_NAME)
+        self.log.restore()
+        self.log.print(f"run: {self.directory} was removed or renamed; it is made again")
+
+    def amend(self, step, meta):
+        """Bring meta.json of a step that is saved up to date."""
+        folder = checkpoints(self.directory).get(step)
+        if folder is not None:
+            amend_meta(folder, self._complete(meta))
+
+    def prune(self):
+        """Remove what --keep does not keep."""
+        for folder in prune(self.directory, self.keep):
+            self.log.print(f"removed {folder}")
+
+    def command(self):
+        """The command that goes on from the newest checkpoint, or None without one."""
+        if not checkpoints(self.directory):
+            return None
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name if spec and spec.name.endswith("train.run") else "train.run"
+        return f"python -m {module} --run {self.directory.name} --resume"
+
+
+def out_of_memory(rows, device):
+    """Words for a batch that does not fit."""
+    return (
+        f"--device-batch-size {rows} does not fit in the memory of {device_name(device)}; "
+        "halve it (the total batch stays the same)"
+    )
+
+
+def run_and_save(trainer):
+    """trainer.run(); whatever ends it early, the steps that were made are saved first.
+
+    Raises:
+        UserError: bad input, met on the way.
+        RunEnded: any other error (code 1), a signal (128 and its number), or a folder that was
+            removed under the run (1).
+    """
+    failure = None
+    try:
+        trainer.run()
+    except BaseException as error:  # panics of native libraries are no Exception
+        failure = error
+        if not os.environ.get(DEBUG_ENV):  # frames hold tensors, and memory may be short
+            traceback.clear_frames(error.__traceback__)
+    saver, step = trainer.saver, trainer.progress.step
+    if failure is None and saver.lost_at is None:
+        return
+    notes = []
+    if failure is not None:
+        notes.append(describe_failure(failure, trainer))
+        if step > (saver.saved_step or 0) and not isinstance(failure, SaveError):
+            notes.append(save_now(trainer))
+    if step and saver.saved_step == step:
+        notes.append(f"step {step} is saved")
+    if saver.lost_at is not None:
+        notes.append(
+            f"{saver.directory} was removed under the run: nothing from before step "
+            f"{saver.lost_at} is there"
+        )
+    if failure is not None and (command := saver.command()):
+        notes.append(f"go on with {command}")
+    message = "; ".join(filter(None, notes))
+    if isinstance(failure, (UserError, torch.OutOfMemoryError, MemoryError)):
+        raise UserError(message) from failure
+    code = 128 + failure.number if isinstance(failure, Interrupted) else 1
+    raise RunEnded(message, code) from failure
+
+
+def describe_failure(failure, trainer):
+    """One line for what ended a run."""
+    if isinstance(failure, UserError):
+        return str(failure)
+    if isinstance(failure, Interrupted):
+        return f"stopped by {failure} after step {trainer.progress.step}"
+    if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
+        return out_of_memory(trainer.settings.horizon.device_batch_size, trainer.device)
+    if isinstance(failure, OSError) and failure.filename:
+        return f"{failure.filename}: {failure.strerror}"
+    return f"{first_line(failure)} ({DEBUG_ENV}=1 shows where)"
+
+
+def save_now(trainer):
+    """Save the last whole step, if it can be; returns words for why not, or None."""
+    step = trainer.progress.step
+    try:
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        trainer.close_window()
+        reason = trainer.not_savable()
+        if reason is None:
+            trainer.save()
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:  # such as those of a GPU that has failed
+        reason = first_line(error)
+    return f"step {step} is not saved ({reason})" if reason else None

@@ -1,0 +1,56 @@
+"""Signals that end a run: the step is finished and saved first; a second one ends it at once."""
+
+import os
+import signal
+import threading
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end; `number` is the signal's."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """Context manager that catches SIGINT, SIGTERM and SIGHUP (one that was ignored stays so).
+
+    Before `defer` the first signal raises Interrupted wherever the main thread is. After it the
+    signal is only noted, and `check` raises. A second signal ends the process at once, with the
+    exit code that a shell gives it.
+    """
+
+    def __init__(self):
+        self.number, self.deferred = None, False
+        self.previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in NAMES):
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def _handle(self, number, frame):
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        if not self.deferred:
+            raise Interrupted(number)
+
+    def defer(self):
+        """From now on note signals; `check` raises."""
+        self.deferred = True
+
+    def check(self):
+        """Raise Interrupted if a signal has come."""
+        if self.number is not None:
+            raise Interrupted(self.number)
