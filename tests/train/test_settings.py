@@ -136,6 +136,8 @@ def test_parse_errors_are_one_line():
         ({"depth": 2**63}, "--depth must be at most"),
         ({"total_batch_size": 2**63}, "--total-batch-size must be at most"),
         ({"num_iterations": 2**63}, "--num-iterations must be at most"),
+        ({"target_flops": 0.0}, "--target-flops must be above 0"),
+        ({"target_flops": -0.5}, "--target-flops must be above 0"),
         ({"bigram_lambda_init": 1e308}, "--bigram-lambda-init must be at most"),
         ({"bigram_lambda_init": -1e308}, "--bigram-lambda-init must be at least"),
     ],
