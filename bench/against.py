@@ -21,6 +21,7 @@ from pathlib import Path
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
+from nanofuse.train.flags import whole
 
 ROOT = Path(__file__).parent.parent
 RESAMPLES = 2000
@@ -95,17 +96,19 @@ def difference(ours, theirs, seed=0):
 
 
 def main(argv=None):
-    parser = CommandParser(prog="python -m bench.against", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        prog="python -m bench.against", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("revision", metavar="REVISION", help="a commit, or a tree's folder")
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=32, help="rows of a micro-step [32]")
+    parser.add_argument("--depth", type=whole(1, 999), default=16)
+    parser.add_argument(
+        "--rows", type=whole(1, 2**16), default=32, help="rows of a micro-step [32]"
+    )
     parser.add_argument("--backend", default="fused", choices=["fused", "compile", "eager"])
     parser.add_argument("--fp8", default="auto", help="as train.run's; off is bf16")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=whole(2, 10**6), default=20)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round's times")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        raise UserError(f"--rounds must be at least 2, got {args.rounds}")
     options = [f"--{n}={getattr(args, n)}" for n in ("depth", "rows", "backend", "fp8")]
     times = {"ours": [], "theirs": []}
     with checked_out(args.revision) as tree, ExitStack() as stack:

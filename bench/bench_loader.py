@@ -42,4 +42,5 @@ def bench_loader(benchmark, busy):
     finally:
         done.set()
         loader.close()
-    benchmark.extra_info["tok_per_s"] = B * T / benchmark.stats.stats.mean
+    if not benchmark.disabled:
+        benchmark.extra_info["tok_per_s"] = B * T / benchmark.stats.stats.mean

@@ -1,11 +1,12 @@
 """Options of the benchmarks; GPU, versions, commit and clocks recorded in every result; tables."""
 
+import re
 import subprocess
 
 import pytest
 import torch
 
-from nanofuse.bench.harness import copy_ceiling, listed, matmul_ceiling
+from nanofuse.bench.harness import MAX_ROUNDS, copy_ceiling, listed, matmul_ceiling
 from nanofuse.bench.report import step_table
 from nanofuse.bench.training import STEP_ROWS
 from nanofuse.model.fp8.products import PROVIDERS
@@ -31,8 +32,12 @@ def pytest_configure(config):
     """Refuses options of bench_step before anything is collected."""
     depths, providers = (listed(config.getoption(name)) for name in ("--depth", "--fp8"))
     for depth in depths:
-        if not depth.isdecimal() or int(depth) < 1:
+        if not re.fullmatch(r"[1-9]\d{0,2}", depth):
             raise pytest.UsageError(f"--depth {depth}: give depths such as 4,8,16")
+    if not 1 <= config.getoption("--rounds") <= MAX_ROUNDS:
+        raise pytest.UsageError(f"--rounds: give a number from 1 to {MAX_ROUNDS:,}")
+    if not 0 <= config.getoption("--bigram-factor") <= 1000:
+        raise pytest.UsageError("--bigram-factor: give a number from 0 to 1000")
     rows = config.getoption("--device-batch-size")
     if rows < 1 or STEP_ROWS % rows:
         raise pytest.UsageError(f"--device-batch-size {rows}: give a divisor of {STEP_ROWS}")

@@ -96,7 +96,9 @@ def plot(runs, path):
 
 
 def main(argv=None):
-    parser = CommandParser(prog="python -m bench.curves", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m bench.curves", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, the first leads")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where table, JSON and plot go")
     args = parser.parse_args(argv)

@@ -253,7 +253,9 @@ def write_plots(out, infos, summaries, profiles):
 
 
 def main(argv=None):
-    parser = CommandParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        prog="python -m bench.report", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON of bench_step or profile")
     parser.add_argument("--out", type=Path, help="default records/DATE-step, the results' date")
     parser.add_argument("--commit", help="of the code, where the machine that ran knew no better")

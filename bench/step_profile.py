@@ -29,6 +29,7 @@ from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.device import select_fp8, select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
+from nanofuse.train.flags import whole
 from nanofuse.train.optim.config import OptimConfig
 
 STEP_MICRO_STEPS = 8  # of 32 x 2048 tokens in a full step
@@ -81,18 +82,19 @@ def kernel_table(rows):
 
 
 def parse(argv):
-    parser = CommandParser(prog="python -m bench.step_profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=16)
+    parser = CommandParser(
+        prog="python -m bench.step_profile", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--depth", type=whole(1, 999), default=16)
     parser.add_argument("--backend", choices=["fused", "compile", "eager"], default="fused")
     parser.add_argument("--fp8", choices=["auto", *PROVIDERS], default="auto")
     parser.add_argument("--attention", choices=["auto", *BACKENDS], default="auto")
-    parser.add_argument("--bigram-factor", type=int, default=5)
-    parser.add_argument("--micro-steps", type=int, default=2, help="profiled; a full step has 8")
+    parser.add_argument("--bigram-factor", type=whole(0, 2**20), default=5)
+    parser.add_argument(
+        "--micro-steps", type=whole(1, 1000), default=2, help="profiled; a full step has 8"
+    )
     parser.add_argument("--out", type=Path, help="default runs/profile-dDEPTH-BACKEND")
-    args = parser.parse_args(argv)
-    if args.micro_steps < 1:
-        raise UserError(f"--micro-steps must be at least 1, got {args.micro_steps}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -72,7 +72,9 @@ def _read(path):
 
 
 def main():
-    parser = CommandParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("ops", nargs="*", default=[], help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--out", type=Path, default=tuning.TUNED)
     args = parser.parse_args()

@@ -49,9 +49,12 @@ def test_it_needs_a_gpu(monkeypatch):
         main(["--depth", "4"])
 
 
-def test_micro_steps_are_checked():
-    with pytest.raises(UserError, match="--micro-steps must be at least 1"):
-        main(["--micro-steps", "0"])
+@pytest.mark.parametrize("flag", ["--micro-steps", "--depth", "--bigram-factor"])
+def test_numbers_are_checked(flag, capsys):
+    for value in ("-1", 2**63, "nan", "1e999", ""):
+        with pytest.raises(SystemExit, match="2"):
+            main([f"{flag}={value}"])
+        assert capsys.readouterr().err.startswith(f"error: {flag} must be ")
 
 
 def test_the_old_name_runs_it_and_names_the_new_one():
