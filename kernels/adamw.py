@@ -106,10 +106,11 @@ def _adamw_block(
     v_ptr,  # (BLOCK,)
     scalars_ptr,  # (6,) fp32, a row of _adamw_scalars_kernel's output
     mask,  # (BLOCK,), or None for a full block, whose loads then stay 16 bytes wide
+    take,
     CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """AdamW step of one block, in place; with CLEAR its gradient becomes 0."""
+    """AdamW step of one block, in place, where `take` holds; with CLEAR its gradient becomes 0."""
     i = tl.arange(0, BLOCK)
     g = tl.load(g_ptr + i, mask=mask).to(tl.float32)
     m = tl.load(m_ptr + i, mask=mask).to(tl.float32)
@@ -121,9 +122,10 @@ def _adamw_block(
     denominator = tl.sqrt(v) * tl.load(scalars_ptr + 3) + tl.load(scalars_ptr + 4)
     update = tl.load(scalars_ptr + 2) * m / denominator
     p -= update + tl.load(scalars_ptr + 5) * p
-    tl.store(m_ptr + i, m.to(m_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_ptr + i, v.to(v_ptr.dtype.element_ty), mask=mask)
-    tl.store(p_ptr + i, p.to(p_ptr.dtype.element_ty), mask=mask)
+    if take:
+        tl.store(m_ptr + i, m.to(m_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_ptr + i, v.to(v_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_ptr + i, p.to(p_ptr.dtype.element_ty), mask=mask)
     if CLEAR:
         tl.store(g_ptr + i, tl.zeros((BLOCK,), g_ptr.dtype.element_ty), mask=mask)
 
@@ -132,6 +134,7 @@ def _adamw_block(
 def _adamw_kernel(
     blocks_ptr,  # (B, 6) int64: addresses of p, g, m and v, elements, index of the tensor
     scalars_ptr,  # (T, 6) fp32
+    take_ptr,  # (1,) fp32, or None
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # in bytes, of every address
@@ -145,10 +148,13 @@ def _adamw_kernel(
     v = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(DTYPE)), ALIGNMENT)
     count = tl.load(row + 4).to(tl.int32)
     scalars = scalars_ptr + tl.load(row + 5) * 6
+    take = True
+    if take_ptr is not None:
+        take = tl.load(take_ptr) != 0.0
     if count == BLOCK:
-        _adamw_block(p, g, m, v, scalars, None, CLEAR, BLOCK)
+        _adamw_block(p, g, m, v, scalars, None, take, CLEAR, BLOCK)
     else:
-        _adamw_block(p, g, m, v, scalars, tl.arange(0, BLOCK) < count, CLEAR, BLOCK)
+        _adamw_block(p, g, m, v, scalars, tl.arange(0, BLOCK) < count, take, CLEAR, BLOCK)
 
 
 def block_table(tuples, block):
@@ -261,6 +267,7 @@ def adamw(
     tensors,
     schedule,  # (2,) fp32: lr_mult, step
     clear_grad=False,
+    take=None,  # (1,) fp32
 ):
     """One AdamW step of all tensors of an AdamWTensors, in place.
 
@@ -268,12 +275,16 @@ def adamw(
 
     Args:
         clear_grad: set every gradient to zero after it is read.
+        take: where it is 0, parameters and moments stay as they are, and gradients are cleared
+            all the same; None: always take the step. Read on the device.
 
     Raises:
-        ValueError: schedule is not (2,) fp32 and contiguous; a tensor moved
+        ValueError: schedule or take is not contiguous fp32 of its shape; a tensor moved
             (AdamWTensors.check_addresses).
     """
     check_tensor("adamw", "schedule", schedule, (2,), torch.float32)
+    if take is not None:
+        check_tensor("adamw", "take", take, (1,), torch.float32)
     tensors.check_addresses()
     count = len(tensors.tensors)
     _adamw_scalars_kernel[(1,)](
@@ -283,6 +294,7 @@ def adamw(
         _adamw_kernel[(len(blocks),)](
             blocks,
             tensors.scalars,
+            take,
             DTYPE=dtype,
             GRAD_DTYPE=grad_dtype,
             ALIGNMENT=alignment,

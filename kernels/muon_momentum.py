@@ -41,10 +41,12 @@ def _store_momentum(
     grad_ptr,  # (BM, BN) pointers
     z_ptr,  # (BM, BN) pointers
     mask,  # (BM, BN)
+    take,
     CLEAR: tl.constexpr,
 ):
-    """Store m and z, and with CLEAR zeros over the gradient."""
-    tl.store(moment_ptr, m, mask=mask)
+    """Store z, m where `take` holds, and with CLEAR zeros over the gradient."""
+    if take:
+        tl.store(moment_ptr, m, mask=mask)
     if CLEAR:
         tl.store(grad_ptr, tl.zeros_like(m).to(grad_ptr.dtype.element_ty), mask=mask)
     tl.store(z_ptr, z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -57,6 +59,7 @@ def _momentum_kernel(
     hyper_ptr,  # (3,) fp32: lr, momentum, weight decay
     z_ptr,  # (M, C)
     norms_ptr,  # (M,) fp32
+    take_ptr,  # (1,) fp32, or None
     M,
     C,
     norm_floor,
@@ -67,6 +70,9 @@ def _momentum_kernel(
     BN: tl.constexpr,
 ):
     mu = tl.load(hyper_ptr + 1)
+    take = True
+    if take_ptr is not None:
+        take = tl.load(take_ptr) != 0.0
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = row < M
     cols = tl.arange(0, BN)
@@ -89,13 +95,13 @@ def _momentum_kernel(
         inverse = tl.where(norm < norm_floor, 0.0, 1 / norm)  # NaN stays NaN
     if ONE_PASS:
         z = u * inverse[:, None]
-        _store_momentum(m, z, moment_ptr, grad_ptr, z_ptr, mask, CLEAR)
+        _store_momentum(m, z, moment_ptr, grad_ptr, z_ptr, mask, take, CLEAR)
     else:
         for col in range(0, C, BN):
             mask = row_ok[:, None] & (col + cols < C)[None, :]
             m, u = _nesterov(grad_ptr + col, moment_ptr + col, mu, mask)
             z = u * inverse[:, None]
-            _store_momentum(m, z, moment_ptr + col, grad_ptr + col, z_ptr + col, mask, CLEAR)
+            _store_momentum(m, z, moment_ptr + col, grad_ptr + col, z_ptr + col, mask, take, CLEAR)
 
 
 def muon_momentum(
@@ -105,6 +111,7 @@ def muon_momentum(
     dtype,
     unit_rows=True,
     clear_grad=False,
+    take=None,  # (1,) fp32
 ):
     """Update the momentum in place and compute the Nesterov gradient u, by default with unit rows.
 
@@ -112,6 +119,7 @@ def muon_momentum(
         dtype: of the result.
         unit_rows: divide every row of u by its norm; rows of zeros stay zero.
         clear_grad: set the gradient to zero after it is read.
+        take: where it is 0, the momentum stays as it is; None: always update it.
 
     Returns:
         z (N, R, C) in `dtype`: u, or u with unit rows; and with unit_rows the norms (N, R) fp32 of
@@ -123,6 +131,8 @@ def muon_momentum(
     check_tensor("muon_momentum", "grad", grad, None)
     check_tensor("muon_momentum", "momentum_buffer", momentum_buffer, grad.shape, torch.float32)
     check_tensor("muon_momentum", "hyper", hyper, (3,), torch.float32)
+    if take is not None:
+        check_tensor("muon_momentum", "take", take, (1,), torch.float32)
     n, rows, cols = grad.shape
     z = torch.empty(n, rows, cols, dtype=dtype, device=grad.device)
     norms = None
@@ -137,6 +147,7 @@ def muon_momentum(
         hyper,
         z,
         norms,
+        take,
         n * rows,
         cols,
         NORM_FLOOR,

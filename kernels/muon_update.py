@@ -124,6 +124,7 @@ def _factors_kernel(
     squares_ptr,  # (N, L) fp32 sums of squares; L: rows or columns of a matrix
     moment_ptr,  # (N, L) fp32 second moment, updated
     factors_ptr,  # (N, L) fp32, written
+    take_ptr,  # (1,) fp32, or None
     L,
     reduced,  # elements in each sum of squares
     target,  # Frobenius norm after Muon+
@@ -144,7 +145,11 @@ def _factors_kernel(
     squares = root * root
     moment = tl.load(moment_ptr + n * L + i, mask=ok, other=1.0)
     moment += weight * (squares / reduced - moment)
-    tl.store(moment_ptr + n * L + i, moment, mask=ok)
+    take = True
+    if take_ptr is not None:
+        take = tl.load(take_ptr) != 0.0
+    if take:
+        tl.store(moment_ptr + n * L + i, moment, mask=ok)
     moment = tl.maximum(moment, moment_floor, propagate_nan=tl.PropagateNan.ALL)
     norm = tl.sqrt(tl.sum(squares, axis=0))
     new_norm = tl.sqrt(tl.sum(squares / moment, axis=0))
@@ -158,6 +163,7 @@ def _apply_kernel(
     x_ptr,  # (N, R, C)
     factors_ptr,  # (N, R) if PER_ROW, else (N, C); fp32
     hyper_ptr,  # (3,) fp32: lr, momentum, weight decay
+    take_ptr,  # (1,) fp32, or None
     copy_ptr,  # (N, R, C) bf16, or None
     data_ptr,  # (N, R, C) FP8, or None
     transposed_ptr,  # (N, C, R) FP8
@@ -186,7 +192,10 @@ def _apply_kernel(
     lr = tl.load(hyper_ptr) * lr_factor
     decay = lr * tl.load(hyper_ptr + 2)
     u = f * x
-    p -= lr * u + tl.where(u * p >= 0, decay * p, 0.0)
+    new = p - (lr * u + tl.where(u * p >= 0, decay * p, 0.0))
+    if take_ptr is not None:
+        new = tl.where(tl.load(take_ptr) != 0.0, new, p)
+    p = new
     tl.store(param_ptr + base + offsets, p, mask=mask)
     if copy_ptr is not None:
         tl.store(copy_ptr + base + offsets, p.to(tl.bfloat16), mask=mask)
@@ -224,9 +233,10 @@ def muon_factors(
     shape,  # (N, R, C)
     beta2,
     muon_plus,
+    take=None,  # (1,) fp32
 ):
-    """Update the second moment, and return the factor f of every row (R >= C) or column that
-    applies Muon+ and variance reduction, (N, R) or (N, C) fp32.
+    """Update the second moment, unless `take` is 0, and return the factor f of every row (R >= C)
+    or column that applies Muon+ and variance reduction, (N, R) or (N, C) fp32.
 
     Raises:
         ValueError: a tensor that is not contiguous, or of another shape or dtype.
@@ -236,11 +246,14 @@ def muon_factors(
     check_tensor("muon_factors", "squares", squares, (n, count), torch.float32)
     moment_shape = second_moment_shape(shape)
     check_tensor("muon_factors", "second_moment", second_moment, moment_shape, torch.float32)
+    if take is not None:
+        check_tensor("muon_factors", "take", take, (1,), torch.float32)
     factors = torch.empty(n, count, dtype=torch.float32, device=squares.device)
     _factors_kernel[(n,)](
         squares,
         second_moment,
         factors,
+        take,
         count,
         reduced,
         min(rows, cols) ** 0.5,
@@ -260,9 +273,10 @@ def muon_apply(
     factors,  # (N, R) if R >= C, else (N, C); fp32
     hyper,  # (3,) fp32
     weights=None,
+    take=None,  # (1,) fp32
 ):
-    """Apply u = factors * x and cautious weight decay to param, in place, and write the new values
-    into the WeightCopies `weights`, if given.
+    """Apply u = factors * x and cautious weight decay to param, in place unless `take` is 0, and
+    write the values into the WeightCopies `weights`, if given.
 
     Raises:
         ValueError: a tensor that is not contiguous, or of another shape or dtype.
@@ -274,6 +288,8 @@ def muon_apply(
     check_tensor("muon_apply", "x", x, param.shape)
     check_tensor("muon_apply", "factors", factors, shape, torch.float32)
     check_tensor("muon_apply", "hyper", hyper, (3,), torch.float32)
+    if take is not None:
+        check_tensor("muon_apply", "take", take, (1,), torch.float32)
     _check_copies(param, weights)
     config = tuned("muon_apply", TILE)
     grid = (triton.cdiv(cols, config.cols), triton.cdiv(rows, config.rows), n)
@@ -282,6 +298,7 @@ def muon_apply(
         x,
         factors,
         hyper,
+        take,
         weights.bf16,
         *operand_args(weights.fp8, weights.scaling),
         rows,
@@ -345,6 +362,7 @@ def muon_update(
     muon_plus=True,
     weights=None,
     clear_grad=False,
+    take=None,  # (1,) fp32
 ):
     """One Muon step of a stack of matrices, in place; muon_update_ref by kernels.
 
@@ -354,6 +372,8 @@ def muon_update(
         muon_plus: rescale the orthogonalised matrices to Frobenius norm sqrt(min(R, C)).
         weights: WeightCopies to fill with the updated parameter; its amaxes are raised.
         clear_grad: set the gradient to zero after it is read.
+        take: where it is 0, the step is left out: parameter, momentum and second moment stay, and
+            the gradient is cleared all the same; None: always take it. Read on the device.
 
     Raises:
         ValueError: shapes or dtypes other than above, a tensor that is not contiguous, a param that
@@ -365,11 +385,11 @@ def muon_update(
     _check(param, grad, momentum_buffer, second_moment, hyper, weights)
     row = equilibration == "row"
     dtype = compute_dtype(param.device) if row else torch.float32
-    z, norms = muon_momentum(grad, momentum_buffer, hyper, dtype, row, clear_grad)
+    z, norms = muon_momentum(grad, momentum_buffer, hyper, dtype, row, clear_grad, take)
     if row:
         x, squares = orthogonalize(z, initial_scale(norms))
     else:
         x = newton_schulz(z, equilibration, muon_plus=False)
         squares = x.square().sum(-1 if x.size(1) >= x.size(2) else -2)
-    factors = muon_factors(squares, second_moment, param.shape, beta2, muon_plus)
-    muon_apply(param, x, factors, hyper, weights)
+    factors = muon_factors(squares, second_moment, param.shape, beta2, muon_plus, take)
+    muon_apply(param, x, factors, hyper, weights, take)

@@ -154,10 +154,14 @@ class FusedGPT(nn.Module):
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"
 
     @torch.no_grad()
-    def refresh(self):
-        """After the weights changed: update the FP8 scales and rewrite the weights' operands."""
+    def refresh(
+        self,
+        take=None,  # (1,) fp32
+    ):
+        """After the weights changed: update the FP8 scales and rewrite the weights' operands.
+        `take` is 0 where the optimiser left the step out (DelayedScaling.update)."""
         if self.updates:
-            self.precision.scaling.update()
+            self.precision.scaling.update(take)
         self._make_operands()
         self.updates += 1
 

@@ -19,6 +19,7 @@ from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.optim.watch import NAMED
 from nanofuse.train.plan import Plan
 from nanofuse.train.runlog import RunLog, first_line
 from nanofuse.train.saving import Saver
@@ -28,6 +29,10 @@ from nanofuse.train.signals import Interrupted, Signals
 
 SAMPLE_TOKENS = 64
 EMA_DECAY = 0.9  # of the smoothed loss, a step
+RATES_HINT = (
+    "--resume from the checkpoint before it, with a lower --matrix-lr, --embedding-lr, "
+    "--unembedding-lr or --scalar-lr"
+)
 
 
 def settle_garbage():
@@ -133,7 +138,8 @@ class Trainer:
             raise
         self.optimizer.zero_grad()
         self.loss = total / micro_steps
-        self.ema.lerp_(self.loss, 1 - EMA_DECAY)
+        ema = self.ema.lerp(self.loss, 1 - EMA_DECAY)
+        self.ema.copy_(torch.where(torch.isfinite(ema), ema, self.ema))
         self.progress.step += 1
         self.progress.loss_ema_steps += 1
         self.state = self.loader.state
@@ -170,6 +176,8 @@ class Trainer:
             bpb = evaluate_bpb(self.model, watched(), self.token_bytes, self.plan.eval_rows)
         finally:
             batches.close()
+        if not math.isfinite(bpb):
+            raise UserError(f"validation BPB is {bpb} at step {self.progress.step}; {RATES_HINT}")
         progress = self.progress
         progress.val_bpb, progress.val_step = bpb, progress.step
         progress.best_bpb = bpb if progress.best_bpb is None else min(bpb, progress.best_bpb)
@@ -204,7 +212,23 @@ class Trainer:
             return f"the update of step {self.progress.step + 1} was cut off"
         if self.loss is not None and not math.isfinite(self.loss.item()):
             return "its loss is not finite"
-        return None
+        found = self.optimizer.watch.read()
+        if found.first_step and not self.skips:
+            return f"gradients of step {found.first_step} were not finite"
+        names = self.nonfinite_weights()
+        return f"{', '.join(names)} is not finite" if names else None
+
+    @property
+    def skips(self):
+        """Whether steps whose gradients are not finite are left out, and training goes on."""
+        return self.settings.optim.on_nonfinite == "skip"
+
+    @torch.no_grad()
+    def nonfinite_weights(self):
+        """Names of the first parameters with a value that is not finite."""
+        named = dict(self.raw_model.named_parameters())
+        finite = torch.stack([torch.isfinite(p).all() for p in named.values()]).tolist()
+        return [name for name, good in zip(named, finite, strict=True) if not good][:NAMED]
 
     def meta(self):
         """What meta.json holds of the loop and its settings."""
@@ -227,8 +251,14 @@ class Trainer:
         """Write the checkpoint of this step.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or weights are not finite.
         """
+        names = self.nonfinite_weights()
+        if names:
+            raise UserError(
+                f"weights are not finite after step {self.progress.step} ({', '.join(names)}) and "
+                f"are not saved; {RATES_HINT}"
+            )
         self.progress.loss_ema = self.ema.item()
         folder = self.saver.save(
             self.progress.step,
@@ -239,16 +269,19 @@ class Trainer:
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")
 
-    def log_step(self, loss, seconds, steps):
-        """Report a window of `steps` steps that took `seconds`, ending with this `loss`."""
+    def log_step(self, loss, found, seconds, steps):
+        """Report a window of `steps` steps that took `seconds`, ending with this `loss` and with
+        these Gradients."""
         progress, plan = self.progress, self.plan
         step_seconds = seconds / steps
         tok_per_s = plan.total_batch_size / step_seconds
         lr_mult = self.schedule.lr(progress.step - 1)
         smoothed = progress.smoothed_loss
         values = {
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "loss_ema": smoothed,
+            "grad_norm": found.norm if math.isfinite(found.norm) else None,
+            "nonfinite_steps": found.nonfinite_steps,
             "lr_mult": lr_mult,
             "ms_per_step": 1e3 * step_seconds,
             "tok_per_s": tok_per_s,
@@ -256,8 +289,8 @@ class Trainer:
             "train_seconds": progress.train_seconds,
         }
         status = (
-            f"loss {smoothed:.4f} (step {loss:.4f})  lr x{lr_mult:.3f}  epoch {values['epoch']}  "
-            f"{1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
+            f"loss {smoothed:.4f} (step {loss:.4f})  |g| {found.norm:.3g}  lr x{lr_mult:.3f}  "
+            f"epoch {values['epoch']}  {1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
         )
         clipped = self.model.fp8_clipped() if isinstance(self.model, FusedGPT) else None
         if clipped is not None:
@@ -271,6 +304,27 @@ class Trainer:
             self.log.print(f"step {progress.step:>6}  {status}  ETA {remaining / 60:.1f} min")
         return status
 
+    def check_finite(self, loss, found):
+        """Refuse a loss or Gradients that are not finite; where steps are left out, say so.
+
+        Raises:
+            UserError: the run is to stop.
+        """
+        step, names = found.first_step, ", ".join(found.names)
+        if step and self.skips:
+            self.log.print(
+                f"step {self.progress.step:>6}  left out, as gradients were not finite: "
+                f"{found.nonfinite_steps} steps so far, the latest from step {step} on ({names})"
+            )
+            self.optimizer.watch.forget()
+        elif step:
+            raise UserError(
+                f"gradients of step {step} are not finite ({names}); {RATES_HINT}, "
+                "or leave such steps out with --on-nonfinite skip"
+            )
+        elif not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.progress.step}; {RATES_HINT}")
+
     def close_window(self):
         """Wait for the device, and report the steps since it was last waited for.
 
@@ -278,17 +332,14 @@ class Trainer:
             what stands beside the bar, None where there were no steps.
 
         Raises:
-            UserError: the loss is no longer finite.
+            UserError: loss or gradients are no longer finite.
         """
         progress, steps, self.window_steps = self.progress, self.window_steps, 0
         if not steps:
             return None
-        progress.loss = self.loss.item()  # the only wait for the device
-        if not math.isfinite(progress.loss):
-            raise UserError(
-                f"the loss is {progress.loss} at step {progress.step}; lower --matrix-lr, "
-                "--embedding-lr and --unembedding-lr, or --resume from a checkpoint"
-            )
+        loss, found = self.loss.item(), self.optimizer.watch.read()  # the only wait for the device
+        self.check_finite(loss, found)
+        progress.loss = loss if math.isfinite(loss) else None
         progress.loss_ema = self.ema.item()
         seconds = time.perf_counter() - self.window_start
         progress.train_seconds += seconds
@@ -301,7 +352,7 @@ class Trainer:
         else:
             self.steady_seconds += seconds
             self.steady_steps += steps
-        status = self.log_step(progress.loss, seconds, steps)
+        status = self.log_step(loss, found, seconds, steps)
         if first:
             settle_garbage()
         return status

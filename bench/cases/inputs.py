@@ -16,6 +16,7 @@ from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedu
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
+from nanofuse.kernels.gradient_squares import GradientSquares
 from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from nanofuse.kernels.muon_momentum import muon_momentum
 from nanofuse.kernels.muon_update import muon_apply, muon_factors, muon_hyper
@@ -247,6 +248,12 @@ def adamw_case(rows, device):
     tensors = AdamWTensors(*lists, [AdamWHyper(0.1, 0.8, 0.99, 1e-10, 0.0)] * 8)
     schedule = adamw_schedule(1.0, 1, device)
     return Case(lambda: adamw(tensors, schedule, clear_grad=True), 16 * 8 * rows * width)
+
+
+def gradient_squares_case(rows, device):
+    width = sizes(device).width
+    op = GradientSquares([randn(device, rows, width) for _ in range(8)])
+    return Case(op, 2 * 8 * rows * width)
 
 
 def muon_inputs(rows, device):

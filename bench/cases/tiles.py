@@ -6,6 +6,7 @@ from functools import partial
 from nanofuse.bench.cases import inputs
 from nanofuse.kernels.adamw import AdamWConfig
 from nanofuse.kernels.common.tuning import Tile
+from nanofuse.kernels.gradient_squares import SquaresConfig
 from nanofuse.kernels.linear_relu_squared import LinearTile
 from nanofuse.kernels.residual_gradients import Config
 from nanofuse.kernels.residual_mix import RowTile
@@ -120,6 +121,13 @@ CASES = {  # op: (function of inputs.py, candidates)
     "embedding_grad": (
         inputs.embedding_grad_case,
         tiles((16, 32, 64), (256,), (1,)) + tiles((16, 32), (512,), (2,)),
+    ),
+    "gradient_squares": (
+        inputs.gradient_squares_case,
+        [
+            SquaresConfig(block, warps)
+            for block, warps in ((8192, 4), (16384, 4), (16384, 8), (32768, 8), (65536, 8))
+        ],
     ),
     "adamw": (
         inputs.adamw_case,

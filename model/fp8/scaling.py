@@ -65,11 +65,18 @@ class DelayedScaling:
             self._rescale(at, torch.maximum(self.amax[at, 0], self.history[:, at].amax(dim=0)))
         return run(scaling)
 
-    def update(self):
+    def update(
+        self,
+        take=None,  # (1,) fp32
+    ):
         """At the end of an optimiser step: shift the recorded amax of all tensors into the history,
-        reset it, and recompute all scales."""
+        reset it, and recompute all scales. Where `take` is 0 the step was left out, and so are its
+        maxima, which may not be numbers."""
         self.clipped += (self.amax[:, 0] * self.scale[:, 0] > self.fp8_max).sum()
-        self.history.copy_(torch.cat([self.amax[None, :, 0], self.history[:-1]]))
+        history = torch.cat([self.amax[None, :, 0], self.history[:-1]])
+        if take is not None:
+            history = torch.where(take != 0, history, self.history)
+        self.history.copy_(history)
         self.amax.zero_()
         self._rescale(slice(None), self.history.amax(dim=0))
 
@@ -106,7 +113,7 @@ class Unscaled:
     def produce(self, name, run):
         return run(None)
 
-    def update(self):
+    def update(self, take=None):
         """Nothing to update."""
 
     def state_dict(self):

@@ -50,6 +50,12 @@ class OptimConfig:
     muon_eq: str = option(
         "row", "equilibration before Muon's iteration", EQUILIBRATIONS, fixed=STATE
     )
+    on_nonfinite: str = option(
+        "stop",
+        "gradients that are NaN or infinite: end the run, or leave the step's update out",
+        ("stop", "skip"),
+        since="0.2",
+    )
     muon_beta2: float = 0.9  # of the variance reduction
 
     def adamw_groups(self) -> dict[str, AdamWGroup]:

@@ -8,9 +8,11 @@ anew at the end. State has the names and shapes of MuonAdamW's, so checkpoints s
 import torch
 
 from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from nanofuse.kernels.gradient_squares import GradientSquares
 from nanofuse.kernels.muon_update import muon_hyper, muon_update, second_moment_shape
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
+from nanofuse.train.optim.watch import GradientWatch
 
 FP8_PREFIX = "fp8."
 
@@ -42,6 +44,9 @@ class FusedMuonAdamW:
         self.adamw_tensors = AdamWTensors(
             params, [p.grad for p in params], *zip(*self.adamw_state.values(), strict=True), hypers
         )
+        named = dict(model.named_parameters())
+        self.watch = GradientWatch(named, self.device)
+        self.squares = GradientSquares([p.grad for p in named.values()])
         self.muon_state = []  # of each stack: momentum (N, R, C) and second moment
         for _, values, _ in fused.weights.stacks:
             moment = second_moment_shape(values.shape)
@@ -51,7 +56,8 @@ class FusedMuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):
-        """Update every parameter from its .grad, which is cleared.
+        """Update every parameter from its .grad, which is cleared. A step whose gradients are not
+        all finite changes nothing else; `watch` has seen it.
 
         Args:
             lr_mult: the schedule's multiplier on every learning rate.
@@ -59,11 +65,14 @@ class FusedMuonAdamW:
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
         self.step_count += 1
+        self.watch.take(self.squares(), self.step_count)
+        take = self.watch.ok
         lr_mult = lr_mult * self.lr_scale
         adamw(
             self.adamw_tensors,
             adamw_schedule(lr_mult, self.step_count, self.device),
             clear_grad=True,
+            take=take,
         )
         hyper = muon_hyper(self.config.matrix_lr * lr_mult, momentum, weight_decay, self.device)
         options = self.config.muon_beta2, self.config.muon_eq, self.config.muon_plus
@@ -71,13 +80,13 @@ class FusedMuonAdamW:
             self.fused.weights.stacks, self.muon_state, strict=True
         ):
             if values.is_contiguous():
-                muon_update(values, grads, *state, hyper, *options, clear_grad=True)
+                muon_update(values, grads, *state, hyper, *options, clear_grad=True, take=take)
             else:  # q, k and v of grouped heads lie between each other
                 stacked = values.contiguous()
-                muon_update(stacked, grads.contiguous(), *state, hyper, *options)
+                muon_update(stacked, grads.contiguous(), *state, hyper, *options, take=take)
                 values.copy_(stacked)
                 grads.zero_()
-        self.fused.refresh()
+        self.fused.refresh(take)
 
     def zero_grad(self):
         """Nothing to do: `step` clears the gradients while it reads them."""

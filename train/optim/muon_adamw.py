@@ -10,6 +10,7 @@ from nanofuse.kernels.adamw import adamw_ref
 from nanofuse.kernels.muon_update import muon_update_ref, second_moment_shape
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
+from nanofuse.train.optim.watch import GradientWatch
 
 RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
 
@@ -46,6 +47,9 @@ class MuonAdamW:
         self.stacks = {}  # "RxC" -> parameters of that shape, in model order
         for _, p in roles["matrices"]:
             self.stacks.setdefault(f"{p.size(0)}x{p.size(1)}", []).append(p)
+        self.parameters = dict(member for members in roles.values() for member in members)
+        device = next(iter(self.parameters.values())).device
+        self.watch = GradientWatch(self.parameters, device)
         self.state = {}
         for name, p, *_ in self.adamw:
             self.state[f"{name}.exp_avg"] = torch.zeros_like(p, requires_grad=False)
@@ -63,7 +67,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):
-        """Update every parameter from its .grad.
+        """Update every parameter from its .grad. A step whose gradients are not all finite changes
+        nothing on a CPU, and on a GPU where config.on_nonfinite is "skip", which waits for the
+        device; `watch` has seen it.
 
         Args:
             lr_mult: the schedule's multiplier on every learning rate.
@@ -71,6 +77,12 @@ class MuonAdamW:
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
         self.step_count += 1
+        grads = [p.grad for p in self.parameters.values()]
+        norms = torch._foreach_norm(grads, dtype=torch.promote_types(torch.float32, grads[0].dtype))
+        self.watch.take(torch.stack(norms).square(), self.step_count)
+        waits = self.watch.ok.device.type == "cpu" or self.config.on_nonfinite == "skip"
+        if waits and not self.watch.ok.item():
+            return
         lr_mult = lr_mult * self.lr_scale
         # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
         count = torch.tensor(float(self.step_count))
