@@ -7,6 +7,7 @@ with the tensors' headers before anything of that size is allocated.
 import math
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,8 +18,10 @@ from nanofuse.model.config import (
     MAX_LAYERS,
     MAX_SEQUENCE,
     MAX_VOCABULARY,
+    Dials,
     GPTConfig,
 )
+from nanofuse.model.option import options
 from nanofuse.train.errors import UserError
 
 FORMAT = 1
@@ -57,16 +60,19 @@ class Architecture(Sizes):
 
 
 class ProgressFields(Strict):
-    """What a checkpoint carries of the loop; train/loop.py knows the other fields."""
+    """What a checkpoint carries of the loop; train/loop.py knows which other numbers."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, bool | int | float | str | None]
+    __pydantic_extra__: dict[str, int | float | None]
 
     step: Count
     train_seconds: float = Field(ge=0)
     val_bpb: float | None = None
     best_bpb: float | None = None
     loss: float | None = None
+    val_step: Count | None = None
+    loss_ema: float = 0.0
+    loss_ema_steps: Count = 0
 
 
 class Position(Strict):
@@ -96,6 +102,7 @@ class Meta(Strict):
     loader: Position | None = None
     files: dict[str, str] | None = None  # SHA-256 by name
     tokenizer: str | None = None  # its fingerprint
+    wandb: str | None = None  # id of its run
 
     @model_validator(mode="after")
     def consistent(self) -> "Meta":
@@ -107,6 +114,15 @@ class Meta(Strict):
             raise ValueError("num_iterations or optimizer_steps is missing")
         if self.progress.step != self.step or self.optimizer_steps > self.step:
             raise ValueError("its steps disagree")
+        dials = {f.name for f in options(Dials)} & self.settings.keys()
+        try:
+            asked = Dials(**{name: self.settings[name] for name in dials}).config()
+        except (TypeError, ValueError, OverflowError):
+            asked = None
+        there = GPTConfig(**self.architecture.model_dump())
+        # the tokenizer may have fewer tokens than were asked for
+        if asked is None or replace(asked, vocab_size=there.vocab_size) != there:
+            raise ValueError("settings and model_config disagree")
         return self
 
 
