@@ -2,12 +2,18 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 
-from nanofuse.train.console import drop_failing_output, open_missing, show_every_character
+from nanofuse.train.console import (
+    drop_failing_output,
+    flush_or_drop,
+    open_missing,
+    show_every_character,
+)
 from nanofuse.train.errors import RunEnded, UserError
 
 LOADED = time.perf_counter()  # close to the start of the process
@@ -21,7 +27,8 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        message = re.sub(r"^argument (--\S+): (?=must )", r"\1 ", message)
+        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def run_command(main, lossy=False):
@@ -42,10 +49,13 @@ def run_command(main, lossy=False):
         main()
         sys.stdout.flush()
         return
+    except SystemExit:  # of the parser
+        flush_or_drop()
+        raise
     except (UserError, RunEnded, KeyboardInterrupt, OSError) as error:
         failure = error
+    shown = flush_or_drop()
     if isinstance(failure, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(0)
     message, code = f"error: {failure}", 2
     if isinstance(failure, RunEnded):
@@ -54,9 +64,8 @@ def run_command(main, lossy=False):
     elif isinstance(failure, KeyboardInterrupt):
         message, code = "", 128 + signal.SIGINT
     elif isinstance(failure, OSError):
-        if not failure.filename:
-            raise failure
-        message = f"error: {failure.filename}: {failure.strerror}"
+        where = failure.filename or ("" if shown else "stdout")
+        message = f"error: {where}{': ' if where else ''}{failure.strerror or failure}"
     if os.environ.get(DEBUG_ENV):
         traceback.print_exception(failure)
     if message:

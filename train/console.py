@@ -28,6 +28,16 @@ def show_every_character():
             stream.reconfigure(errors="backslashreplace")
 
 
+def flush_or_drop():
+    """Whether stdout takes what was printed; where not, it is dropped, for the flush at exit."""
+    try:
+        sys.stdout.flush()
+        return True
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+
+
 class _Lossy(io.RawIOBase):
     """A file of which failing writes are dropped."""
 

@@ -72,8 +72,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)
         raise
 
 
@@ -104,6 +106,16 @@ def remove_folder(path):
     doomed = temporary_name(Path(path))
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def portable(value):
+    """A str that may name a file, as it is under a UTF-8 locale; other values as they are."""
+    return os.fsencode(value).decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def native(value):
+    """What `portable` made, as this locale has it."""
+    return os.fsdecode(value.encode("utf-8")) if isinstance(value, str) else value
 
 
 def sha256_of(path):

@@ -111,6 +111,8 @@ class RunLock:
         elif names - {LOCK_FILE} and METRICS_FILE not in names and FILE_NAME not in names:
             text = "exists and is not a run's; choose another name"
         else:
+            if count := trained_steps(self.directory / METRICS_FILE):
+                print(f"run: {self.directory} has no checkpoint; its {count} records are dropped")
             for name in (METRICS_FILE, FILE_NAME):
                 (self.directory / name).unlink(missing_ok=True)
             return

@@ -106,8 +106,12 @@ class RunLog:
         """
         record = {"kind": kind, "step": step, **values}
         line = (json.dumps(record) + "\n").encode()
-        while line:
-            line = line[self.file.write(line) :]
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         if self.wandb is None:
             return
         try:

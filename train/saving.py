@@ -12,6 +12,7 @@ from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.device import device_name
 from nanofuse.train.disk import SaveError
 from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.files import portable
 from nanofuse.train.runlog import first_line
 from nanofuse.train.signals import Interrupted
 from nanofuse.train.versions import code, versions
@@ -39,7 +40,11 @@ class Saver:
         self.facts = {"tokenizer": tokenizer.fingerprint, "code": code(), "versions": versions()}
 
     def _complete(self, meta):
-        return {**meta, **self.facts, "wandb": self.log.wandb_id}
+        """The meta of a step with the run's own facts, and with names of files in UTF-8."""
+        whole = {**meta, **self.facts, "wandb": self.log.wandb_id}
+        settings = {name: portable(value) for name, value in whole["settings"].items()}
+        at = {name: portable(value) for name, value in whole["loader"]["at"].items()}
+        return {**whole, "settings": settings, "loader": {**whole["loader"], "at": at}}
 
     def save(self, step, meta, model, optim_state, loader_tensors):
         """As save_checkpoint; a folder that was removed is made again, with all that belongs there.
@@ -110,13 +115,14 @@ def run_and_save(trainer):
         if not os.environ.get(DEBUG_ENV):  # frames hold tensors, and memory may be short
             traceback.clear_frames(error.__traceback__)
     saver, step = trainer.saver, trainer.progress.step
-    if failure is None and saver.lost_at is None:
-        return
     notes = []
     if failure is not None:
         notes.append(describe_failure(failure, trainer))
-        if step > (saver.saved_step or 0) and not isinstance(failure, SaveError):
-            notes.append(save_now(trainer))
+    unsaved = step > (saver.saved_step or 0) or (step and saver.lock.lost)
+    if unsaved and not isinstance(failure, SaveError):
+        notes.append(save_now(trainer))
+    if failure is None and saver.lost_at is None:
+        return
     if step and saver.saved_step == step:
         notes.append(f"step {step} is saved")
     if saver.lost_at is not None:
@@ -127,7 +133,7 @@ def run_and_save(trainer):
     if failure is not None and (command := saver.command()):
         notes.append(f"go on with {command}")
     message = "; ".join(filter(None, notes))
-    if isinstance(failure, (UserError, torch.OutOfMemoryError, MemoryError)):
+    if isinstance(failure, (UserError, OSError, torch.OutOfMemoryError, MemoryError)):
         raise UserError(message) from failure
     code = 128 + failure.number if isinstance(failure, Interrupted) else 1
     raise RunEnded(message, code) from failure

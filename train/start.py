@@ -34,6 +34,7 @@ from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.files import native
 from nanofuse.train.lock import RunLock, Taken
 from nanofuse.train.loop import Progress, Trainer
 from nanofuse.train.memory import check_training_memory
@@ -218,9 +219,10 @@ def start_resumed(given, lock):
     meta = load_meta(checkpoint)
     if "settings" not in meta:
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
-    settings = resolve_resumed(given, meta["settings"])
+    settled = {name: native(value) for name, value in meta["settings"].items()}
+    settings = resolve_resumed(given, settled)
     config = config_of(meta, checkpoint)
-    saved = resolve_resumed({}, meta["settings"])
+    saved = resolve_resumed({}, settled)
     length = meta["num_iterations"]
     done = meta["step"] - (meta.get("val_bpb") is None)  # its evaluation is still to come
     plan = make_resumed_plan(settings, saved, config, done, length)
@@ -280,8 +282,12 @@ def build_trainer(start, started, signals=None):
         built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
         position = {name: meta["loader"][name] for name in LoaderState().position()}
         state = LoaderState.restore(position, load_tensors(folder / LOADER))
-        progress, wandb_id = Progress(**meta["progress"]), meta.get("wandb")
-        evaluated = meta["val_bpb"] is not None
+        try:
+            progress = Progress(**meta["progress"])
+        except TypeError as error:
+            raise UserError(f"{folder}: progress is of another version ({error})") from None
+        wandb_id = meta.get("wandb")
+        evaluated = meta.get("val_bpb") is not None
         again = set() if evaluated else {"val"}
         done = cut_back(directory / METRICS_FILE, progress.step, again) | {"val"} - again
     else:
@@ -303,6 +309,8 @@ def build_trainer(start, started, signals=None):
         settings.model.max_seq_len,
         state=state,
     )
+    loader = DeviceLoader(packed, machine.device)
+    loader.state = state  # until the first batch is asked for
     return Trainer(
         model=built.model,
         raw_model=built.raw_model,
@@ -312,7 +320,7 @@ def build_trainer(start, started, signals=None):
         plan=plan,
         tokenizer=start.tokenizer,
         corpus=start.corpus,
-        loader=DeviceLoader(packed, machine.device),
+        loader=loader,
         log=log,
         saver=saver,
         directory=directory,

@@ -1,0 +1,94 @@
+"""Runs that are killed and interrupted at random moments, and go on."""
+
+import random
+import signal
+
+import pytest
+
+from nanofuse.train.checkpoint import checkpoints
+from nanofuse.train.files import LEFTOVER
+from tests.train.forks import Forks
+from tests.train.tiny import TINY, assert_same_run, strangers
+
+KILLS = 50
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture
+def whole(forks, data_dir, work_dir):
+    """Arguments of a run, and its folder after it ended undisturbed."""
+    args = [*TINY, "--data", data_dir, "--num-iterations", STEPS]
+    code, err = forks.run([*args, "--run", "whole"], work_dir)
+    assert code == 0, err
+    return args, work_dir / "runs" / "whole"
+
+
+def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
+    """Saves at every step; a run that ends is followed by another, and ends bit for bit as one
+    that was not disturbed."""
+    args, undisturbed = whole
+    draw, kills, runs = random.Random(1), 0, 0
+    while kills < KILLS:
+        runs += 1
+        name = f"r{runs}"
+        directory = work_dir / "runs" / name
+        code = None
+        while code != 0:
+            more = [*args, "--save-every", 1, "--keep", 3]
+            if checkpoints(directory):
+                more = ["--resume"]
+            number = signal.SIGKILL if kills < KILLS else None
+            after = draw.uniform(0.1, 0.9)
+            code, err = forks.run([*more, "--run", name], work_dir, number, after)
+            if "has finished" in err:  # killed between its last line and its end
+                break
+            assert code in (0, -signal.SIGKILL), err
+            kills += code != 0
+            half = [p.name for p in directory.glob(".*") if LEFTOVER.fullmatch(p.name)]
+            assert len(half) <= 2  # those of the process that was killed last
+        assert strangers(directory) == []
+        assert_same_run(undisturbed, directory, STEPS)
+    print(f"{kills} kills in {runs} runs")
+
+
+def test_five_terminations_end_bit_for_bit(forks, whole, work_dir):
+    """Nothing is saved but by the signals."""
+    args, undisturbed = whole
+    directory, draw, seen = work_dir / "runs" / "a", random.Random(2), []
+    for _ in range(40):
+        more = ["--resume"] if seen else args
+        number = signal.SIGTERM if len(seen) < 5 else None
+        code, err = forks.run([*more, "--run", "a"], work_dir, number, draw.uniform(0.3, 0.6))
+        if code == 0:
+            break
+        assert code == 128 + signal.SIGTERM and "Traceback" not in err
+        newest = max(checkpoints(directory), default=0)
+        if newest == 0:
+            assert not directory.exists()  # it had not begun
+        elif newest not in seen:
+            assert "--run a --resume" in err
+            seen.append(newest)
+    assert code == 0 and strangers(directory) == []
+    assert len(seen) == 5
+    assert_same_run(undisturbed, directory, STEPS)
+
+
+def test_five_kills_between_saves_end_bit_for_bit(forks, whole, work_dir):
+    args, undisturbed = whole
+    directory, draw, kills = work_dir / "runs" / "a", random.Random(3), 0
+    code = None
+    while code != 0:
+        more = ["--resume"] if checkpoints(directory) else [*args, "--save-every", 3]
+        number = signal.SIGKILL if kills < 5 else None
+        code, err = forks.run([*more, "--run", "a"], work_dir, number, draw.uniform(0.4, 1.0))
+        if "has finished" in err:
+            break
+        assert code in (0, -signal.SIGKILL), err
+        kills += code != 0
+    assert_same_run(undisturbed, directory, STEPS)
