@@ -13,8 +13,8 @@ from nanofuse.train.settings import build_parser
 
 def main(argv=None):
     given = vars(build_parser().parse_args(argv))
-    # read when torch is loaded: threads that spin while they wait for each other take the cores from
-    # whatever else runs there, and from the thread that they wait for
+    # read when torch is loaded: threads that spin while they wait for each other take the cores
+    # from whatever else runs there, and from the thread that they wait for
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from nanofuse.train.start import train  # loads torch: --help and bad flags need not wait for it
 
