@@ -90,9 +90,10 @@ def check_training_memory(settings, config, machine, fp8):
 
     state = estimate(0)
     if 2 * state > estimate(rows):  # most of it are weights and optimiser state
-        bigram = config.param_counts().get("bigram_embed", 0)
-        hint = "--bigram-embed-factor" if 2 * bigram > config.num_params else "--depth"
-        hint += " or --vocab-size" if bigram else " or --aspect-ratio"
+        counts = config.param_counts()
+        hint = "--depth or --aspect-ratio"
+        if 2 * counts["matrices"] < config.num_params:
+            hint = "--vocab-size or --bigram-embed-factor"
     else:
         hint = "--device-batch-size or --max-seq-len"
     what = (

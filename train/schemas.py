@@ -95,7 +95,7 @@ class Meta(Strict):
     step: Count
     architecture: Architecture = Field(alias="model_config")
     val_bpb: float | None = None
-    settings: dict[str, bool | int | float | str] | None = None  # train/settings.py checks them
+    settings: dict[str, Any] | None = None  # train/settings.py checks them
     progress: ProgressFields | None = None
     num_iterations: Count | None = None
     optimizer_steps: Count | None = None
