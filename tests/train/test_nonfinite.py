@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from nanofuse.model import fused
 from nanofuse.train.checkpoint import find_checkpoint, load_meta, load_tensors, run_dir
 from nanofuse.train.errors import UserError
 from nanofuse.train.loop import Trainer
@@ -120,3 +121,30 @@ def test_weights_that_are_not_finite_are_not_saved(train, monkeypatch):
 def test_gradient_norm_is_logged(train):
     found = [r for r in train("a", "--train-log-every", "1") if r["kind"] == "train"]
     assert len(found) == 8 and all(r["grad_norm"] > 0 for r in found)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_under_cuda_graphs_in_fp8(train, spoil, monkeypatch, mode):
+    """The graphs are recorded after five steps; the seventh is spoiled."""
+    recorded = []
+    record = fused.GraphedPass
+
+    def counted(*args):
+        recorded.append(args)
+        return record(*args)
+
+    monkeypatch.setattr(fused, "GraphedPass", counted)
+    spoil({7}, {"lm_head.weight"})
+    flags = "--head-dim 32 --aspect-ratio 64 --backend fused --fp8 auto --num-iterations 10".split()
+    flags += ["--on-nonfinite", mode, "--train-log-every", "1"]
+    if mode == "stop":
+        with pytest.raises(UserError, match=r"step 7 are not finite \(lm_head.weight\)"):
+            train("a", *flags)
+        assert len(recorded) == 1
+        return
+    steps = [r for r in train("a", *flags) if r["kind"] == "train"]
+    assert len(recorded) == 1
+    assert [r["nonfinite_steps"] for r in steps] == [0] * 6 + [1] * 4
+    assert [r["grad_norm"] is None for r in steps] == [i == 6 for i in range(10)]
+    assert all(r["loss"] is not None for r in steps)
