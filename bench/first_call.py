@@ -10,11 +10,15 @@ import time
 import torch
 
 from nanofuse.bench.harness import ON_GPU
-from nanofuse.train.command import run_command
+from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
 
 
-def main():
+def main(argv=None):
+    parser = CommandParser(
+        prog="python -m bench.first_call", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.parse_args(argv)
     if not ON_GPU:
         raise UserError("bench.first_call needs a CUDA GPU")
     with tempfile.TemporaryDirectory() as cache:

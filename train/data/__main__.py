@@ -26,13 +26,16 @@ def open_data(args):
 
 
 def info(args):
-    """Print what --data holds: shards, documents, row groups and bytes per split."""
+    """Print what --data holds: row groups or files per split, documents and bytes per shard."""
     corpus = open_data(args)
     print(f"data: {corpus.name}")
+    parquet = isinstance(corpus, ParquetCorpus)
     for split in SPLITS:
-        validates = f" ({corpus.validation})" if split == "val" else ""
-        print(f"{split}: {corpus.num_units(split)} units{validates}")
-    if isinstance(corpus, ParquetCorpus):
+        count = corpus.num_units(split) if parquet else len(corpus.files[split])
+        what = ("row group" if parquet else "file") + ("s" if count > 1 else "")
+        validates = f" ({corpus.validation})" if parquet and split == "val" else ""
+        print(f"{split}: {count:,} {what}{validates}")
+    if parquet:
         for path, documents in zip(corpus.shards, corpus.documents, strict=True):
             print(f"  {path.name}  {documents:>9,} documents  {path.stat().st_size:>13,} bytes")
         tokenizer = corpus.tokenizer_path

@@ -113,13 +113,15 @@ def test_info_says_what_validates(tmp_path, capsys):
     folder = shards(tmp_path / "data", [f"part{i}.parquet" for i in (1, 2, 10)] + ["test.parquet"])
     main(["info", "--data", str(folder)])
     out = capsys.readouterr().out
-    assert re.search(r"^val: 1 units \(test\.parquet validates by name", out, re.MULTILINE)
+    assert re.search(r"^val: 1 row group \(test\.parquet validates by name", out, re.MULTILINE)
     assert out.index("part1.parquet") < out.index("part2.parquet") < out.index("part10.parquet")
     assert "2 before 10" in out
     main(["info", "--data", str(folder), "--val-shard", "part1.parquet"])
     assert "(part1.parquet validates)" in capsys.readouterr().out
     main(["info", "--data", str(folder / "part1.parquet")])
     assert "its last 1 documents validate" in capsys.readouterr().out
+    main(["info", "--data", "stdlib"])
+    assert re.search(r"^train: \d+ files\nval: \d+ files$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", ["info", "train-tokenizer", "download"])
