@@ -161,3 +161,13 @@ def test_logits_that_are_no_numbers_are_said(temperature):
         model.lm_head.weight[3, 0] = math.nan
     with pytest.raises(ValueError, match="logits are not finite"):
         list(generate(model, [1, 2, 3], 2, 8, Sampling(temperature)))
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(model):
+    def rows(count, seed=3):
+        columns = generate(model, [1, 2], count, 12, Sampling(1.0, 0, seed))
+        return list(zip(*columns, strict=True))
+
+    eight = rows(8)
+    assert all(rows(count) == eight[:count] for count in (1, 2, 5))
+    assert len(set(eight)) == 8 and not set(eight) & set(rows(8, seed=4))

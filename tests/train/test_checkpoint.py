@@ -1,21 +1,28 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
 from nanofuse.train.checkpoint import (
+    META,
     MODEL,
+    amend_meta,
+    checkpoints,
     find_checkpoint,
     load_meta,
     load_model,
     load_tensors,
     load_tokenizer,
     load_weights,
+    prune,
     run_dir,
     save_checkpoint,
 )
+from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.errors import UserError
-from tests.helpers import random_model, small_config
+from tests.helpers import documents, random_model, small_config
 
 
 @pytest.fixture
@@ -101,3 +108,77 @@ def test_bf16_tables_keep_their_dtype(work_dir):
     tensors = load_tensors(run_dir("c") / "step_000001" / MODEL)
     assert tensors["bigram_embed.weight"].dtype == torch.bfloat16
     assert tensors["lm_head.weight"].dtype == torch.float32
+
+
+def test_the_newest_is_the_largest_number_of_the_complete_ones(saved):
+    _, folder = saved
+    run = folder.parent
+    for name in ("step_000002.bak", "step_9", "step_0000009", "step_999999", "step_1000000"):
+        shutil.copytree(folder, run / name)
+    (run / "step_notes.txt").write_text("mine")
+    (run / "step_2000000").mkdir()  # without files
+    shutil.copytree(folder, run / "step_1500000", ignore=lambda *_: [MODEL])
+    assert list(checkpoints(run)) == [5, 999999, 1000000]
+    assert find_checkpoint(run).name == "step_1000000"
+    with pytest.raises(UserError, match="there are: 5, 999999, 1000000"):
+        find_checkpoint(run, 2)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_flipped_bit_is_found(saved, share):
+    _, folder = saved
+    raw = bytearray((folder / MODEL).read_bytes())
+    raw[int(share * len(raw))] ^= 1
+    (folder / MODEL).write_bytes(raw)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged, or of another checkpoint"):
+        load_model(folder, "cpu", torch.float32)
+
+
+def test_weights_of_another_step_are_refused(saved):
+    model, folder = saved
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    meta = {"model_config": model.config.to_dict()}
+    later = save_checkpoint(folder.parent, 6, meta, model)
+    shutil.copy(folder / MODEL, later / MODEL)
+    with pytest.raises(UserError, match="of another checkpoint"):
+        load_model(later, "cpu", torch.float32)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(saved, tokenizer):
+    model, folder = saved
+    config, meta = model.config, {"tokenizer": tokenizer.fingerprint}
+    assert load_tokenizer(folder.parent, config, meta).fingerprint == tokenizer.fingerprint
+    other = Tokenizer.train([text[::-1] for text in documents(200, seed=5)], 320)
+    assert other.vocab_size == 320
+    other.save(folder.parent / "tokenizer.json")
+    load_tokenizer(folder.parent, config)
+    with pytest.raises(UserError, match="is another tokenizer than the checkpoint's"):
+        load_tokenizer(folder.parent, config, meta)
+
+
+def test_the_last_and_the_best_are_kept(saved):
+    model, folder = saved
+    run, meta = folder.parent, {"model_config": model.config.to_dict()}
+    shutil.rmtree(folder)
+    for step, bpb in enumerate((None, 2.0, 1.5, None, 1.7, 1.6, None), 1):
+        save_checkpoint(run, step, {**meta, "val_bpb": bpb}, model)
+    shutil.copytree(run / "step_000001", run / "step_000001.bak")
+    prune(run, 7)
+    assert list(checkpoints(run)) == [1, 2, 3, 4, 5, 6, 7]
+    assert [f.name for f in prune(run, 2)] == [f"step_{n:06d}" for n in (1, 2, 4, 5)]
+    assert list(checkpoints(run)) == [3, 6, 7] and (run / "step_000001.bak").exists()
+    amend_meta(run / "step_000007", {"val_bpb": 1.4})
+    prune(run, 1)
+    assert list(checkpoints(run)) == [7] and load_meta(run / "step_000007")["val_bpb"] == 1.4
+
+
+def test_files_have_the_mode_of_the_umask(saved):
+    model, folder = saved
+    before = os.umask(0o027)
+    try:
+        folder = save_checkpoint(folder.parent, 6, {"model_config": model.config.to_dict()}, model)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {META: 0o640, MODEL: 0o640} and folder.stat().st_mode & 0o777 == 0o750

@@ -9,7 +9,7 @@ import torch
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.train import device
-from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.device import BF16_PEAKS, bf16_peak, select_fp8, select_machine
 from nanofuse.train.errors import UserError
 
 CONFIG = GPTConfig.from_depth(4)
@@ -100,3 +100,11 @@ def test_a_damaged_library_is_told_in_one_line(monkeypatch):
     assert provider == "torch" and "(no shared object)" in why and "\n" not in why
     with pytest.raises(UserError, match="does not load .no shared object.; pip install"):
         select_fp8("te", machine("fused"), CONFIG, 32)
+
+
+def test_the_peak_is_that_of_the_product_or_none():
+    assert bf16_peak("NVIDIA H100 80GB HBM3") == bf16_peak("NVIDIA H200") == 989e12
+    for name in BF16_PEAKS:
+        for other in (" NVL", " MIG 1g.10gb", " Laptop GPU", " D", "X"):
+            assert bf16_peak(name + other) is None
+    assert bf16_peak("NVIDIA H100 NVL") is bf16_peak("NVIDIA H100") is bf16_peak("CPU") is None

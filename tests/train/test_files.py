@@ -1,7 +1,16 @@
+import os
+
 import pytest
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import atomic_folder, make_folder, write_text_atomically
+from nanofuse.train.files import (
+    atomic_folder,
+    make_folder,
+    native,
+    portable,
+    remove_leftovers,
+    write_text_atomically,
+)
 
 
 @pytest.mark.parametrize("below", ["", "a", "a/b"])
@@ -36,3 +45,36 @@ def test_folder_appears_only_when_complete(tmp_path):
             (temporary / "file").write_text(content)
             assert content == "first" or (target / "file").read_text() == "first"
     assert (target / "file").read_text() == "second" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_modes_are_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_text_atomically(tmp_path / "file", "x")
+        with atomic_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_only_leftovers_are_removed(tmp_path):
+    ours = (".step_000004.k3j2h1g0", ".step_1000000.00ff00ff", ".metrics.jsonl.hx81hdcz",
+            ".tokenizer.json.0123abcd")  # fmt: skip
+    mine = (".step_notes.txt", ".git", ".step_000004.backup-of-mine", "step_000004.k3j2h1g0",
+            ".step_000004", ".lock")  # fmt: skip
+    for name in (*ours[:2], *mine):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
+    for name in ours[2:]:
+        (tmp_path / name).write_text("x")
+    assert remove_leftovers(tmp_path) == len(ours)
+    assert {path.name for path in tmp_path.iterdir()} == set(mine)
+
+
+def test_names_of_files_travel_between_locales():
+    for name in ("data", "δεδομένα"):
+        assert native(portable(name)) == name
+    assert portable(os.fsdecode(b"a\xff")) == "a\ufffd" and portable(7) == native(7) == 7
