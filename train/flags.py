@@ -14,7 +14,7 @@ def _within(value: float, least: float, most: float) -> None:
         raise ArgumentTypeError(f"must be at most {most:,}, got {value}")
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
+def whole(least: float = -math.inf, most: float = math.inf) -> Callable[[str], int]:
     """A flag's type: a whole number within bounds, inclusive."""
 
     def parse(text: str) -> int:
@@ -28,7 +28,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def number(least: float, most: float) -> Callable[[str], float]:
+def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
     """A flag's type: a finite number within bounds, inclusive."""
 
     def parse(text: str) -> float:

@@ -21,6 +21,7 @@ from nanofuse.model.option import option, options
 from nanofuse.model.providers import ATTENTION, PRODUCTS
 from nanofuse.train.command import CommandParser
 from nanofuse.train.errors import UserError
+from nanofuse.train.flags import number, whole
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.schedules import ScheduleConfig
 
@@ -186,6 +187,7 @@ CPU_PRESET = {
 LENGTHS = {"num_iterations": -1, "target_flops": -1, "target_param_data_ratio": None}
 
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
+PARSERS: dict[Any, Any] = {int: whole(), float: number(), str: str}  # check() has the bounds
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "on or off"}
 
 # Words of model/ for what a flag sets under another name.
@@ -239,7 +241,7 @@ def build_parser() -> CommandParser:
         else:
             if not choices and not metavar:
                 metavar = METAVARS[f.type]
-            kwargs |= {"type": f.type, "choices": choices, "metavar": metavar}
+            kwargs |= {"type": PARSERS[f.type], "choices": choices, "metavar": metavar}
             groups[part].add_argument(flag_name(f.name), **kwargs)
     return parser
 
@@ -267,6 +269,8 @@ def check(settings: Settings) -> None:
         kinds = (float, int) if f.type is float else (f.type,)
         if type(value) not in kinds:
             raise UserError(f"{flag} must be {KINDS[f.type]}, got {value!r:.50}")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{flag} must be without null bytes")
         if choices and value not in choices:
             raise UserError(f"{flag} must be one of {', '.join(choices)}, got {value!r:.50}")
         if isinstance(value, float) and not math.isfinite(value):

@@ -272,7 +272,7 @@ def test_rows_beyond_the_memory_are_refused(nanochat_dir, monkeypatch):
 
 def test_flags_are_parsed_without_torch():
     root = Path(__file__).parents[2]
-    for module in ("convert", "generate"):
+    for module in ("convert", "generate", "data.__main__"):
         code = f"import sys; from nanofuse.train.{module} import main\n"
         code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
         done = subprocess.run(

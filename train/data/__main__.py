@@ -3,18 +3,12 @@
 python -m train.data download -n 8       ClimbMix shards from the Hugging Face hub
 python -m train.data info                what is there
 python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside its shards
+
+torch is loaded once the flags are parsed.
 """
 
 from nanofuse.train.command import CommandParser, add_data_argument, not_empty, run_command
-from nanofuse.train.data.corpus import (
-    SPLITS,
-    TEXT_COLUMN,
-    ParquetCorpus,
-    data_directory,
-    open_corpus,
-)
 from nanofuse.train.data.download import LAST_SHARD, download_shards
-from nanofuse.train.data.tokenizer import train_on_corpus
 from nanofuse.train.errors import UserError
 
 MAX_WORKERS = 64
@@ -22,11 +16,15 @@ MAX_WORKERS = 64
 
 def open_data(args):
     """The corpus of a command's flags."""
+    from nanofuse.train.data.corpus import TEXT_COLUMN, open_corpus
+
     return open_corpus(args.data, args.text_column or TEXT_COLUMN, args.val_shard or "")
 
 
 def info(args):
     """Print what --data holds: row groups or files per split, documents and bytes per shard."""
+    from nanofuse.train.data.corpus import SPLITS, ParquetCorpus
+
     corpus = open_data(args)
     print(f"data: {corpus.name}")
     parquet = isinstance(corpus, ParquetCorpus)
@@ -52,12 +50,17 @@ def download(args):
         if not 1 <= value <= most:
             bound = "at least 1" if value < 1 else f"at most {most:,}"
             raise UserError(f"{flag} {value} must be {bound}")
-    paths = download_shards(data_directory(args.data), args.num_shards, args.workers)
-    print(f"{len(paths)} shards in {data_directory(args.data)}")
+    from nanofuse.train.data.corpus import data_directory
+
+    directory = data_directory(args.data)
+    paths = download_shards(directory, args.num_shards, args.workers)
+    print(f"{len(paths)} shards in {directory}")
 
 
 def train_tokenizer(args):
     """Train a tokenizer on --data and write it beside the shards."""
+    from nanofuse.train.data.tokenizer import train_on_corpus
+
     corpus = open_data(args)
     path = corpus.tokenizer_path
     if path is None:
@@ -88,7 +91,7 @@ def main(argv=None):
     for command in (show, train):
         for flag, metavar, text in (
             ("--val-shard", "FILE", "shard that validates (default: val*, test* or the last)"),
-            ("--text-column", "NAME", f"column that holds the text [{TEXT_COLUMN}]"),
+            ("--text-column", "NAME", "column that holds the text [text]"),
         ):
             command.add_argument(flag, metavar=metavar, type=not_empty, help=text)
     args = parser.parse_args(argv)
