@@ -162,8 +162,8 @@ def prune(directory: Path | str, keep: int) -> list[Path]:
     if len(found) <= keep:
         return []
     bpbs = {step: (_peek(folder) or {}).get("val_bpb") for step, folder in found.items()}
-    known = [step for step, bpb in bpbs.items() if isinstance(bpb, float) and bpb < math.inf]
-    kept = set(list(found)[-keep:]) | {min(known, key=lambda step: bpbs[step]) for _ in known[:1]}
+    best = sorted((bpb, step) for step, bpb in bpbs.items() if isinstance(bpb, float))[:1]
+    kept = {*list(found)[-keep:], *(step for _, step in best)}
     doomed = [folder for step, folder in found.items() if step not in kept]
     for folder in doomed:
         remove_folder(folder)
