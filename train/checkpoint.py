@@ -162,8 +162,8 @@ def prune(directory: Path | str, keep: int) -> list[Path]:
     if len(found) <= keep:
         return []
     bpbs = {step: (_peek(folder) or {}).get("val_bpb") for step, folder in found.items()}
-    best = sorted((bpb, step) for step, bpb in bpbs.items() if isinstance(bpb, float))[:1]
-    kept = {*list(found)[-keep:], *(step for _, step in best)}
+    known = [(b, step) for step, b in bpbs.items() if isinstance(b, float) and b < math.inf]
+    kept = {*list(found)[-keep:], *(step for _, step in sorted(known)[:1])}
     doomed = [folder for step, folder in found.items() if step not in kept]
     for folder in doomed:
         remove_folder(folder)
