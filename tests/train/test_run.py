@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from nanofuse.train import start as start_module
 from nanofuse.train.checkpoint import (
     MODEL,
     OPTIM,
+    checkpoints,
     find_checkpoint,
     load_meta,
     load_model,
@@ -31,13 +33,17 @@ from nanofuse.train.checkpoint import (
     load_tokenizer,
     run_dir,
 )
+from nanofuse.train.command import LOADED
 from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.loader import PackedLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.device import select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main
+from nanofuse.train.settings import FLAGS
 from nanofuse.train.start import process_seconds
+from nanofuse.train.versions import code
+from tests.helpers import documents
 
 ROOT = Path(__file__).parent.parent.parent
 # of other processes: libraries may lie beside Python's own
@@ -473,3 +479,82 @@ def test_the_heap_is_frozen_while_training(data_dir, work_dir, monkeypatch):
     )
     train(data_dir, "a", "--num-iterations", 2)
     assert frozen[0] > 100_000 and gc.get_freeze_count() == 0
+
+
+def test_the_same_validation_rows_at_every_device_batch(data_dir, work_dir):
+    """Rows that fill no device batch count: an untrained model has one BPB, whatever the batch."""
+    odd = documents(9, seed=9) + ["Zq#%9 Xv&7 ~ Kk!2 " * 30]
+    write_shard(data_dir / "shard_00002.parquet", odd)
+    found = {}
+    for eval_tokens in (64 * 3, 64 * 3 + 1, 2**20):
+        bpbs = []
+        for rows in (1, 2, 3, 7):
+            flags = ("--device-batch-size", rows, "--total-batch-size", 64 * rows)
+            records = train(data_dir, f"b{rows}-{eval_tokens}", "--num-iterations", 1,
+                            "--eval-tokens", eval_tokens, *flags)  # fmt: skip
+            bpbs.append(figures(records, "val", "bpb")[0])
+        assert bpbs == pytest.approx([bpbs[0]] * 4, rel=1e-6)
+        found[eval_tokens] = bpbs[0]
+    assert len(set(found.values())) == 3
+
+
+def test_a_checkpoint_has_the_bpb_of_its_own_weights_or_none(data_dir, work_dir):
+    records = train(data_dir, "a", "--num-iterations", 6, "--eval-every", 4, "--save-every", 2)
+    metas = {step: load_meta(find_checkpoint(run_dir("a"), step)) for step in (2, 4, 6)}
+    bpbs = dict(zip((0, 4, 6), figures(records, "val", "bpb"), strict=True))
+    assert {step: meta["val_bpb"] for step, meta in metas.items()} == {
+        2: None, 4: bpbs[4], 6: bpbs[6],
+    }  # fmt: skip
+    assert metas[6]["progress"]["best_bpb"] == min(bpbs.values())
+
+
+def test_meta_says_what_ran(data_dir, work_dir):
+    train(data_dir, "a", "--num-iterations", 1)
+    meta = load_meta(find_checkpoint(run_dir("a")))
+    assert meta["versions"]["torch"] == version("torch")
+    assert meta["versions"]["safetensors"] == version("safetensors")
+    assert meta["tokenizer"] == Tokenizer.load(data_dir / "tokenizer.json").fingerprint
+    assert meta["code"] == code()
+    if (ROOT / ".git").exists():
+        assert re.fullmatch("[0-9a-f]{40}", meta["code"]["commit"])
+
+
+def test_a_checkpoint_of_version_0_1_resumes(data_dir, work_dir):
+    """Without digests, fingerprint, smoothed loss and the flags of 0.2."""
+    flags = ("--num-iterations", 4, "--save-every", 2, "--train-log-every", 1)
+    whole = train(data_dir, "a", *flags)
+    shutil.rmtree(run_dir("a") / "step_000004")
+    path = run_dir("a") / "step_000002" / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("files", "tokenizer", "code", "versions", "wandb"):
+        del meta[name]
+    old = {"step", "train_seconds", "val_bpb", "best_bpb", "loss"}
+    meta["progress"] = {name: value for name, value in meta["progress"].items() if name in old}
+    young = [name for name, (_, f) in FLAGS.items() if f.metadata["since"]]
+    assert "keep" in young
+    meta["settings"] = {n: v for n, v in meta["settings"].items() if n not in young}
+    meta["val_bpb"] = 2.0  # it was that of the latest evaluation
+    path.write_text(json.dumps(meta))
+    main(["--run", "a", "--resume"])
+    again = [json.loads(line) for line in (run_dir("a") / "metrics.jsonl").open()]
+    assert figures(again, "train", "loss") == figures(whole, "train", "loss")
+
+
+def test_keep_and_the_size_of_a_checkpoint(data_dir, work_dir, capsys):
+    records = train(data_dir, "a", "--num-iterations", 6, "--eval-every", 1, "--save-every", 1,
+                    "--keep", 2)  # fmt: skip
+    assert re.search(r"checkpoint: [\d.]+ MiB each; .* free", capsys.readouterr().out)
+    bpbs = {r["step"]: r["bpb"] for r in records if r["kind"] == "val" and r["step"]}
+    assert list(checkpoints(run_dir("a"))) == sorted({5, 6, min(bpbs, key=bpbs.get)})
+    for value in ("0", "-1", "nan"):
+        with pytest.raises((UserError, SystemExit)):
+            main(["--keep", value])
+
+
+@pytest.mark.parametrize("boot", [-1e6, 12.0, 1e9])
+def test_the_time_to_the_first_step_is_a_duration(monkeypatch, boot):
+    """Where the system's clocks do not fit together, such as in a container."""
+    own = time.perf_counter() - LOADED
+    assert process_seconds() >= own
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: boot)
+    assert own <= process_seconds() <= own + 5

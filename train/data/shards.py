@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanofuse.train.errors import UserError
+from nanofuse.train.files import portable
 
 SUFFIX = ".parquet"
 MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
@@ -118,7 +119,8 @@ def open_shard(path, column, buffer_size=0):
     if tail != MAGIC or size < 3 * len(MAGIC):
         raise UserError(f"shard {path} is truncated or damaged (its end is missing); {HINT}")
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=buffer_size)
+        name = portable(str(path))  # pyarrow takes it in UTF-8 whatever the locale
+        file = pq.ParquetFile(name, page_checksum_verification=True, buffer_size=buffer_size)
         fields = file.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"shard {path} is damaged ({first_line(error)}); {HINT}") from None
