@@ -93,13 +93,19 @@ def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -
 
 
 def make_resumed_plan(
-    settings: Settings, saved: Settings, config: GPTConfig, step: int, num_iterations: int
+    settings: Settings,
+    saved: Settings,
+    config: GPTConfig,
+    step: int,
+    num_iterations: int,
+    evaluated: bool = True,
 ) -> Plan:
     """Plan of a run that goes on: the batch is the run's, the length too unless asked anew.
 
     Args:
         settings, saved: those of now, and those of the checkpoint.
         step, num_iterations: where the checkpoint stands, and the length it was on the way to.
+        evaluated: whether its evaluation was done too; otherwise that may be all that is left.
 
     Raises:
         UserError: sizes that do not divide, or nothing left to do.
@@ -110,7 +116,7 @@ def make_resumed_plan(
     changed = [name for name in LENGTHS if now[name] != then[name]]
     if not changed:
         plan = replace(plan, num_iterations=num_iterations)
-    if plan.num_iterations <= step:
+    if plan.num_iterations < step or (plan.num_iterations == step and evaluated):
         if changed:
             flag = next((n for n in changed if now[n] not in (-1, LENGTHS[n])), changed[0])
             raise UserError(

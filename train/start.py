@@ -224,8 +224,8 @@ def start_resumed(given, lock):
     config = config_of(meta, checkpoint)
     saved = resolve_resumed({}, settled)
     length = meta["num_iterations"]
-    done = meta["step"] - (meta.get("val_bpb") is None)  # its evaluation is still to come
-    plan = make_resumed_plan(settings, saved, config, done, length)
+    evaluated = meta.get("val_bpb") is not None
+    plan = make_resumed_plan(settings, saved, config, meta["step"], length, evaluated)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     if meta["loader"]["corpus"] != corpus.fingerprint:

@@ -82,6 +82,15 @@ def test_nothing_left_to_do_is_said():
     assert resumed(step=8, num_iterations=9).num_iterations == 9
 
 
+def test_an_evaluation_may_be_all_that_is_left():
+    saved = Settings().replace({"depth": 4, "num_iterations": 8})
+    config = saved.model.config()
+    assert make_resumed_plan(saved, saved, config, 8, 8, evaluated=False).num_iterations == 8
+    shorter = saved.replace({"num_iterations": 7})
+    with pytest.raises(UserError, match="at step 8"):
+        make_resumed_plan(shorter, saved, config, 8, 8, evaluated=False)
+
+
 def test_a_length_without_end_is_refused():
     with pytest.raises(UserError, match=r"--target-flops gives .* steps"):
         plan(target_flops=1e40)
