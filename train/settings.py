@@ -226,6 +226,8 @@ def build_parser() -> CommandParser:
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=132),
         description="Train a nanochat-recipe GPT. With no flags and no GPU: a small model on "
         "Python's own standard library, in minutes.",
+        epilog="Without a GPU these defaults take the place of those in brackets: "
+        + ", ".join(f"{flag_name(name)} {value}" for name, value in CPU_PRESET.items()),
     )
     groups = {part: parser.add_argument_group(title) for part, title in TITLES.items()}
     for part, f in FLAGS.values():
