@@ -175,8 +175,6 @@ def test_generate_command(data_dir, work_dir, capsys):
         assert capsys.readouterr().out == expected
     for flags, message in (
         (["--run", "absent"], "no checkpoint"),
-        (["--run", "a", "--temperature", "-1"], "--temperature"),
-        (["--run", "a", "--num-samples", "0"], "--num-samples"),
         (["--run", "a", "--step", "3"], "no checkpoint of step 3"),
         (["--run", "a", "--max-tokens", "100000"], "lower --max-tokens"),
     ):
