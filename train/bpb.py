@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from nanofuse.train.data.loader import DeviceLoader, PackedLoader
 from nanofuse.train.errors import UserError
 
 IGNORED = -1  # a target that counts nothing
@@ -14,6 +15,57 @@ TOO_SMALL = (
     "the validation split holds less than one row with text; lower --max-seq-len, or add documents "
     "to what validates"
 )
+
+
+class Validation:
+    """The validation rows of a run, batched for a device.
+
+    Args:
+        corpus, tokenizer: of the run.
+        batch_size, seq_len: rows of a batch, and their length.
+        device: where batches go.
+    """
+
+    def __init__(self, corpus, tokenizer, batch_size, seq_len, device):
+        self.corpus, self.tokenizer, self.device = corpus, tokenizer, device
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self.token_bytes = tokenizer.token_bytes().to(device)
+
+    def _rows(self, batch_size):
+        return PackedLoader(
+            self.corpus, "val", self.tokenizer, batch_size, self.seq_len, epochs=1, fill=True
+        )
+
+    def check(self):
+        """Refuse a validation split that does not fill a row.
+
+        Raises:
+            UserError: it does not, or cannot be read.
+        """
+        rows = self._rows(1)
+        try:
+            if next(rows, None) is None:
+                raise UserError(TOO_SMALL)
+        finally:
+            rows.close()
+
+    def bpb(self, model, max_rows, check_signals):
+        """As evaluate_bpb.
+
+        Args:
+            check_signals: called before every batch; may raise.
+        """
+        batches = DeviceLoader(self._rows(self.batch_size), self.device)
+
+        def watched():
+            for batch in batches:
+                check_signals()
+                yield batch
+
+        try:
+            return evaluate_bpb(model, watched(), self.token_bytes, max_rows)
+        finally:
+            batches.close()
 
 
 @torch.no_grad()

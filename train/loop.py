@@ -9,26 +9,25 @@ from pathlib import Path
 
 import torch
 
-from nanofuse.model.engine import Sampling, generate
-from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
-from nanofuse.train.bpb import TOO_SMALL, evaluate_bpb
+from nanofuse.train.bpb import Validation
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
-from nanofuse.train.data.loader import DeviceLoader, PackedLoader
+from nanofuse.train.data.loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.errors import UserError
+from nanofuse.train.figures import window_figures
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.watch import NAMED
 from nanofuse.train.plan import Plan
+from nanofuse.train.progress import EMA_DECAY, Progress
 from nanofuse.train.runlog import RunLog, first_line
+from nanofuse.train.samples import draw_sample
 from nanofuse.train.saving import Saver
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import Settings
 from nanofuse.train.signals import Interrupted, Signals
 
-SAMPLE_TOKENS = 64
-EMA_DECAY = 0.9  # of the smoothed loss, a step
 RATES_HINT = (
     "--resume from the checkpoint before it, with a lower --matrix-lr, --embedding-lr, "
     "--unembedding-lr or --scalar-lr"
@@ -44,26 +43,6 @@ def settle_garbage():
     """
     gc.collect()
     gc.freeze()
-
-
-@dataclass
-class Progress:
-    """What a checkpoint carries of the loop beside the tensors."""
-
-    step: int = 0
-    train_seconds: float = 0.0  # in training steps only: no evaluation, no saving
-    val_bpb: float | None = None  # of the latest evaluation
-    val_step: int | None = None  # which was at this step
-    best_bpb: float | None = None
-    loss: float | None = None
-    loss_ema: float = 0.0  # sum of the losses so far, weighted with powers of EMA_DECAY
-    loss_ema_steps: int = 0
-
-    @property
-    def smoothed_loss(self):
-        """Mean of the losses so far, weighted with powers of EMA_DECAY; None before the first."""
-        weight = 1 - EMA_DECAY**self.loss_ema_steps
-        return self.loss_ema / weight if weight else None
 
 
 @dataclass
@@ -102,7 +81,8 @@ class Trainer:
 
     def __post_init__(self):
         self.device = self.loader.device
-        self.token_bytes = self.tokenizer.token_bytes().to(self.device)
+        rows, length = self.settings.horizon.device_batch_size, self.settings.model.max_seq_len
+        self.validation = Validation(self.corpus, self.tokenizer, rows, length, self.device)
         self.state = self.loader.state  # of the loader, after the last whole step
         self.loss = None  # of that step, a tensor ()
         self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
@@ -145,55 +125,25 @@ class Trainer:
         self.state = self.loader.state
         return self.loss
 
-    def validation_loader(self, rows):
-        """Packed batches of `rows` rows of the validation split, the last one filled up."""
-        length = self.settings.model.max_seq_len
-        return PackedLoader(self.corpus, "val", self.tokenizer, rows, length, epochs=1, fill=True)
-
-    def check_validation(self):
-        """Refuse a validation split that does not fill a row.
+    def evaluate(self):
+        """Measure validation BPB.
 
         Raises:
-            UserError: it does not, or cannot be read.
+            UserError: it is not finite, or the split cannot be read.
         """
-        packed = self.validation_loader(1)
-        try:
-            if next(packed, None) is None:
-                raise UserError(TOO_SMALL)
-        finally:
-            packed.close()
-
-    def evaluate(self):
-        packed = self.validation_loader(self.settings.horizon.device_batch_size)
-        batches = DeviceLoader(packed, self.device)
-
-        def watched():
-            for batch in batches:
-                self.signals.check()
-                yield batch
-
-        try:
-            bpb = evaluate_bpb(self.model, watched(), self.token_bytes, self.plan.eval_rows)
-        finally:
-            batches.close()
-        if not math.isfinite(bpb):
-            raise UserError(f"validation BPB is {bpb} at step {self.progress.step}; {RATES_HINT}")
         progress = self.progress
-        progress.val_bpb, progress.val_step = bpb, progress.step
-        progress.best_bpb = bpb if progress.best_bpb is None else min(bpb, progress.best_bpb)
+        bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.signals.check)
+        if not math.isfinite(bpb):
+            raise UserError(f"validation BPB is {bpb} at step {progress.step}; {RATES_HINT}")
+        progress.note_bpb(bpb)
         settle_garbage()  # the first evaluation compiles
         self.log.metrics("val", progress.step, bpb=bpb, train_seconds=progress.train_seconds)
         self.log.print(f"step {progress.step:>6}  val bpb {bpb:.6f}")
 
     def sample(self):
-        """Show a continuation of the prompt, as far as both fit the rotary table."""
-        room = self.raw_model.cos.size(0)
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(self.prompt)][: max(room // 2, 1)]
-        count = min(SAMPLE_TOKENS, room - len(ids) + 1)
-        sampling = Sampling(temperature=0.8, top_k=50, seed=self.settings.job.seed)
-        columns = generate(self.raw_model, ids, 1, count, sampling, self.tokenizer.bos)
-        drawn = [column[0] for column in columns]
-        text = self.tokenizer.decode([*ids[1:], *drawn])
+        """Show a continuation of the prompt."""
+        seed = self.settings.job.seed
+        text = draw_sample(self.raw_model, self.tokenizer, self.prompt, seed)
         self.log.print(f"step {self.progress.step:>6}  sample: {text!r}")
         self.log.metrics("sample", self.progress.step, text=text)
 
@@ -237,7 +187,7 @@ class Trainer:
             "model_config": self.raw_model.config.to_dict(),
             "settings": self.settings.flat(),
             "progress": vars(progress),
-            "val_bpb": progress.val_bpb if progress.val_step == progress.step else None,
+            "val_bpb": progress.own_bpb,
             "num_iterations": self.plan.num_iterations,
             "optimizer_steps": self.optimizer.step_count,
             "loader": {
@@ -268,41 +218,6 @@ class Trainer:
             self.state.to_tensors(),
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")
-
-    def log_step(self, loss, found, seconds, steps):
-        """Report a window of `steps` steps that took `seconds`, ending with this `loss` and with
-        these Gradients."""
-        progress, plan = self.progress, self.plan
-        step_seconds = seconds / steps
-        tok_per_s = plan.total_batch_size / step_seconds
-        lr_mult = self.schedule.lr(progress.step - 1)
-        smoothed = progress.smoothed_loss
-        values = {
-            "loss": loss if math.isfinite(loss) else None,
-            "loss_ema": smoothed,
-            "grad_norm": found.norm if math.isfinite(found.norm) else None,
-            "nonfinite_steps": found.nonfinite_steps,
-            "lr_mult": lr_mult,
-            "ms_per_step": 1e3 * step_seconds,
-            "tok_per_s": tok_per_s,
-            "epoch": self.state.epoch,
-            "train_seconds": progress.train_seconds,
-        }
-        status = (
-            f"loss {smoothed:.4f} (step {loss:.4f})  |g| {found.norm:.3g}  lr x{lr_mult:.3f}  "
-            f"epoch {values['epoch']}  {1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
-        )
-        clipped = self.model.fp8_clipped() if isinstance(self.model, FusedGPT) else None
-        if clipped is not None:
-            values["fp8_clipped"] = clipped
-        if self.peak_flops:
-            values["mfu"] = tok_per_s * self.raw_model.config.flops_per_token / self.peak_flops
-            status += f"  MFU {100 * values['mfu']:.1f} % of {self.peak_flops / 1e12:.0f} TFLOP/s"
-        self.log.metrics("train", progress.step, **values)
-        if self.log.bar.disable:
-            remaining = (plan.num_iterations - progress.step) * step_seconds
-            self.log.print(f"step {progress.step:>6}  {status}  ETA {remaining / 60:.1f} min")
-        return status
 
     def check_finite(self, loss, found):
         """Refuse a loss or Gradients that are not finite; where steps are left out, say so.
@@ -352,7 +267,11 @@ class Trainer:
         else:
             self.steady_seconds += seconds
             self.steady_steps += steps
-        status = self.log_step(loss, found, seconds, steps)
+        values, status = window_figures(self, loss, found, seconds / steps)
+        self.log.metrics("train", progress.step, **values)
+        if self.log.bar.disable:
+            remaining = (self.plan.num_iterations - progress.step) * seconds / steps
+            self.log.print(f"step {progress.step:>6}  {status}  ETA {remaining / 60:.1f} min")
         if first:
             settle_garbage()
         return status
@@ -401,7 +320,7 @@ class Trainer:
         if self.resumed:  # what was made before the checkpoint's process ended is not made again
             due -= {"save", *self.done}
         if "val" not in due and progress.step < num_iterations:
-            self.check_validation()
+            self.validation.check()
         self.between_steps(due)
         while progress.step < num_iterations:
             self.signals.check()
@@ -416,26 +335,3 @@ class Trainer:
                 status = self.close_window()
             self.log.advance(status)
             self.between_steps(due)
-
-    def summary(self):
-        """The run in one JSON-able dict."""
-        progress, steps = self.progress, self.steady_steps
-        peak = reserved = None
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
-            reserved = torch.cuda.max_memory_reserved(self.device) / 2**30  # CUDA graphs' included
-        return {
-            "run": self.directory.name,
-            "steps": progress.step,
-            "tokens": progress.step * self.plan.total_batch_size,
-            "loss": progress.loss,
-            "loss_ema": progress.smoothed_loss,
-            "val_bpb": progress.val_bpb,
-            "best_bpb": progress.best_bpb,
-            "train_seconds": round(progress.train_seconds, 3),
-            "ms_per_step": 1e3 * self.steady_seconds / steps if steps else None,
-            "time_to_first_step_s": self.first_step_seconds,
-            "first_evaluation_s": self.first_evaluation_seconds,
-            "peak_gib": peak,
-            "reserved_gib": reserved,
-        }

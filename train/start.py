@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from nanofuse.train.checkpoint import (
     load_weights,
     run_dir,
 )
-from nanofuse.train.command import LOADED
+from nanofuse.train.clock import process_seconds
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
 from nanofuse.train.data.survey import describe_data
@@ -34,11 +33,13 @@ from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.figures import summary
 from nanofuse.train.files import native
 from nanofuse.train.lock import RunLock, Taken
-from nanofuse.train.loop import Progress, Trainer
+from nanofuse.train.loop import Trainer
 from nanofuse.train.memory import check_training_memory
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
+from nanofuse.train.progress import Progress
 from nanofuse.train.runlog import METRICS_FILE, RunLog, cut_back
 from nanofuse.train.saving import Saver, out_of_memory, run_and_save
 from nanofuse.train.schedules import Schedule
@@ -51,8 +52,6 @@ from nanofuse.train.settings import (
     resolve_resumed,
 )
 from nanofuse.train.signals import Interrupted, Signals
-
-LONGEST_LOADING = 60  # seconds from the start of a process to the load of its first module
 
 
 def take_new_folder(settings, lock):
@@ -334,19 +333,6 @@ def build_trainer(start, started, signals=None):
     )
 
 
-def process_seconds():
-    """Seconds since this process started, imports included: between 0 and a minute more than since
-    its first module was loaded, where the system's clocks do not fit together since then."""
-    loaded = time.perf_counter() - LOADED
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: start, in ticks
-        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    except (OSError, ValueError, IndexError, AttributeError):
-        return loaded
-    return seconds if loaded <= seconds <= loaded + LONGEST_LOADING else loaded
-
-
 def train(given):
     """Train as the flags say that were given ({name: value}); prints the summary as JSON.
 
@@ -371,4 +357,4 @@ def train(given):
                 gc.unfreeze()
     except Interrupted as stop:
         raise RunEnded(f"stopped by {stop} before the first step", 128 + stop.number) from None
-    print(json.dumps(trainer.summary()))
+    print(json.dumps(summary(trainer)))

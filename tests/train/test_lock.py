@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from nanofuse.train.bpb import Validation
 from nanofuse.train.checkpoint import run_dir
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.lock import LOCK_FILE, RunLock, Taken
@@ -85,7 +86,7 @@ def test_a_start_that_fails_leaves_nothing(args, work_dir, monkeypatch):
         main([*args, "--run", "a"])
     assert not (work_dir / "runs").exists()
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr(Trainer, "check_validation", broken)
+        patch.setattr(Validation, "check", broken)
         main([*args, "--run", "a"])
     assert not (work_dir / "runs").exists()
 

@@ -103,7 +103,7 @@ def test_weights_between_two_steps_are_not_saved(train, monkeypatch):
 
 
 def test_an_error_of_the_evaluation_costs_nothing(train, monkeypatch):
-    failing(monkeypatch, "nanofuse.train.loop.evaluate_bpb", 1, Panic("no"))
+    failing(monkeypatch, "nanofuse.train.bpb.evaluate_bpb", 1, Panic("no"))
     with pytest.raises(RunEnded, match="step 4 is saved; go on with"):
         train("a", 8, "--eval-every", 4)
     assert steps("a") == [4]
@@ -112,7 +112,7 @@ def test_an_error_of_the_evaluation_costs_nothing(train, monkeypatch):
 def test_a_sample_that_fails_is_said_and_the_run_goes_on(train, monkeypatch, capsys):
     for number, error in enumerate((RuntimeError("cannot draw\nmore"), Panic("no"))):
         with monkeypatch.context() as patch:
-            failing(patch, "nanofuse.train.loop.generate", 1, error)
+            failing(patch, "nanofuse.train.samples.generate", 1, error)
             train(f"a{number}", 4, "--sample-every", 2, "--save-every", 2)
         assert steps(f"a{number}") == [2, 4]
         assert capsys.readouterr().out.count("no sample (") == 2

@@ -1,0 +1,71 @@
+"""The figures of a run: those of a window of steps, and those of the whole."""
+
+import math
+
+import torch
+
+from nanofuse.model.fused import FusedGPT
+
+
+def window_figures(trainer, loss, found, step_seconds):
+    """Figures of the steps since the last report.
+
+    Args:
+        loss: of the last of them.
+        found: their Gradients (train.optim.watch).
+        step_seconds: of one step.
+
+    Returns:
+        {name: number} for the metrics, and a line for people.
+    """
+    progress = trainer.progress
+    tok_per_s = trainer.plan.total_batch_size / step_seconds
+    lr_mult = trainer.schedule.lr(progress.step - 1)
+    smoothed = progress.smoothed_loss
+    values = {
+        "loss": loss if math.isfinite(loss) else None,
+        "loss_ema": smoothed,
+        "grad_norm": found.norm if math.isfinite(found.norm) else None,
+        "nonfinite_steps": found.nonfinite_steps,
+        "lr_mult": lr_mult,
+        "ms_per_step": 1e3 * step_seconds,
+        "tok_per_s": tok_per_s,
+        "epoch": trainer.state.epoch,
+        "train_seconds": progress.train_seconds,
+    }
+    status = (
+        f"loss {smoothed:.4f} (step {loss:.4f})  |g| {found.norm:.3g}  lr x{lr_mult:.3f}  "
+        f"epoch {values['epoch']}  {1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
+    )
+    model = trainer.model
+    clipped = model.fp8_clipped() if isinstance(model, FusedGPT) else None
+    if clipped is not None:
+        values["fp8_clipped"] = clipped
+    if peak := trainer.peak_flops:
+        values["mfu"] = tok_per_s * trainer.raw_model.config.flops_per_token / peak
+        status += f"  MFU {100 * values['mfu']:.1f} % of {peak / 1e12:.0f} TFLOP/s"
+    return values, status
+
+
+def summary(trainer):
+    """The run in one JSON-able dict."""
+    progress, steps, device = trainer.progress, trainer.steady_steps, trainer.device
+    peak = reserved = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30  # CUDA graphs' included
+    return {
+        "run": trainer.directory.name,
+        "steps": progress.step,
+        "tokens": progress.step * trainer.plan.total_batch_size,
+        "loss": progress.loss,
+        "loss_ema": progress.smoothed_loss,
+        "val_bpb": progress.val_bpb,
+        "best_bpb": progress.best_bpb,
+        "train_seconds": round(progress.train_seconds, 3),
+        "ms_per_step": 1e3 * trainer.steady_seconds / steps if steps else None,
+        "time_to_first_step_s": trainer.first_step_seconds,
+        "first_evaluation_s": trainer.first_evaluation_seconds,
+        "peak_gib": peak,
+        "reserved_gib": reserved,
+    }
