@@ -68,8 +68,8 @@ def run_command(main, lossy=False):
         message = f"error: {where}{': ' if where else ''}{failure.strerror or failure}"
     if os.environ.get(DEBUG_ENV):
         traceback.print_exception(failure)
-    if message:
-        print(message, file=sys.stderr, flush=True)
+    if message:  # one line, whatever the names in it
+        print("\\n".join(message.splitlines()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

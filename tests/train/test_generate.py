@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 
+from nanofuse.train import convert
 from nanofuse.train.checkpoint import run_dir, save_checkpoint
 from nanofuse.train.command import run_command
 from nanofuse.train.generate import MAX_SAMPLES, main
@@ -122,3 +123,15 @@ def test_rows_beyond_the_memory_are_refused(run, monkeypatch):
     path.write_text(json.dumps(meta))
     code, err = run()
     assert code == 2 and "GiB" in err
+
+
+def test_names_with_line_breaks_stay_one_line(run, tmp_path):
+    for call, argv in (
+        (convert.main, ["from-nanochat", "no\nwhere", "--run", "z"]),
+        (main, ["--run", "a", "--un\nknown", "x\ny"]),
+        (main, ["--run", "a\nb"]),
+    ):
+        err = io.StringIO()
+        with redirect_stderr(err), pytest.raises(SystemExit, match="2"):
+            run_command(lambda call=call, argv=argv: call(argv))
+        assert err.getvalue().count("\n") == 1
