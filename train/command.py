@@ -31,6 +31,18 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
+def is_out_of_memory(error):
+    """Whether an error is Python's or torch's for memory that is not there, on a CPU or a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
+
+
+def first_words(error):
+    """The first line of an error's message, or its kind."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def run_command(main, lossy=False):
     """Call main(); errors that are told in one line become that line on stderr and an exit code: 2
     for a UserError or a file or folder that cannot be read or written.
@@ -54,6 +66,10 @@ def run_command(main, lossy=False):
         raise
     except (UserError, RunEnded, KeyboardInterrupt, OSError) as error:
         failure = error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = UserError(f"out of memory ({first_words(error)}); ask for a smaller size")
     shown = flush_or_drop()
     if isinstance(failure, BrokenPipeError):
         sys.exit(0)

@@ -135,3 +135,17 @@ def test_names_with_line_breaks_stay_one_line(run, tmp_path):
         with redirect_stderr(err), pytest.raises(SystemExit, match="2"):
             run_command(lambda call=call, argv=argv: call(argv))
         assert err.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: bytearray(2**62), lambda: torch.empty(2**60), lambda: torch.zeros(2**40, 2**20)],
+    ids=["python", "torch", "zeros"],
+)
+def test_memory_that_is_not_there_is_one_line(allocate):
+    err = io.StringIO()
+    with redirect_stderr(err), pytest.raises(SystemExit, match="2"):
+        run_command(allocate)
+    assert err.getvalue().startswith("error: out of memory") and err.getvalue().count("\n") == 1
+    with pytest.raises(RuntimeError, match="another"):
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")))
