@@ -36,7 +36,9 @@ def temporary_name(path):
 
 def remove_leftovers(directory):
     """Remove what killed processes left half-written in a run's folder; returns their number."""
-    found = [path for path in Path(directory).glob(".*") if LEFTOVER.fullmatch(path.name)]
+    directory = Path(directory)
+    names = (*directory.glob(".*"), *directory.glob("step_*/.*"))
+    found = [path for path in names if LEFTOVER.fullmatch(path.name)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -139,6 +139,7 @@ class RunLock:
     def release(self):
         """Give the folder back, and remove it where nothing came of it."""
         if self.directory is None:
+            self._remove_made()
             return
         directory, self.directory = self.directory, None
         with contextlib.suppress(OSError):

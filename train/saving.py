@@ -162,6 +162,7 @@ def save_now(trainer):
         reason = trainer.not_savable()
         if reason is None:
             trainer.save()
+            trainer.saver.prune()
     except UserError as error:
         reason = str(error)
     except Exception as error:  # such as those of a GPU that has failed

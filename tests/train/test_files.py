@@ -70,7 +70,10 @@ def test_only_leftovers_are_removed(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(b"x")
     for name in ours[2:]:
         (tmp_path / name).write_text("x")
-    assert remove_leftovers(tmp_path) == len(ours)
+    (tmp_path / "step_000004").mkdir()
+    (tmp_path / "step_000004" / ".meta.json.01234567").write_text("half")
+    assert remove_leftovers(tmp_path) == len(ours) + 1
+    (tmp_path / "step_000004").rmdir()
     assert {path.name for path in tmp_path.iterdir()} == set(mine)
 
 

@@ -50,9 +50,9 @@ def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
                 break
             assert code in (0, -signal.SIGKILL), err
             kills += code != 0
-            half = [p.name for p in directory.glob(".*") if LEFTOVER.fullmatch(p.name)]
+            half = [p.name for p in directory.rglob(".*") if LEFTOVER.fullmatch(p.name)]
             assert len(half) <= 2  # those of the process that was killed last
-        assert strangers(directory) == []
+        assert strangers(directory) == [] and list(directory.rglob(".*")) == []
         assert_same_run(undisturbed, directory, STEPS)
     print(f"{kills} kills in {runs} runs")
 
