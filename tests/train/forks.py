@@ -1,8 +1,9 @@
 """Runs of the training command in forks of one process that has imported the project, so that many
 can be started and killed in little time.
 
-As a program: reads a JSON object a line, {"args", "cwd", "signal", "after"}, runs train.run with
-these arguments, sends the signal after so many seconds (or none), and answers {"code", "err"}.
+As a program: reads a JSON object a line, {"args", "cwd", "signal", "after", "metrics", "lines"},
+runs train.run with these arguments, sends the signal (or none) so many seconds after the file of
+metrics has so many lines, and answers {"code", "err"}.
 """
 
 import json
@@ -14,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -35,9 +37,10 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
 
-    def run(self, args, cwd, signal=None, after=0.0):
+    def run(self, args, cwd, signal=None, after=0.0, metrics="", lines=0):
         """(exit code, stderr) of one command; the code is negative for a signal that killed it."""
-        job = {"args": [str(a) for a in args], "cwd": str(cwd), "signal": signal, "after": after}
+        job = {"args": [str(a) for a in args], "cwd": str(cwd), "signal": signal, "after": after,
+               "metrics": str(metrics), "lines": lines}  # fmt: skip
         print(json.dumps(job), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
         return answer["code"], answer["err"]
@@ -60,6 +63,10 @@ def child(job, err):
     os._exit(code)
 
 
+def lines_in(path):
+    return Path(path).read_bytes().count(b"\n") if os.path.exists(path) else 0
+
+
 def serve():
     import torch
 
@@ -75,6 +82,9 @@ def serve():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             child(job, err)
         if job["signal"]:
+            while job["lines"] and lines_in(job["metrics"]) < job["lines"]:
+                time.sleep(0.002)
+                job["lines"] -= 100 * (os.waitid(os.P_PID, pid, ENDED) is not None)
             time.sleep(job["after"])
             os.kill(pid, job["signal"])
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

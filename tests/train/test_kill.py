@@ -60,23 +60,30 @@ def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
 def test_five_terminations_end_bit_for_bit(forks, whole, work_dir):
     """Nothing is saved but by the signals."""
     args, undisturbed = whole
-    directory, draw, seen = work_dir / "runs" / "a", random.Random(2), []
-    for _ in range(40):
-        more = ["--resume"] if seen else args
-        number = signal.SIGTERM if len(seen) < 5 else None
-        code, err = forks.run([*more, "--run", "a"], work_dir, number, draw.uniform(0.3, 0.6))
-        if code == 0:
-            break
-        assert code == 128 + signal.SIGTERM and "Traceback" not in err
-        newest = max(checkpoints(directory), default=0)
-        if newest == 0:
-            assert not directory.exists()  # it had not begun
-        elif newest not in seen:
-            assert "--run a --resume" in err
-            seen.append(newest)
-    assert code == 0 and strangers(directory) == []
-    assert len(seen) == 5
+    directory, draw, newest = work_dir / "runs" / "a", random.Random(2), 0
+    metrics = directory / "metrics.jsonl"
+    for _ in range(5):
+        more = ["--resume"] if newest else args
+        lines = newest + draw.randint(1, 9)
+        code, err = forks.run(
+            [*more, "--run", "a"], work_dir, signal.SIGTERM, draw.uniform(0, 0.01), metrics, lines
+        )
+        assert code == 128 + signal.SIGTERM and err.count("\n") == 1, err
+        assert "--run a --resume" in err
+        newest = max(checkpoints(directory))
+        assert newest >= lines
+    code, err = forks.run(["--run", "a", "--resume"], work_dir)
+    assert code == 0 and strangers(directory) == [], err
     assert_same_run(undisturbed, directory, STEPS)
+
+
+def test_a_termination_before_the_first_step_leaves_nothing(forks, whole, work_dir):
+    args, _ = whole
+    for after in (0.05, 0.1, 0.15):
+        code, err = forks.run([*args, "--run", "b"], work_dir, signal.SIGTERM, after)
+        if code == 128 + signal.SIGTERM and "before the first step" in err:
+            assert not (work_dir / "runs" / "b").exists()
+        assert "Traceback" not in err
 
 
 def test_five_kills_between_saves_end_bit_for_bit(forks, whole, work_dir):
