@@ -63,9 +63,9 @@ def spoil(monkeypatch):
 
 def test_stop_names_step_and_tensors_and_keeps_the_checkpoint_before(train, spoil):
     spoil({4}, {"lm_head.weight", "x0_lambdas"})
-    names = r"step 4 are not finite \((lm_head.weight, x0_lambdas|x0_lambdas, lm_head.weight)\); --r"
-    with pytest.raises(UserError, match=names):
+    with pytest.raises(UserError, match=r"step 4 are not finite \(.*\); --resume") as stop:
         train("a", "--save-every", "3", "--train-log-every", "6")
+    assert "lm_head.weight" in str(stop.value) and "x0_lambdas" in str(stop.value)
     assert load_meta(find_checkpoint(run_dir("a")))["step"] == 3
 
 
