@@ -143,24 +143,32 @@ def first_reason(error: ValidationError) -> str:
     return f"{where[:80]}: {text}" if where else text
 
 
-def read_json(path: Path | str, schema: type[Model]) -> Model:
+def read_validated(path: Path | str, schema: type[Model]) -> Model:
     """A JSON file, validated.
 
     Raises:
-        ValueError: what is wrong with it, in one line; it is missing, or not such a file.
+        OSError: it cannot be read.
+        ValueError: what is wrong with it, in one line.
     """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is not a regular file")
+    if facts.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
+    with open(path, "rb") as file:
+        text = file.read(MAX_FILE_BYTES)
     try:
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is not a regular file")
-        if facts.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
-        with open(path, "rb") as file:
-            return schema.model_validate_json(file.read(MAX_FILE_BYTES))
-    except OSError as error:
-        raise ValueError(error.strerror) from None
+        return schema.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(first_reason(error)) from None
+
+
+def read_json(path: Path | str, schema: type[Model]) -> Model:
+    """As read_validated; a file that cannot be read is a ValueError, too."""
+    try:
+        return read_validated(path, schema)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:

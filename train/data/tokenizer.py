@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import stat
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -23,10 +22,11 @@ import regex
 import rustbpe
 import tiktoken
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
+from nanofuse.train.schemas import read_validated
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -50,7 +50,6 @@ FORMAT = "nanofuse-bpe-1"
 FILE_NAME = "tokenizer.json"
 MAX_TRAINING_CHARS = 250_000_000
 MAX_VOCAB_SIZE = 2**20
-MAX_FILE_BYTES = 2**26
 MAX_PATTERN_CHARS = 10_000
 MAX_REPEATS = 10_000  # of all counted repetitions of a pattern together, which are unrolled
 # Beyond about a million blanks in a row the libraries' regular expressions run out of stack.
@@ -202,10 +201,6 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); {hint}") from None
         except ValueError as error:
-            if isinstance(error, ValidationError):
-                first = error.errors(include_url=False, include_input=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                error = f"{where}: {first['msg']}" if where else first["msg"]
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{path} is not a tokenizer of nanofuse ({reason}); move it away and {hint}"
@@ -214,13 +209,7 @@ class Tokenizer:
     @classmethod
     def _read(cls, path):
         """As load; ValueError says what is wrong with the file."""
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is not a regular file")
-        if facts.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
-        with open(path, "rb") as file:
-            fields = TokenizerFile.model_validate_json(file.read(MAX_FILE_BYTES))
+        fields = read_validated(path, TokenizerFile)
         if fields.special_tokens != list(SPECIAL_TOKENS):
             raise ValueError("its special tokens are others")
         tokens = [base64.b64decode(token, validate=True) for token in fields.tokens]

@@ -18,7 +18,6 @@ from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.tokenizer import (
     BOS,
     MAX_BLANKS,
-    MAX_FILE_BYTES,
     MAX_VOCAB_SIZE,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -27,6 +26,7 @@ from nanofuse.train.data.tokenizer import (
     train_on_corpus,
 )
 from nanofuse.train.errors import UserError
+from nanofuse.train.schemas import MAX_FILE_BYTES
 from nanofuse.train.start import find_tokenizer
 from tests.helpers import documents
 

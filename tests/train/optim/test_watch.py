@@ -49,10 +49,17 @@ def everything(model, optimizer):
     return {name: x.clone() for name, x in tensors.items() if name != "fp8.updates"}
 
 
-@pytest.mark.parametrize("kind", ["eager", "fused", "fp8"])
-@pytest.mark.parametrize("bad", BAD)
-def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
-    model, optimizer, _ = make(kind, n_kv_head=1) if bad == BAD[0] else make(kind)
+@pytest.mark.parametrize(
+    ("kind", "bad", "fields"),
+    [
+        *(("eager", bad, {}) for bad in BAD),
+        ("fused", BAD[0], {"n_kv_head": 1}),
+        *(("fused", bad, {}) for bad in BAD[1:3]),
+        ("fp8", BAD[3], {}),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(kind, bad, fields):
+    model, optimizer, _ = make(kind, **fields)
     give_gradients(model, 0)
     optimizer.step(1.0, 0.9, 0.1)
     optimizer.zero_grad()
