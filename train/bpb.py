@@ -29,7 +29,7 @@ class Validation:
     def __init__(self, corpus, tokenizer, batch_size, seq_len, device):
         self.corpus, self.tokenizer, self.device = corpus, tokenizer, device
         self.batch_size, self.seq_len = batch_size, seq_len
-        self.token_bytes = tokenizer.token_bytes().to(device)
+        self.token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
 
     def _rows(self, batch_size):
         return PackedLoader(

@@ -132,7 +132,7 @@ def test_initial_bpb_is_log2_vocab_over_bytes_per_token(data_dir, work_dir):
     from nanofuse.train.data.corpus import ParquetCorpus
 
     loader = PackedLoader(ParquetCorpus(data_dir), "val", tokenizer, 4, 64, epochs=1)
-    lengths = tokenizer.token_bytes()
+    lengths = torch.from_numpy(tokenizer.token_bytes())
     batches = [lengths[torch.from_numpy(rows[:, 1:]).long()] for rows, _ in loader][:4]
     loader.close()
     targets = torch.cat(batches)

@@ -55,7 +55,7 @@ class LoaderState:
     def to_tensors(self):
         """{"tokens": (sum n,) int32, "lengths": (docs,) int64, of the buffer, "whole_lengths":
         (docs,) int64, "counts": num_read and epoch_size, (2,) int64}."""
-        tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.int32)
+        tokens = np.concatenate([*self.buffer, np.empty(0, np.int32)]).astype(np.int32)
 
         def integers(values):
             return torch.tensor(values, dtype=torch.int64)

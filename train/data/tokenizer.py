@@ -21,7 +21,6 @@ import numpy as np
 import regex
 import rustbpe
 import tiktoken
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanofuse.train.errors import UserError
@@ -249,6 +248,11 @@ class Tokenizer:
         return len(self.tokens) + len(SPECIAL_TOKENS)
 
     @property
+    def dtype(self):
+        """The smallest numpy dtype that holds every id: uint16 or uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    @property
     def shortfall(self):
         """Words for a vocabulary of fewer tokens than were asked for, or None."""
         if self.asked_vocab_size is None:
@@ -263,34 +267,46 @@ class Tokenizer:
         with naming_failures(f"a text of {len(text):,} characters"):
             return [i for piece in cut_blanks(text) for i in self.encoding.encode_ordinary(piece)]
 
-    def encode_documents(self, texts):
-        """Token ids of every text, `<|bos|>` first, as (n,) int32 numpy arrays, read-only.
+    def encode_flat(self, texts):
+        """Token ids of texts one after the other, `<|bos|>` before each.
 
-        One call into tiktoken does them all, as it gives the interpreter's lock away: whoever takes
-        that back may have to wait for the thread that trains. NumPy gives it away for long copies,
-        bytes do not.
+        One call into tiktoken does them all, as it gives the interpreter's lock away, and whoever
+        takes that back may have to wait.
+
+        Args:
+            texts: list of str; None stands for no document, without a token.
+
+        Returns:
+            (tokens (n,) in `dtype`, offsets (len(texts) + 1,) int64 of the documents in them)
         """
-        pieces = [cut_blanks(text) for text in texts]
+        there = [text for text in texts if text is not None]
+        pieces = [cut_blanks(text) for text in there]
         encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-        size = sum(map(len, texts))
-        with naming_failures(f"{len(texts)} documents of {size:,} characters"):
+        size = sum(map(len, there))
+        with naming_failures(f"{len(there)} documents of {size:,} characters"):
             # rare: the text stays text, and would look like a start; or it is cut
-            if any(BOS in text for text in texts) or any(len(parts) > 1 for parts in pieces):
+            if any(BOS in text for text in there) or any(len(parts) > 1 for parts in pieces):
                 ids = [np.concatenate([[self.bos], *map(encode, parts)]) for parts in pieces]
-                return [document.astype(np.int32) for document in ids]
-            ids = encode("".join(BOS + text for text in texts), allowed_special={BOS})  # uint32
-        ends = [*(ids.itemsize * np.flatnonzero(ids == self.bos)).tolist(), ids.nbytes]
-        raw = ids.tobytes()
-        return [np.frombuffer(raw[i:j], np.int32) for i, j in pairwise(ends)]
+                starts = np.cumsum([0, *map(len, ids)])
+                tokens = np.concatenate(ids) if ids else np.empty(0)
+            else:
+                tokens = encode("".join(BOS + text for text in there), allowed_special={BOS})
+                starts = np.append(np.flatnonzero(tokens == self.bos), len(tokens))
+        counts = np.cumsum([0, *(text is not None for text in texts)])
+        return tokens.astype(self.dtype), starts.astype(np.int64)[counts]
+
+    def encode_documents(self, texts):
+        """Token ids of every text, `<|bos|>` first: a list of (n,) arrays in `dtype`."""
+        tokens, offsets = self.encode_flat(texts)
+        return [tokens[i:j] for i, j in pairwise(offsets.tolist())]
 
     def decode(self, ids):
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.encoding.decode([int(i) for i in ids])
 
     def token_bytes(self):
-        """UTF-8 bytes of every token, (vocab_size,) int64; special tokens count 0."""
-        lengths = [len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS)
-        return torch.tensor(lengths, dtype=torch.int64)
+        """Bytes of every token, (vocab_size,) int64 numpy; special tokens count 0."""
+        return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int64)
 
 
 def train_on_corpus(corpus, vocab_size, max_chars=MAX_TRAINING_CHARS):
