@@ -175,7 +175,7 @@ def test_a_million_blanks_come_back(tokenizer_of_blanks, unit):
     assert tokenizer.decode(tokenizer.encode(run)) == run
     texts = ["the cat", f"a{run}b", f"{BOS} is text here", ""]
     for ids, text in zip(tokenizer.encode_documents(texts), texts, strict=True):
-        assert ids[0] == tokenizer.bos and ids.dtype == np.int32
+        assert ids[0] == tokenizer.bos and ids.dtype == np.uint16
         assert tokenizer.decode(ids[1:].tolist()) == text
 
 
