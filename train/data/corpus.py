@@ -1,20 +1,20 @@
 """Text to train on: a folder of parquet shards, or the running Python's standard library.
 
-A corpus gives its documents in numbered units per split: `num_units(split)` and
-`read(split, unit)` -> list of str. Units and their order never change between runs.
+A corpus has shards of row groups of documents. `units[split]` lists what belongs to a split, in
+order, as (shard, row group, first row, end or None); it never changes between runs.
+`read_groups(shard, first, count)` gives the rows of whole row groups, whatever their split.
 """
 
 import hashlib
 import os
-import re
-import sysconfig
 import threading
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 
+from nanofuse.train.data.library import StdlibCorpus
 from nanofuse.train.data.shards import (
+    SPLITS,
     choose_validation,
     decode_texts,
     find_shards,
@@ -29,7 +29,6 @@ DATA_ENV = "NANOFUSE_DIR"
 DEFAULT_DIR = Path("~/.cache/nanofuse")
 STDLIB = "stdlib"
 TEXT_COLUMN = "text"
-SPLITS = ("train", "val")
 SPLIT_NAMES = {"train": "training", "val": "validation"}
 FETCH_HINT = "fetch some with python -m train.data download -n 8, or name another --data"
 READ_DOCUMENTS = 256  # row groups are read together up to about this many documents
@@ -41,10 +40,9 @@ class ParquetCorpus:
     """Parquet shards with a text column: a folder of them, or one file.
 
     Of a folder one or more shards validate (train.data.shards.choose_validation). Of one file the
-    last VAL_FRACTION of its row groups does, or of its rows where it has a single row group.
-
-    A unit is one row group, or the part of it that belongs to its split. Footers of all shards are
-    read at once, so that a damaged one is found before training.
+    last VAL_FRACTION of its row groups does, or of its rows where it has a single row group, which
+    then is a unit of either split. Footers of all shards are read at once, so that a damaged one is
+    found before training.
 
     Args:
         path: folder or file.
@@ -83,34 +81,37 @@ class ParquetCorpus:
         names = [shard.name for shard in self.shards]
         self.reordered = names != sorted(names)
         self.val_shards, self.left_out, self.by_name = choose_validation(names, val_shard, path)
-        self.documents, self.row_groups = [], []  # per shard
-        self.units_a_read = []  # per shard: row groups to read at a time
+        self.documents, self.row_groups, self.sizes = [], [], []  # per shard; sizes in bytes
         self.units = {split: [] for split in SPLITS}  # (shard, row group, first row, end or None)
-        sizes = [self._add(index, shard) for index, shard in enumerate(self.shards)]
+        for index, shard in enumerate(self.shards):
+            self._add(index, shard)
         for split, units in self.units.items():
             if not units:
                 raise UserError(f"{self.path}: {split} shards are empty; {FETCH_HINT}")
-        facts = [(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)]
+        facts = [(shard.name, size) for shard, size in zip(self.shards, self.sizes, strict=True)]
         self.fingerprint = self._fingerprint(facts)
+        self.parts = {}  # (shard, row group) -> (split, first row, end or None) of its rows
+        for split, units in self.units.items():
+            for shard, group, *rows in units:
+                self.parts.setdefault((shard, group), []).append((split, *rows))
         self.lock = threading.Lock()  # of the file that is open; splits are read side by side
         self.opened = None, None  # shard and its ParquetFile
-        self.replaced = {split: {} for split in SPLITS}  # unit -> documents that were not UTF-8
+        # (shard, row group) -> documents that were not UTF-8
+        self.replaced = {split: {} for split in SPLITS}
         self.told = set()  # splits of which that was said
 
     def _add(self, index, path):
-        """Take up one shard; returns its size in bytes."""
+        """Take up one shard."""
         metadata = open_shard(path, self.text_column).metadata
-        rows, groups, size = metadata.num_rows, metadata.num_row_groups, path.stat().st_size
+        rows, groups = metadata.num_rows, metadata.num_row_groups
         self.documents.append(rows)
         self.row_groups.append(groups)
-        together = min(READ_DOCUMENTS * groups // max(rows, 1), READ_BYTES * groups // size)
-        self.units_a_read.append(max(together, 1))
+        self.sizes.append(path.stat().st_size)
         units = [(index, group, 0, None) for group in range(groups)]
         if self.one_file:
             self._split_file(units, rows)
         elif path.name not in self.left_out:
             self.units["val" if path.name in self.val_shards else "train"] += units
-        return size
 
     def _split_file(self, units, rows):
         """Share the units of the only file out among the splits."""
@@ -177,6 +178,19 @@ class ParquetCorpus:
     def num_units(self, split):
         return len(self.units[split])
 
+    def num_groups(self, shard):
+        return self.row_groups[shard]
+
+    def shard_path(self, shard):
+        """The file whose content a shard is."""
+        return self.shards[shard]
+
+    def groups_a_read(self, shard):
+        """Row groups to read at a time: small ones together."""
+        groups, rows, size = self.row_groups[shard], self.documents[shard], self.sizes[shard]
+        together = min(READ_DOCUMENTS * groups // max(rows, 1), READ_BYTES * groups // size)
+        return max(together, 1)
+
     def describe(self, split, unit):
         """Where a unit lies, for people: {"shard": name, "row_group": n}."""
         index, group, _, _ = self.units[split][unit]
@@ -187,7 +201,7 @@ class ParquetCorpus:
         units = self.units[split]
         while first < len(units):
             shard, count = units[first][0], 1
-            most = min(self.units_a_read[shard], len(units) - first)
+            most = min(self.groups_a_read(shard), len(units) - first)
             while count < most and units[first + count][0] == shard:
                 count += 1
             yield first, count
@@ -202,23 +216,47 @@ class ParquetCorpus:
             self.opened = index, file
         return self.opened[1]
 
-    def _read(self, split, first, count):
-        """As read_span, but a damaged row group is not named."""
-        units = self.units[split][first : first + count]
-        index, groups = units[0][0], [unit[1] for unit in units]
+    def _read(self, shard, first, count):
+        """As read_groups, but a damaged row group is not named."""
+        groups = range(first, first + count)
         with self.lock:
-            file = self._open(index)
-            table = file.read_row_groups(groups, columns=[self.text_column])
-            rows = [file.metadata.row_group(group).num_rows for group in groups]
+            file = self._open(shard)
+            table = file.read_row_groups(list(groups), columns=[self.text_column])
+            sizes = [file.metadata.row_group(group).num_rows for group in groups]
         texts, replaced = decode_texts(table.column(self.text_column))
         documents, start = [], 0
-        for unit, ((_, _, low, high), length) in enumerate(zip(units, rows, strict=True), first):
-            part = slice(start + low, start + (length if high is None else high))
-            documents.append([text for text in texts[part] if text])
-            if count := sum(part.start <= row < part.stop for row in replaced):
-                self.replaced[split][unit] = count
-            start += length
+        for group, size in zip(groups, sizes, strict=True):
+            documents.append(texts[start : start + size])
+            if replaced:
+                rows = [row - start for row in replaced if start <= row < start + size]
+                self._count_replaced(shard, group, rows)
+            start += size
         return documents
+
+    def _count_replaced(self, shard, group, rows):
+        """Take down which rows of a row group were not UTF-8."""
+        for split, low, high in self.parts.get((shard, group), ()):
+            if count := sum(low <= row and (high is None or row < high) for row in rows):
+                self.replaced[split][shard, group] = count
+
+    def read_groups(self, shard, first, count):
+        """Rows of `count` row groups from `first`: a list of str or None (null) for each.
+
+        Raises:
+            UserError: names the row group that cannot be read.
+        """
+        try:
+            return self._read(shard, first, count)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            if count > 1:
+                groups = range(first, first + count)
+                return [self.read_groups(shard, group, 1)[0] for group in groups]
+            raise UserError(
+                f"row group {first} of shard {self.shards[shard]} is damaged "
+                f"({first_line(error)}); copy the shard anew from where it came"
+            ) from None
 
     def read_span(self, split, first, count):
         """Documents of `count` units of one shard from unit `first`: a list of str for each.
@@ -226,19 +264,13 @@ class ParquetCorpus:
         Raises:
             UserError: names the row group that cannot be read.
         """
-        try:
-            return self._read(split, first, count)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            if count > 1:
-                units = range(first, first + count)
-                return [self.read_span(split, unit, 1)[0] for unit in units]
-            index, group, _, _ = self.units[split][first]
-            raise UserError(
-                f"row group {group} of shard {self.shards[index]} is damaged "
-                f"({first_line(error)}); copy the shard anew from where it came"
-            ) from None
+        units = self.units[split][first : first + count]
+        shard, group, _, _ = units[0]
+        groups = self.read_groups(shard, group, count)
+        return [
+            [text for text in texts[low:high] if text is not None]
+            for texts, (_, _, low, high) in zip(groups, units, strict=True)
+        ]
 
     def read(self, split, unit):
         """Documents of one unit.
@@ -269,8 +301,8 @@ class ParquetCorpus:
                     found, places = decode_texts(batch.column(0).slice(0, left))
                     rows, replaced = rows + left, replaced + len(places)
                     if replaced:
-                        self.replaced["train"][first] = replaced
-                    yield from (text for text in found if text)
+                        self.replaced["train"][index, groups[0]] = replaced
+                    yield from (text for text in found if text is not None)
                     if rows == high:
                         break
             except (pa.ArrowException, OSError) as error:
@@ -290,104 +322,6 @@ class ParquetCorpus:
             f"data: {' and '.join(counts)} read so far hold bytes that are not UTF-8; each such "
             "byte becomes U+FFFD"
         )
-
-
-class StdlibCorpus:
-    """Source and documentation files of the running Python's standard library, tests excluded.
-
-    Files come in the order of their paths' hashes, the first 2 % validate. A unit is 16 files. What
-    cannot be read, such as a dangling link, is left out. A document is a run of paragraphs of one
-    file, about 1,000 characters long: packing crops what does not fit a row, and whole files would
-    lose most of their text in short rows.
-    """
-
-    SUFFIXES = (".py", ".txt", ".rst", ".md")
-    EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-    VAL_FRACTION = 0.02
-    UNIT_FILES = 16
-    DOCUMENT_CHARS = 1000
-
-    directory = tokenizer_path = None
-    hints = ()
-
-    def __init__(self):
-        root = Path(sysconfig.get_path("stdlib"))
-        files = []
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if name not in self.EXCLUDED]
-            paths = [Path(folder, name) for name in names if name.endswith(self.SUFFIXES)]
-            files += [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
-        files.sort(
-            key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root).as_posix())).digest()
-        )
-        if len(files) < 2:
-            raise UserError(f"no standard library source under {root}; name a --data directory")
-        num_val = max(1, round(len(files) * self.VAL_FRACTION))
-        self.root = root
-        self.files = {"val": files[:num_val], "train": files[num_val:]}
-        facts = [(p.name, p.stat().st_size) for split in SPLITS for p in self.files[split]]
-        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()  # of names and sizes
-
-    @property
-    def name(self):
-        count = sum(len(files) for files in self.files.values())
-        return f"{count} files of Python's standard library in {self.root}"
-
-    @property
-    def validation(self):
-        """What validates."""
-        return f"{len(self.files['val'])} of them validate"
-
-    def num_units(self, split):
-        return -(-len(self.files[split]) // self.UNIT_FILES)
-
-    def describe(self, split, unit):
-        return {"file": self.files[split][unit * self.UNIT_FILES].name}
-
-    def read(self, split, unit):
-        """Documents of one unit; bytes that are not UTF-8 become U+FFFD."""
-        files = self.files[split][unit * self.UNIT_FILES : (unit + 1) * self.UNIT_FILES]
-        documents = []
-        for path in files:
-            try:
-                text = path.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                continue
-            documents += split_text(text, self.DOCUMENT_CHARS)
-        return documents
-
-    def spans(self, split, first=0):
-        """(unit, count) of the reads that cover a split's units from `first`: one unit each."""
-        return ((unit, 1) for unit in range(first, self.num_units(split)))
-
-    def read_span(self, split, first, count):
-        """Documents of `count` units from unit `first`: a list of str for each."""
-        return [self.read(split, unit) for unit in range(first, first + count)]
-
-    def head(self):
-        """Iterator of the training documents."""
-        units = (self.read("train", unit) for unit in range(self.num_units("train")))
-        return chain.from_iterable(units)
-
-    def tell_replaced(self):
-        """None: nothing is said of the library's files in other encodings."""
-
-
-def split_text(text, size):
-    """Cut a text into pieces of at most `size` characters, at blank lines or else at line ends.
-
-    The pieces joined give the text again; none is empty, and only a single line may be longer.
-    """
-    units = []
-    for paragraph in re.split(r"(?<=\n\n)(?=[^\n])", text):
-        units += [paragraph] if len(paragraph) <= size else paragraph.splitlines(keepends=True)
-    pieces = []
-    for unit in units:
-        if pieces and len(pieces[-1]) + len(unit) <= size:
-            pieces[-1] += unit
-        elif unit:
-            pieces.append(unit)
-    return pieces
 
 
 def data_directory(flag=None):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import portable
 
+SPLITS = ("train", "val")
 SUFFIX = ".parquet"
 MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 HINT = "copy it anew from where it came, or name another --data"

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus, split_text
+from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
+from nanofuse.train.data.library import split_text
 from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
@@ -73,6 +74,16 @@ def test_pieces_join_to_the_text(text, size):
     assert "".join(pieces) == text and all(pieces)
     assert all(len(piece) <= size or len(piece.splitlines()) == 1 for piece in pieces)
     assert all(len(a) + len(b) > size for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+def test_groups_of_the_library_are_its_units():
+    corpus = StdlibCorpus()
+    for shard, split in enumerate(("train", "val")):
+        count = corpus.num_groups(shard)
+        assert corpus.units[split] == [(shard, group, 0, None) for group in range(count)]
+        assert corpus.num_units(split) == count == -(-len(corpus.files[split]) // 16)
+        assert corpus.shard_path(shard) is None
+        assert corpus.read_groups(shard, count - 1, 1) == [corpus.read(split, count - 1)]
 
 
 def test_text_is_cut_at_blank_lines_first():
@@ -220,6 +231,25 @@ def test_reads_cover_every_unit_once_and_stay_in_a_shard(tmp_path, monkeypatch):
         assert len(shards) == 1
     together = [docs for first, count in spans for docs in corpus.read_span("train", first, count)]
     assert together == [corpus.read("train", u) for u in range(corpus.num_units("train"))]
+
+
+def test_row_groups_are_read_whole(tmp_path):
+    """Rows of both splits, nulls and empty ones, of whatever shard."""
+    texts = ["a", None, "", "b", None, "c", ""]
+    write(tmp_path / "one.parquet", texts)
+    corpus = ParquetCorpus(tmp_path / "one.parquet")
+    assert corpus.units == {"train": [(0, 0, 0, 6)], "val": [(0, 0, 6, None)]}
+    assert corpus.read_groups(0, 0, 1) == [texts]
+    assert corpus.read("train", 0) == ["a", "", "b", "c"] and corpus.read("val", 0) == [""]
+    write(tmp_path / "val.parquet", texts, row_group_size=2)
+    write(tmp_path / "test.parquet", texts, row_group_size=7)
+    corpus = ParquetCorpus(tmp_path)
+    names = [corpus.shard_path(shard).name for shard in range(3)]
+    assert names == ["one.parquet", "test.parquet", "val.parquet"]
+    assert [corpus.num_groups(shard) for shard in range(3)] == [1, 1, 4]
+    assert corpus.units["val"] == [(2, group, 0, None) for group in range(4)]
+    assert corpus.read_groups(1, 0, 1) == [texts]  # left out of both splits
+    assert corpus.read_groups(2, 1, 3) == [texts[2:4], texts[4:6], texts[6:]]
 
 
 def test_large_row_groups_are_read_alone(tmp_path):

@@ -161,7 +161,8 @@ def test_every_type_of_text_is_read(tmp_path, kind):
         write(tmp_path / f"{name}.parquet", as_type(TEXTS, kind), row_group_size=2)
     corpus = ParquetCorpus(tmp_path)
     texts = [text for docs in corpus.read_span("train", 0, 3) for text in docs]
-    assert texts == list(corpus.head()) == [text for text in TEXTS if text]
+    assert texts == list(corpus.head()) == [text for text in TEXTS if text is not None]
+    assert corpus.read_groups(0, 0, 3) == [TEXTS[i : i + 2] for i in (0, 2, 4)]
     assert corpus.tell_replaced() is None
 
 
@@ -189,7 +190,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_once(tmp_path, kind):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", unchecked(kind), row_group_size=2)
     corpus = ParquetCorpus(tmp_path)
-    expected = [raw.decode(errors="replace") for raw in BAD if raw]
+    expected = [raw.decode(errors="replace") for raw in BAD if raw is not None]
     for _ in range(2):  # as in two epochs, and by the tokenizer before
         texts = [text for docs in corpus.read_span("train", 0, 3) for text in docs]
         assert texts == expected
@@ -201,15 +202,18 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_once(tmp_path, kind):
     assert corpus.tell_replaced() is None
 
 
-def test_only_the_part_that_is_trained_on_counts(tmp_path):
+def test_a_row_counts_for_its_own_split(tmp_path):
+    """Of a row group that both splits share, which is read whole."""
     raw = [b"fine"] * 30
-    raw[3] = raw[-1] = b"\xff"
+    raw[3] = raw[5] = raw[-1] = b"\xff"
     write(tmp_path / "a.parquet", pa.array(raw, pa.binary()))
     corpus = ParquetCorpus(tmp_path / "a.parquet")
     corpus.read("train", 0)
-    assert "1 training documents" in corpus.tell_replaced()
     corpus.read("val", 0)
-    assert "1 validation documents" in corpus.tell_replaced()
+    line = corpus.tell_replaced()
+    assert "2 training documents and 1 validation documents" in line
+    corpus.read("val", 0)
+    assert corpus.tell_replaced() is None
 
 
 def test_decoding_says_which():
