@@ -7,9 +7,13 @@ python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside 
 torch is loaded once the flags are parsed.
 """
 
+from tqdm import tqdm
+
 from nanofuse.train.command import CommandParser, add_data_argument, not_empty, run_command
 from nanofuse.train.data.download import LAST_SHARD, download_shards
+from nanofuse.train.data.tokenizer import DOC_CAP, MAX_TRAINING_CHARS, train_on_corpus
 from nanofuse.train.errors import UserError
+from nanofuse.train.flags import whole
 
 MAX_WORKERS = 64
 
@@ -59,13 +63,14 @@ def download(args):
 
 def train_tokenizer(args):
     """Train a tokenizer on --data and write it beside the shards."""
-    from nanofuse.train.data.tokenizer import train_on_corpus
-
     corpus = open_data(args)
     path = corpus.tokenizer_path
     if path is None:
         raise UserError("--data names no folder to keep a tokenizer in; pass --data DIR")
-    tokenizer = train_on_corpus(corpus, args.vocab_size)
+    with tqdm(unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
+        tokenizer = train_on_corpus(
+            corpus, args.vocab_size, args.max_chars, args.doc_cap, bar.update
+        )
     tokenizer.save(path)
     print(f"tokenizer of {tokenizer.vocab_size:,} tokens written to {path}")
     if tokenizer.shortfall:
@@ -85,6 +90,12 @@ def main(argv=None):
     show.set_defaults(call=info)
     train = commands.add_parser("train-tokenizer", help="train a BPE tokenizer on --data")
     train.add_argument("--vocab-size", type=int, default=32768, help="tokens, specials included")
+    for flag, default, text in (
+        ("--max-chars", MAX_TRAINING_CHARS, "characters to train on; the last document is whole"),
+        ("--doc-cap", DOC_CAP, "characters of a document that count"),
+    ):
+        help_text = f"{text} [{default:,}]"
+        train.add_argument(flag, type=whole(1, 2**53), default=default, metavar="N", help=help_text)
     train.set_defaults(call=train_tokenizer)
     for command in (fetch, show, train):
         add_data_argument(command)

@@ -47,7 +47,8 @@ NUM_BYTES = 256
 MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
 FORMAT = "nanofuse-bpe-1"
 FILE_NAME = "tokenizer.json"
-MAX_TRAINING_CHARS = 250_000_000
+MAX_TRAINING_CHARS = 2_000_000_000  # of all documents, once each is cut at DOC_CAP
+DOC_CAP = 10_000
 MAX_VOCAB_SIZE = 2**20
 MAX_PATTERN_CHARS = 10_000
 MAX_REPEATS = 10_000  # of all counted repetitions of a pattern together, which are unrolled
@@ -309,17 +310,25 @@ class Tokenizer:
         return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int64)
 
 
-def train_on_corpus(corpus, vocab_size, max_chars=MAX_TRAINING_CHARS):
-    """Tokenizer trained on the first max_chars characters of a corpus's training documents."""
+def train_on_corpus(
+    corpus, vocab_size, max_chars=MAX_TRAINING_CHARS, doc_cap=DOC_CAP, note=lambda characters: None
+):
+    """Tokenizer trained on a corpus's training documents in order, as nanochat does it.
+
+    Args:
+        max_chars: the document that takes the sum of characters beyond it is the last one.
+        doc_cap: characters of a document that are read.
+        note: called with the characters of each document, before it is read.
+    """
 
     def texts():
-        budget = max_chars
-        for first, count in corpus.spans("train"):
-            for documents in corpus.read_span("train", first, count):
-                for text in documents:
-                    yield text[:budget]
-                    budget -= len(text)
-                    if budget <= 0:
-                        return
+        total = 0
+        for text in corpus.head():
+            start = text[:doc_cap]
+            total += len(start)
+            note(len(start))
+            yield start
+            if total > max_chars:
+                return
 
     return Tokenizer.train(texts(), vocab_size)

@@ -142,6 +142,37 @@ def test_training_stops_at_the_character_budget():
     assert corpus.read_units <= 2
 
 
+@pytest.mark.parametrize(
+    ("max_chars", "doc_cap"), [(10**9, 10**9), (10**9, 40), (3000, 40), (3000, 10**9), (1, 1)]
+)
+def test_merges_are_those_of_the_documents_cut_and_counted_by_hand(data_dir, max_chars, doc_cap):
+    """Cut first, then counted; the one that takes the sum beyond the limit is the last, whole."""
+    texts, total = [], 0
+    for path in (data_dir / "shard_00000.parquet", data_dir / "shard_00001.parquet"):
+        for text in pq.read_table(path)["text"].to_pylist():
+            if total <= max_chars:
+                texts.append(text[:doc_cap])
+                total += len(texts[-1])
+    assert (total > max_chars) == (max_chars < 10**9)
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), 330 - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    seen = []
+    found = train_on_corpus(ParquetCorpus(data_dir), 330, max_chars, doc_cap, seen.append)
+    assert found.tokens == [bytes(token) for token, _ in ranks]
+    assert seen == [len(text) for text in texts]
+
+
+def test_the_limits_of_training_are_flags(data_dir):
+    path = data_dir / "tokenizer.json"
+    argv = ["train-tokenizer", "--data", str(data_dir), "--vocab-size", "300"]
+    tokens = {}
+    for flags in ((), ("--max-chars", "500"), ("--doc-cap", "3"), ("--doc-cap", "10000")):
+        main([*argv, *flags])
+        tokens[flags] = Tokenizer.load(path).fingerprint
+    assert len(set(tokens.values())) == 3 and tokens[()] == tokens["--doc-cap", "10000"]
+
+
 def test_command_writes_a_tokenizer(data_dir, capsys):
     (data_dir / "tokenizer.json").unlink()
     main(["train-tokenizer", "--data", str(data_dir), "--vocab-size", "300"])
