@@ -21,6 +21,7 @@ from nanofuse.train.data.shards import (
     first_line,
     listed,
     open_shard,
+    signature,
 )
 from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.errors import UserError
@@ -81,15 +82,14 @@ class ParquetCorpus:
         names = [shard.name for shard in self.shards]
         self.reordered = names != sorted(names)
         self.val_shards, self.left_out, self.by_name = choose_validation(names, val_shard, path)
-        self.documents, self.row_groups, self.sizes = [], [], []  # per shard; sizes in bytes
+        self.documents, self.row_groups, self.signatures = [], [], []  # per shard
         self.units = {split: [] for split in SPLITS}  # (shard, row group, first row, end or None)
         for index, shard in enumerate(self.shards):
             self._add(index, shard)
         for split, units in self.units.items():
             if not units:
                 raise UserError(f"{self.path}: {split} shards are empty; {FETCH_HINT}")
-        facts = [(shard.name, size) for shard, size in zip(self.shards, self.sizes, strict=True)]
-        self.fingerprint = self._fingerprint(facts)
+        self.fingerprint = self._fingerprint()
         self.parts = {}  # (shard, row group) -> (split, first row, end or None) of its rows
         for split, units in self.units.items():
             for shard, group, *rows in units:
@@ -103,10 +103,10 @@ class ParquetCorpus:
     def _add(self, index, path):
         """Take up one shard."""
         metadata = open_shard(path, self.text_column).metadata
+        self.signatures.append(signature(path))
         rows, groups = metadata.num_rows, metadata.num_row_groups
         self.documents.append(rows)
         self.row_groups.append(groups)
-        self.sizes.append(path.stat().st_size)
         units = [(index, group, 0, None) for group in range(groups)]
         if self.one_file:
             self._split_file(units, rows)
@@ -123,13 +123,11 @@ class ParquetCorpus:
         num_val = max(1, round(self.VAL_FRACTION * len(units)))
         self.units = {"train": units[:-num_val], "val": units[-num_val:]}
 
-    def _fingerprint(self, facts):
+    def _fingerprint(self):
         """Changes when shards are added, removed or replaced by others of another size, or when
-        another column, shard or part is trained on.
-
-        Args:
-            facts: (name, bytes) of every shard.
-        """
+        another column, shard or part is trained on."""
+        sizes = [size for size, *_ in self.signatures]
+        facts = [(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)]
         if self.one_file or self.left_out or self.val_shards != [self.shards[-1].name]:
             facts = [*facts, ("val", len(self.units["val"]), *self.val_shards, *self.left_out)]
         if self.text_column != TEXT_COLUMN:
@@ -187,7 +185,8 @@ class ParquetCorpus:
 
     def groups_a_read(self, shard):
         """Row groups to read at a time: small ones together."""
-        groups, rows, size = self.row_groups[shard], self.documents[shard], self.sizes[shard]
+        groups, rows = self.row_groups[shard], self.documents[shard]
+        size, *_ = self.signatures[shard]
         together = min(READ_DOCUMENTS * groups // max(rows, 1), READ_BYTES * groups // size)
         return max(together, 1)
 
