@@ -22,6 +22,8 @@ NANOCHAT_FIELDS = (
     "n_embd",
     "window_pattern",
 )
+# those that its branch with a bigram table adds
+BIGRAM_FIELDS = ("bigram_embed_factor", "bigram_lambda_init")
 
 MAX_LAYERS = 4096
 MAX_SEQUENCE = 2**24
@@ -53,7 +55,7 @@ class Dials:
     )
     window_pattern: str = option(
         "SSSL",
-        "attention windows, tiled: S quarter row, L whole",
+        "attention windows, tiled: S quarter row, L whole, in either case",
         fixed="the weights were trained with it",
     )
     vocab_size: int = option(
@@ -137,10 +139,11 @@ class GPTConfig:
                 f"n_embd {self.n_embd} is below the {SMEAR_GATE_CHANNELS} channels of the smear "
                 "gate; raise depth or aspect_ratio"
             )
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+        if not self.window_pattern or set(self.window_pattern) - set("SLsl"):
             raise ValueError(
                 f"window_pattern {self.window_pattern!r} must consist of the letters S and L"
             )
+        object.__setattr__(self, "window_pattern", self.window_pattern.upper())
         if self.bigram_embed_factor < 0:
             raise ValueError(
                 f"bigram_embed_factor {self.bigram_embed_factor} is negative; 0 turns it off"

@@ -1,4 +1,4 @@
-"""Checkpoints from and to nanochat.
+"""Checkpoints and tokenizers from and to nanochat.
 
     python -m train.convert from-nanochat DIR --run NAME [--step N] [--tokenizer FILE]
     python -m train.convert to-nanochat DIR --run NAME [--step N]
@@ -7,77 +7,82 @@ Optimiser state is not converted, so a converted run generates but does not resu
 once the flags are parsed.
 """
 
-import json
-import shutil
 from pathlib import Path
 
-from nanofuse.model.config import NANOCHAT_FIELDS
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.flags import STEP
 
 
+def import_tokenizer(directory, given):
+    """(Tokenizer, its file) of --tokenizer, or of what nanochat keeps with a checkpoint folder;
+    (None, None) where there is none."""
+    from nanofuse.train.data.pickled import load_pickled
+    from nanofuse.train.data.tokenizer import Tokenizer
+    from nanofuse.train.nanochat import find_pickle
+
+    path = given or find_pickle(directory)
+    if path is None:
+        return None, None
+    is_json = Path(path).suffix == ".json"
+    return (Tokenizer.load if is_json else load_pickled)(path), path
+
+
 def import_run(args):
     """Make a run of a nanochat checkpoint."""
     from nanofuse.train.checkpoint import run_dir, save_checkpoint
-    from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
+    from nanofuse.train.data.tokenizer import FILE_NAME
     from nanofuse.train.files import atomic_folder
     from nanofuse.train.nanochat import from_nanochat
 
     target = run_dir(args.run)
     if target.exists():
         raise UserError(f"{target} exists; choose another --run")
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    model, step, val_bpb = from_nanochat(args.dir, args.step)
-    if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"--tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, "
-            f"the model {model.config.vocab_size}"
-        )
+    tokenizer, path = import_tokenizer(args.dir, args.tokenizer)
+    model, step, val_bpb, assumed = from_nanochat(args.dir, args.step)
     facts = {"model_config": model.config.to_dict(), "source": str(args.dir), "val_bpb": val_bpb}
+    if tokenizer:
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"{'--tokenizer ' if args.tokenizer else ''}{path} has {tokenizer.vocab_size} "
+                f"tokens, the model {model.config.vocab_size}; name the one that it was trained "
+                "with as --tokenizer"
+            )
+        facts["tokenizer"] = tokenizer.fingerprint
     with atomic_folder(target) as temporary:
         save_checkpoint(temporary, step, facts, model)
-        if args.tokenizer:
-            shutil.copy(args.tokenizer, temporary / FILE_NAME)
+        if tokenizer:
+            tokenizer.save(temporary / FILE_NAME)
     print(f"{target}: {model.config.num_params:,} parameters of step {step}")
+    if assumed:
+        print(f"model: {', '.join(assumed)}, as nanochat takes older checkpoints")
+    print(f"tokenizer: {path or 'none found; train.generate needs one, so name it as --tokenizer'}")
 
 
 def export_run(args):
-    """Write a dense run in nanochat's format."""
-    import torch
-
+    """Write a run in nanochat's format."""
     from nanofuse.train.checkpoint import (
         MODEL,
         config_of,
         find_checkpoint,
         load_meta,
         load_tensors,
+        load_tokenizer,
         run_dir,
     )
-    from nanofuse.train.files import atomic_folder
+    from nanofuse.train.data.tokenizer import FILE_NAME
+    from nanofuse.train.nanochat import to_nanochat
 
-    folder = find_checkpoint(run_dir(args.run), args.step)
+    directory, target = run_dir(args.run), Path(args.dir)
+    folder = find_checkpoint(directory, args.step)
     meta = load_meta(folder)
-    config = config_of(meta, folder)
-    if config.bigram_embed_factor:
-        raise UserError(
-            f"--run {args.run} has a bigram table, which nanochat does not know; "
-            "only runs of --bigram-embed-factor 0 can be exported"
-        )
-    step, target = meta["step"], Path(args.dir)
-    if target.exists():
-        raise UserError(f"{target} exists; name a folder to be made")
+    config, step = config_of(meta, folder), meta["step"]
+    kept = (directory / FILE_NAME).exists()
+    tokenizer = load_tokenizer(directory, config, meta) if kept else None
     tensors = load_tensors(folder / MODEL)
-    facts = {
-        "step": step,
-        "val_bpb": meta.get("val_bpb"),
-        "model_config": {name: getattr(config, name) for name in NANOCHAT_FIELDS},
-    }
-    with atomic_folder(target) as temporary:
-        torch.save(tensors, temporary / f"model_{step:06d}.pt")
-        text = json.dumps(facts, indent=2, allow_nan=False)
-        (temporary / f"meta_{step:06d}.json").write_text(text, encoding="utf-8")
+    place = to_nanochat(target, config, step, meta.get("val_bpb"), tensors, tokenizer)
     print(f"{target}: step {step} in nanochat's format")
+    print(f"tokenizer: {place or 'none, as the run has none'}")
 
 
 def main(argv=None):
@@ -86,9 +91,14 @@ def main(argv=None):
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     into = commands.add_parser("from-nanochat", help="make a run of a nanochat checkpoint")
-    into.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to keep with the run")
+    into.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.pkl of nanochat or tokenizer.json to keep with the run "
+        "(default: tokenizer/tokenizer.pkl in DIR, or beside base_checkpoints/)",
+    )
     into.set_defaults(call=import_run)
-    out = commands.add_parser("to-nanochat", help="write a dense run in nanochat's format")
+    out = commands.add_parser("to-nanochat", help="write a run in nanochat's format")
     out.set_defaults(call=export_run)
     for command, text in ((into, "nanochat's checkpoint folder"), (out, "folder to make")):
         command.add_argument("dir", metavar="DIR", help=text)

@@ -1,24 +1,40 @@
-"""Reading nanochat's checkpoints (karpathy/nanochat at dc54a1a).
+"""nanochat's files, read and written (karpathy/nanochat at dc54a1a; PR 747 for bigram models).
 
-They are model_NNNNNN.pt, a dict of tensors under this project's names, and meta_NNNNNN.json, whose
-model_config has this project's field names. What does not fit is refused before anything of the
-claimed size is allocated.
+A checkpoint is model_NNNNNN.pt, a dict of tensors under this project's names, and meta_NNNNNN.json,
+whose model_config has this project's field names. What does not fit is refused before anything of
+the claimed size is allocated. Under one base directory nanochat keeps
+
+    base_checkpoints/TAG/model_NNNNNN.pt, meta_NNNNNN.json      a folder for each model
+    tokenizer/tokenizer.pkl, token_bytes.pt                     one for all of them
 """
 
+import json
+import os
 import re
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
 
+from nanofuse.kernels.bigram_rows import HASH_CURRENT
 from nanofuse.kernels.softcap_cross_entropy import LOGIT_SOFTCAP
-from nanofuse.model.config import ROTARY_BASE, GPTConfig
+from nanofuse.model.config import BIGRAM_FIELDS, NANOCHAT_FIELDS, ROTARY_BASE, GPTConfig
 from nanofuse.model.gpt import GPT
 from nanofuse.train.checkpoint import load_weights
+from nanofuse.train.data.pickled import PICKLE, load_pickled, pickled
 from nanofuse.train.errors import UserError
+from nanofuse.train.files import atomic_folder
 from nanofuse.train.memory import check_inference_memory
-from nanofuse.train.schemas import NanochatMeta, Sizes, check_size, first_reason, read_json
+from nanofuse.train.schemas import (
+    NanochatMeta,
+    NanochatSizes,
+    check_size,
+    first_reason,
+    read_json,
+)
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile's, in checkpoints of compiled models
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,8 +47,20 @@ OURS = {
     "logit_softcap": LOGIT_SOFTCAP,
     "dropout": 0,
     "bias": False,
-    "bigram_embed_factor": 0,
 }
+# What nanochat takes for parameters that checkpoints from before they were there lack.
+NEUTRAL = {"resid_lambdas": 1.0, "x0_lambdas": 0.0}
+TOKEN_BYTES = "token_bytes.pt"
+MAX_HASHED = 2**31 // HASH_CURRENT + 1  # tokens whose hash nanochat's int32 holds
+
+
+class Found(NamedTuple):
+    """A checkpoint of nanochat."""
+
+    model: GPT  # in fp32 on the CPU
+    step: int
+    val_bpb: float | None
+    assumed: list[str]  # what it does not say, in words
 
 
 def find_step(directory, step=None):
@@ -54,15 +82,15 @@ def find_step(directory, step=None):
 
 
 def read_meta(path):
-    """(GPTConfig of a dense model, val_bpb or None) of a meta file.
+    """(GPTConfig, val_bpb or None, whether it says its window_pattern) of a meta file.
 
     Raises:
         UserError: missing, damaged, or of a model with other parts.
     """
     try:
-        meta = read_json(path, NanochatMeta)
-        known = {name: meta.declared[name] for name in meta.declared if name in Sizes.model_fields}
-        sizes = Sizes.model_validate(known)
+        meta, fields = read_json(path, NanochatMeta), NanochatSizes.model_fields
+        known = {name: meta.declared[name] for name in meta.declared if name in fields}
+        sizes = NanochatSizes.model_validate(known)
         other = [
             f"{name} {value!r:.50}"
             for name, value in meta.declared.items()
@@ -73,7 +101,9 @@ def read_meta(path):
                 f"{path}: model_config has {', '.join(other[:5])}, which this model does not do; "
                 "it would compute something else"
             )
-        return GPTConfig(**sizes.model_dump(), bigram_embed_factor=0), meta.val_bpb
+        config = GPTConfig(**sizes.model_dump())
+        check_hash(config, path)
+        return config, meta.val_bpb, "window_pattern" in known
     except UserError:
         raise
     except ValidationError as error:
@@ -81,6 +111,15 @@ def read_meta(path):
     except ValueError as error:
         reason = str(error)
     raise UserError(f"{path} is missing, damaged or not of nanochat ({reason})") from None
+
+
+def check_hash(config, source):
+    """Refuse a bigram table that nanochat and this project would look up in other rows."""
+    if config.bigram_embed_factor and config.vocab_size > MAX_HASHED:
+        raise UserError(
+            f"{source}: nanochat's bigram hash overflows from {MAX_HASHED + 1:,} tokens on, and "
+            f"the vocabulary has {config.vocab_size:,}; such a model cannot be converted"
+        )
 
 
 def _allowed(name):
@@ -127,7 +166,7 @@ def read_tensors(path):
 
 
 def from_nanochat(directory, step=None):
-    """(a dense GPT in fp32 on the CPU with nanochat's weights, its step, its val_bpb or None).
+    """The Found of a checkpoint folder; the latest step unless one is given.
 
     Raises:
         UserError: files missing or damaged, or weights that do not fit the architecture.
@@ -135,13 +174,99 @@ def from_nanochat(directory, step=None):
     directory = Path(directory)
     step = find_step(directory, step)
     weights = directory / f"model_{step:06d}.pt"
-    config, val_bpb = read_meta(directory / f"meta_{step:06d}.json")
+    config, val_bpb, says_windows = read_meta(directory / f"meta_{step:06d}.json")
     tensors = read_tensors(weights)
     check_size(config, {name: tuple(t.shape) for name, t in tensors.items()}, weights)
     check_inference_memory(config, 2 * 4, torch.device("cpu"))  # the weights twice
     model = GPT(config)
+    assumed = [] if says_windows else ["window_pattern L"]
+    for name, value in NEUTRAL.items():
+        if name not in tensors:
+            tensors[name] = torch.full((config.n_layer,), value)
+            assumed.append(f"{name} {value:g}")
+    if missing := sorted(model.state_dict().keys() - tensors.keys()):
+        raise UserError(
+            f"{weights} lacks {', '.join(missing[:3])}: it is not whole, or of a nanochat whose "
+            "model had other parts, which cannot be converted"
+        )
     load_weights(model, {name: t.float() for name, t in tensors.items()}, weights)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{weights}: {name} has values that are no finite numbers")
-    return model, step, val_bpb
+    return Found(model, step, val_bpb, assumed)
+
+
+def tokenizer_folder(directory):
+    """Where nanochat has the tokenizer of a checkpoint folder: beside the folder of checkpoints
+    that it is in, or else, which is our own way, in itself."""
+    directory = Path(os.path.abspath(directory))
+    base = directory.parent
+    return (base.parent if base.name.endswith("_checkpoints") else directory) / "tokenizer"
+
+
+def find_pickle(directory):
+    """The tokenizer.pkl that belongs to a checkpoint folder, or None."""
+    folders = Path(os.path.abspath(directory), "tokenizer"), tokenizer_folder(directory)
+    return next((f / PICKLE for f in folders if os.path.lexists(f / PICKLE)), None)
+
+
+def to_nanochat(target, config, step, val_bpb, tensors, tokenizer=None):
+    """Write a checkpoint folder, and the tokenizer where nanochat looks for it; returns the
+    latter's folder or None.
+
+    Args:
+        tokenizer: of the model; None: none is written.
+
+    Raises:
+        UserError: the folder exists, or another tokenizer is there, or the hash would overflow.
+    """
+    check_hash(config, target)
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists; name a folder to be made")
+    fields = NANOCHAT_FIELDS + (BIGRAM_FIELDS if config.bigram_embed_factor else ())
+    facts = {
+        "step": step,
+        "val_bpb": val_bpb,
+        "model_config": {name: getattr(config, name) for name in fields},
+    }
+    place = tokenizer_folder(target) if tokenizer else None
+    inside = place == Path(os.path.abspath(target), "tokenizer")
+    write = tokenizer and (inside or not _is_there(place, tokenizer))
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic_folder(target))
+        torch.save(tensors, temporary / f"model_{step:06d}.pt")
+        text = json.dumps(facts, indent=2, allow_nan=False)
+        (temporary / f"meta_{step:06d}.json").write_text(text, encoding="utf-8")
+        if write:
+            folder = temporary / "tokenizer"
+            if not inside:
+                folder = stack.enter_context(atomic_folder(place))
+            _write_tokenizer(folder, tokenizer)
+    return place
+
+
+def _is_there(place, tokenizer):
+    """Whether a folder holds this tokenizer.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not os.path.lexists(place):
+        return False
+    try:
+        same = load_pickled(place / PICKLE).fingerprint == tokenizer.fingerprint
+    except UserError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{place} does not hold the run's tokenizer, and nanochat has one for all checkpoints "
+            "beside it; name a DIR under another folder"
+        )
+    return True
+
+
+def _write_tokenizer(folder, tokenizer):
+    """tokenizer.pkl and token_bytes.pt: (vocab_size,) int32, whose sums torch makes int64."""
+    folder.mkdir(exist_ok=True)
+    (folder / PICKLE).write_bytes(pickled(tokenizer))
+    torch.save(torch.from_numpy(tokenizer.token_bytes()).int(), folder / TOKEN_BYTES)

@@ -59,6 +59,15 @@ class Architecture(Sizes):
     bigram_lambda_init: float
 
 
+class NanochatSizes(Sizes):
+    """model_config of nanochat: what older files leave out is as nanochat takes it, and its branch
+    with a bigram table has two fields more."""
+
+    window_pattern: str = Field("L", min_length=1, max_length=MAX_LAYERS)
+    bigram_embed_factor: Count = 0
+    bigram_lambda_init: float = Dials.bigram_lambda_init
+
+
 class ProgressFields(Strict):
     """What a checkpoint carries of the loop; train/loop.py knows which other numbers."""
 
@@ -143,6 +152,22 @@ def first_reason(error: ValidationError) -> str:
     return f"{where[:80]}: {text}" if where else text
 
 
+def read_bounded(path: Path | str, most: int) -> bytes:
+    """Content of a regular file of at most so many bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else, or longer.
+    """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is not a regular file")
+    if facts.st_size > most:
+        raise ValueError(f"it has {facts.st_size:,} bytes, {most:,} are the most")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
 def read_validated(path: Path | str, schema: type[Model]) -> Model:
     """A JSON file, validated.
 
@@ -150,13 +175,7 @@ def read_validated(path: Path | str, schema: type[Model]) -> Model:
         OSError: it cannot be read.
         ValueError: what is wrong with it, in one line.
     """
-    facts = os.stat(path)
-    if not stat.S_ISREG(facts.st_mode):
-        raise ValueError("it is not a regular file")
-    if facts.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"it has {facts.st_size:,} bytes, {MAX_FILE_BYTES:,} are the most")
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE_BYTES)
+    text = read_bounded(path, MAX_FILE_BYTES)
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:

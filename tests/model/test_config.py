@@ -27,6 +27,7 @@ def test_width_is_rounded_up_to_whole_heads(depth, width):
         ("S", 3, "SSL"),
         ("L", 2, "LL"),
         ("SL", 5, "SLSLL"),
+        ("sSlL", 4, "SSLL"),
     ],
 )
 def test_window_pattern_is_tiled_and_the_last_layer_is_long(pattern, layers, expected):
@@ -84,6 +85,7 @@ def test_memory_estimate_of_fused_fp8_is_near_what_was_measured():
     [
         ({"n_kv_head": 3}, "n_kv_head 3 does not divide"),
         ({"window_pattern": "SXL"}, "window_pattern"),
+        ({"window_pattern": "\u017fL"}, "window_pattern"),  # upper() would make an S of it
         ({"window_pattern": ""}, "window_pattern"),
         ({"bigram_embed_factor": -1}, "bigram_embed_factor"),
         ({"sequence_len": 0}, "sequence_len"),

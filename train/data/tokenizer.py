@@ -109,6 +109,8 @@ def check_pattern(pattern):
     Raises:
         ValueError: what is wrong with it.
     """
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_PATTERN_CHARS:
+        raise ValueError(f"its pattern is no text of 1 to {MAX_PATTERN_CHARS:,} characters")
     repeats = [int(number[:9]) for number in re.findall(r"\d+(?=[,}])", pattern)]
     if math.prod(max(number, 1) for number in repeats) > MAX_REPEATS:
         raise ValueError("its pattern repeats too much")
@@ -160,6 +162,9 @@ class Tokenizer:
             special_tokens=specials,
         )
         self.bos = specials[BOS]
+
+    def __reduce__(self):
+        return Tokenizer, (self.tokens, self.pattern, self.asked_vocab_size)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -213,10 +218,19 @@ class Tokenizer:
         if fields.special_tokens != list(SPECIAL_TOKENS):
             raise ValueError("its special tokens are others")
         tokens = [base64.b64decode(token, validate=True) for token in fields.tokens]
+        return cls.checked(tokens, fields.pattern, fields.asked_vocab_size)
+
+    @classmethod
+    def checked(cls, tokens, pattern, asked_vocab_size=None):
+        """A tokenizer that takes every text; the arguments are those of the class.
+
+        Raises:
+            ValueError: what is wrong with them.
+        """
         check_tokens(tokens)
-        check_pattern(fields.pattern)
+        check_pattern(pattern)
         with naming_failures("its pattern"):
-            tokenizer = cls(tokens, fields.pattern, fields.asked_vocab_size)
+            tokenizer = cls(tokens, pattern, asked_vocab_size)
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise ValueError("its pattern leaves parts of a text out")
         return tokenizer
