@@ -3,9 +3,13 @@
 python -m train.data download -n 8       ClimbMix shards from the Hugging Face hub
 python -m train.data info                what is there
 python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside its shards
+python -m train.data tokenize            tokens of all shards, kept beside them for training
 
 torch is loaded once the flags are parsed.
 """
+
+import contextlib
+import time
 
 from tqdm import tqdm
 
@@ -25,8 +29,38 @@ def open_data(args):
     return open_corpus(args.data, args.text_column or TEXT_COLUMN, args.val_shard or "")
 
 
+def open_cache(args, corpus):
+    """(Tokenizer, TokenCache) of a command's flags.
+
+    Raises:
+        UserError: there is no tokenizer, or --cache is off.
+    """
+    from nanofuse.train.data.tokenizer import Tokenizer
+    from nanofuse.train.data.tokens import TokenCache
+
+    if args.cache == "off":
+        raise UserError("--cache off: this command needs a cache; name a folder, or drop the flag")
+    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    return tokenizer, TokenCache(corpus, tokenizer, args.cache)
+
+
+def cached_words(cache, corpus, shard):
+    """What is cached of a shard, in words, or ''."""
+    if (cached := cache.open(shard)) is None:
+        return ""
+    with contextlib.closing(cached):
+        try:
+            words = f"  {cached.num_tokens():,} tokens cached"
+        except ValueError:  # damaged, and gone
+            return ""
+        if not cached.complete:
+            words += f", of {cached.num_groups:,} of {corpus.num_groups(shard):,} row groups"
+        return words
+
+
 def info(args):
-    """Print what --data holds: row groups or files per split, documents and bytes per shard."""
+    """Print what --data holds: row groups or files per split; documents, bytes and cached tokens
+    per shard."""
     from nanofuse.train.data.corpus import SPLITS, ParquetCorpus
 
     corpus = open_data(args)
@@ -38,10 +72,13 @@ def info(args):
         validates = f" ({corpus.validation})" if parquet and split == "val" else ""
         print(f"{split}: {count:,} {what}{validates}")
     if parquet:
-        for path, documents in zip(corpus.shards, corpus.documents, strict=True):
-            print(f"  {path.name}  {documents:>9,} documents  {path.stat().st_size:>13,} bytes")
         tokenizer = corpus.tokenizer_path
-        print(f"tokenizer: {tokenizer if tokenizer.exists() else 'none yet'}")
+        cache = open_cache(args, corpus)[1] if tokenizer.exists() else None
+        for shard, path in enumerate(corpus.shards):
+            sizes = f"{corpus.documents[shard]:>9,} documents  {path.stat().st_size:>13,} bytes"
+            words = cached_words(cache, corpus, shard) if cache else ""
+            print(f"  {path.name}  {sizes}{words}")
+        print(f"tokenizer: {tokenizer if cache else 'none yet'}")
     for hint in corpus.hints:
         print(f"data: {hint}")
 
@@ -79,6 +116,27 @@ def train_tokenizer(args):
         print(line)
 
 
+def tokenize(args):
+    """Write the token caches of all shards that are not complete."""
+    from nanofuse.train.data.encode import fill_cache, used_shards
+
+    corpus = open_data(args)
+    if corpus.tokenizer_path is None:
+        raise UserError("the standard library has no shards to tokenize; name some with --data")
+    tokenizer, cache = open_cache(args, corpus)
+    total, began = sum(map(corpus.num_groups, used_shards(corpus))), time.perf_counter()
+    with tqdm(total=total, unit=" row groups", disable=None, leave=False) as bar:
+        shards, tokens = fill_cache(corpus, tokenizer, cache, args.workers, bar.update)
+    if shards:
+        rate = tokens / (time.perf_counter() - began)
+        print(f"{tokens:,} tokens of {shards} shards written, {rate:,.0f} tokens/s")
+    else:
+        print("nothing to do")
+    print(f"the tokens of all shards are in {cache.where(0)}")
+    if line := corpus.tell_replaced():
+        print(line)
+
+
 def main(argv=None):
     parser = CommandParser(prog="python -m train.data", description="The data command.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
@@ -97,9 +155,15 @@ def main(argv=None):
         help_text = f"{text} [{default:,}]"
         train.add_argument(flag, type=whole(1, 2**53), default=default, metavar="N", help=help_text)
     train.set_defaults(call=train_tokenizer)
-    for command in (fetch, show, train):
+    encode = commands.add_parser("tokenize", help="write the tokens of all shards of --data")
+    encode.add_argument("--workers", metavar="N", type=whole(1, 1024), help="threads [all cores]")
+    encode.set_defaults(call=tokenize)
+    for command in (fetch, show, train, encode):
         add_data_argument(command)
-    for command in (show, train):
+    where = "folder for the tokens [.tokens beside the shards]"
+    for command in (show, encode):
+        command.add_argument("--cache", metavar="DIR", type=not_empty, help=where)
+    for command in (show, train, encode):
         for flag, metavar, text in (
             ("--val-shard", "FILE", "shard that validates (default: val*, test* or the last)"),
             ("--text-column", "NAME", "column that holds the text [text]"),

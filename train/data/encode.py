@@ -1,5 +1,6 @@
-"""Text of a shard to tokens, on all cores: one thread reads ahead, the others tokenise."""
+"""Text of shards to tokens, on all cores: one thread reads ahead, the others tokenise."""
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from nanofuse.train.data.tokens import TokenGroup
+from nanofuse.train.data.tokens import TokenGroup, content_of
 from nanofuse.train.errors import UserError
 
 TASK_DOCUMENTS, TASK_CHARS = 128, 1 << 19  # tokenised by one thread in one call, at most
@@ -25,10 +26,10 @@ def num_cores():
 def split_tasks(texts):
     """Cut a list of texts into lists of up to TASK_DOCUMENTS of them and TASK_CHARS characters; a
     longer text is alone."""
-    tasks, chars = [], TASK_CHARS
+    tasks, chars = [], 0
     for text in texts:
         length = len(text or "")
-        if chars + length > TASK_CHARS or len(tasks[-1]) == TASK_DOCUMENTS:
+        if not tasks or chars + length > TASK_CHARS or len(tasks[-1]) == TASK_DOCUMENTS:
             tasks.append([])
             chars = 0
         tasks[-1].append(text)
@@ -161,3 +162,72 @@ def encoded_groups(corpus, tokenizer, shard, first=0, count=None, threads=None):
         ahead.close()
         reader.join()
         pool.shutdown(cancel_futures=True)
+
+
+def used_shards(corpus):
+    """Shards that train or validate, in order."""
+    return sorted({shard for units in corpus.units.values() for shard, *_ in units})
+
+
+def fill_cache(corpus, tokenizer, cache, threads=None, progress=None):
+    """Write what is missing of the caches of all shards that are used.
+
+    What is whole of a shard's cache is kept where that ends early.
+
+    Args:
+        corpus, tokenizer, threads: as encoded_groups has them.
+        cache: train.data.tokens.TokenCache of the two.
+        progress: called with the number of row groups that are there, or newly done.
+
+    Returns:
+        (shards, tokens) that were written
+
+    Raises:
+        UserError: a row group cannot be read, or a shard was replaced meanwhile.
+        OSError: a cache cannot be written.
+    """
+    progress = progress or (lambda groups: None)
+    shards = used_shards(corpus)
+    num_shards = num_tokens = 0
+
+    def is_complete(shard):
+        if (cached := cache.open(shard)) is None:
+            return False
+        cached.close()
+        return cached.complete
+
+    def put(writer, shard):
+        if not writer.close() and not is_complete(shard):  # by another process
+            path = corpus.shard_path(shard)
+            raise UserError(f"shard {path} has changed since the start; start again")
+
+    with ThreadPoolExecutor(1, "disk") as disk:  # ends the last shard and begins the next meanwhile
+        closing = None
+        for shard, following in zip(shards, [*shards[1:], None], strict=True):
+            if following is not None:
+                disk.submit(content_of, corpus.shard_path(following))
+            if is_complete(shard):
+                progress(corpus.num_groups(shard))
+                continue
+            writer = cache.writer(shard)
+            try:
+                if cached := cache.open(shard):
+                    with contextlib.closing(cached), contextlib.suppress(ValueError):
+                        writer.copy_from(cached)  # up to what is damaged
+                progress(writer.num_groups)
+                groups = encoded_groups(corpus, tokenizer, shard, writer.num_groups, None, threads)
+                with contextlib.closing(groups):
+                    for group in groups:
+                        writer.append(group)
+                        num_tokens += len(group.tokens)
+                        progress(1)
+            except BaseException:
+                writer.close()
+                raise
+            if closing is not None:
+                closing.result()
+            closing = disk.submit(put, writer, shard)
+            num_shards += 1
+        if closing is not None:
+            closing.result()
+    return num_shards, num_tokens

@@ -276,8 +276,19 @@ class CacheWriter:
         self.path = target.with_name(f".{target.name}.{unique}{PARTIAL}")
         kind = pa.list_(pa.from_numpy_dtype(self.dtype))
         self.schema = pa.schema([(COLUMN, kind)], facts)
-        self.file = pa.OSFile(portable(str(self.path)), "wb")
-        self.writer = pa.ipc.new_file(self.file, self.schema)
+        with self._naming():
+            self.file = pa.OSFile(portable(str(self.path)), "wb")
+            self.writer = pa.ipc.new_file(self.file, self.schema)
+
+    @contextlib.contextmanager
+    def _naming(self):
+        """Give Arrow's errors of the system the system's words, and the file's name."""
+        try:
+            yield
+        except OSError as error:
+            if not error.errno or error.filename:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), str(self.target)) from None
 
     def _check_space(self, size):
         """Refuse to take what the disk must keep free."""
@@ -303,7 +314,8 @@ class CacheWriter:
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
         batch = pa.record_batch([lists], schema=self.schema)
         self.failed = True  # until it is written whole
-        self.writer.write_batch(batch, {CHECKSUM: checksum(tokens, offsets)})
+        with self._naming():
+            self.writer.write_batch(batch, {CHECKSUM: checksum(tokens, offsets)})
         self.failed = False
         self.num_groups += 1
 
@@ -312,7 +324,7 @@ class CacheWriter:
 
         Raises:
             OSError: as append.
-            ValueError: it is damaged.
+            ValueError: one is damaged; those before it are there.
         """
         for index in range(cached.num_groups):
             self.append(cached.group(index))
@@ -334,8 +346,9 @@ class CacheWriter:
         try:
             keep = keep and not self.failed and self._is_longer()
             if keep:
-                self.writer.close()
-                self.file.close()
+                with self._naming():
+                    self.writer.close()
+                    self.file.close()
                 _fsync(self.path)
                 keep = signature(self.shard) == self.signature
             if keep:
