@@ -24,6 +24,7 @@ from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
 from nanofuse.train import convert, generate, run
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
+from nanofuse.train.data.pickled import pickled
 from nanofuse.train.data.tokenizer import Tokenizer
 from tests.helpers import documents, random_model
 
@@ -71,7 +72,8 @@ SAMPLE_FLAGS = (
 DATA_FLAGS = (
     "info --data nowhere", "info --data empty", "download --data new --workers 0",
     "download --data new -n 0", "train-tokenizer --data data --vocab-size 10",
-    f"train-tokenizer --data data --vocab-size {BIG}",
+    f"train-tokenizer --data data --vocab-size {BIG}", "train-tokenizer --data data --doc-cap 0",
+    "train-tokenizer --data data --max-chars -1",
 )  # fmt: skip
 CONFIG_EDITS = (
     ("rope_base", 500000), ("n_layer", 10**6), ("n_layer", 2000), ("n_embd", 2**40),
@@ -148,6 +150,7 @@ def nanochat_rows():
         f"weights: {name} int8": {**weights, name: weights[name].to(torch.int8)},
         f"weights: {name} NaN": nan,
         "weights: one is missing": {n: t for n, t in weights.items() if n != name},
+        "weights: no smear": {n: t for n, t in weights.items() if "smear" not in n},
     }
     for what, content in tensors.items():
         write_nanochat("theirs", content)
@@ -159,7 +162,26 @@ def nanochat_rows():
     yield "--step 8", said(convert.main, ["from-nanochat", "theirs", "--run", "b", "--step", "8"])
     yield "--run a", said(convert.main, ["from-nanochat", "theirs", "--run", "a"])
     yield "an empty folder", said(convert.main, ["from-nanochat", "empty", "--run", "b"])
-    yield "to-nanochat of a bigram run", said(convert.main, ["to-nanochat", "out", "--run", "a"])
+    whole = pickled(Tokenizer.load("data/tokenizer.json"))
+    files = {
+        "a call of os.system": b"cos\nsystem\n(Vtrue\ntR.",
+        "the name of an encoding": b"\x80\x02ctiktoken.core\nEncoding\n)\x81Vgpt2\nb.",
+        "another special token": whole.replace(b"<|output_end|>", b"<|output_fin|>"),
+        "cut short": whole[:500],
+        "320 tokens": whole,
+    }
+    write_nanochat("theirs")
+    argv = "from-nanochat theirs --run b --tokenizer t.pkl".split()
+    for what, content in files.items():
+        Path("t.pkl").write_bytes(content)
+        yield f"--tokenizer t.pkl: {what}", said(convert.main, argv)
+    Path("t.pkl").unlink()
+    yield "--tokenizer t.pkl: not there", said(convert.main, argv)
+    yield "to-nanochat data", said(convert.main, ["to-nanochat", "data", "--run", "a"])
+    os.makedirs("base/tokenizer")
+    Path("base/tokenizer/tokenizer.pkl").write_bytes(b"")
+    argv = ["to-nanochat", "base/base_checkpoints/a", "--run", "a"]
+    yield "to-nanochat beside another tokenizer", said(convert.main, argv).replace(os.getcwd(), "…")
 
 
 def file_rows():
