@@ -28,7 +28,7 @@ from nanofuse.train.files import portable, sha256_of, sync
 FORMAT = "nanofuse-tokens-1"
 FOLDER = ".tokens"
 COLUMN, CHECKSUM = "tokens", "crc32"
-SUFFIX, PARTIAL = ".arrow", ".partial"
+SUFFIX, PARTIAL = ".arrow", "-partial"
 MAX_TOKENS = 2**31 - 1  # of a row group: offsets in the file have 32 bits
 RESERVE_BYTES = 2 << 30  # of the disk stay free, for checkpoints
 BYTES_A_SHARD_BYTE = 1.25  # of a cache of 16 bits, about, for text in zstd
@@ -74,10 +74,12 @@ def host():
 def remove_leftovers(folder):
     """Remove the partial files of writers that were killed."""
     for path in folder.glob(f".*{PARTIAL}"):
-        found = re.search(rf"\.([0-9a-f]{{8}})-(\d+)-[0-9a-f]+{re.escape(PARTIAL)}$", path.name)
+        found = re.search(rf"\.([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}{PARTIAL}$", path.name)
+        if not found:
+            continue
         with contextlib.suppress(OSError):
             left = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
-            if found and found[1] == host() and os.name == "posix":
+            if found[1] == host() and os.name == "posix":
                 try:
                     os.kill(int(found[2]), 0)
                 except (ProcessLookupError, OverflowError):
@@ -276,9 +278,13 @@ class CacheWriter:
         self.path = target.with_name(f".{target.name}.{unique}{PARTIAL}")
         kind = pa.list_(pa.from_numpy_dtype(self.dtype))
         self.schema = pa.schema([(COLUMN, kind)], facts)
-        with self._naming():
-            self.file = pa.OSFile(portable(str(self.path)), "wb")
-            self.writer = pa.ipc.new_file(self.file, self.schema)
+        try:
+            with self._naming():
+                self.file = pa.OSFile(portable(str(self.path)), "wb")
+                self.writer = pa.ipc.new_file(self.file, self.schema)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
 
     @contextlib.contextmanager
     def _naming(self):
