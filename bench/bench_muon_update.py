@@ -67,7 +67,7 @@ def passes(param, grad, momentum, second, hyper, squares, weights):
     """muon_update without the Newton-Schulz iteration: x = z. The sums of squares of x, which the
     iteration's last GEMM would compute in its epilogue, are passed in as `squares`."""
     z, norms = muon_momentum(grad, momentum, hyper, compute_dtype(grad.device), clear_grad=True)
-    initial_scale(norms)
+    initial_scale(z, norms)
     factors = muon_factors(squares, second, param.shape, BETA2, True)
     muon_apply(param, z, factors, hyper, weights)
 

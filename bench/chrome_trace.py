@@ -21,8 +21,8 @@ RULES = [
     for name, pattern in (
         (
             OPTIMIZER,
-            r"^_?(momentum|apply|factors|unit_rows|initial_scale|rescale|adamw|adamw_scalars"
-            r"|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
+            r"^_?(momentum|apply|factors|unit_rows|initial_scale|shrink_rows|rescale|adamw"
+            r"|adamw_scalars|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
         ),
         ("GEMM", r"^linear_relu_squared_kernel"),
         (

@@ -3,9 +3,9 @@
     m <- lerp(m, g, 1 - mu);  u = lerp(g, m, mu);  z = u / ||u|| per row
 
 Unit rows are row equilibration (https://arxiv.org/abs/2603.28254) up to one factor per matrix,
-which kernels/newton_schulz.py computes from the norms. Bytes per parameter, with a compute dtype of
-c bytes: g 4 (bf16: 2) + m 8 + z c, and 4 (2) more if the gradient is cleared. FLOPs: 10 per
-parameter.
+which kernels/newton_schulz.py computes from the norms; rows of a norm below 1e-6 are shrunk there,
+too. Bytes per parameter, with a compute dtype of c bytes: g 4 (bf16: 2) + m 8 + z c, and 4 (2) more
+if the gradient is cleared. FLOPs: 10 per parameter.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
-from nanofuse.kernels.newton_schulz import NORM_FLOOR
+from nanofuse.kernels.newton_schulz import TINY
 
 TILE = Tile(rows=1024, cols=4096, warps=8)  # upper bounds; rows wider than cols are read twice
 TILE_ELEMENTS = 4096  # elements of a tile, as far as TILE allows
@@ -62,7 +62,7 @@ def _momentum_kernel(
     take_ptr,  # (1,) fp32, or None
     M,
     C,
-    norm_floor,
+    tiny_norm,
     UNIT: tl.constexpr,
     CLEAR: tl.constexpr,
     ONE_PASS: tl.constexpr,  # C <= BN: whole rows stay in registers; else they are read twice
@@ -92,7 +92,7 @@ def _momentum_kernel(
                 squares += tl.sum(tail * tail, axis=1)
         norm = tl.sqrt(squares)
         tl.store(norms_ptr + row, norm, mask=row_ok)
-        inverse = tl.where(norm < norm_floor, 0.0, 1 / norm)  # NaN stays NaN
+        inverse = tl.where(norm < tiny_norm, 0.0, 1 / norm)  # NaN stays NaN
     if ONE_PASS:
         z = u * inverse[:, None]
         _store_momentum(m, z, moment_ptr, grad_ptr, z_ptr, mask, take, CLEAR)
@@ -150,7 +150,7 @@ def muon_momentum(
         take,
         n * rows,
         cols,
-        NORM_FLOOR,
+        TINY,
         UNIT=unit_rows,
         CLEAR=clear_grad,
         ONE_PASS=cols <= block_cols,

@@ -387,7 +387,7 @@ def muon_update(
     dtype = compute_dtype(param.device) if row else torch.float32
     z, norms = muon_momentum(grad, momentum_buffer, hyper, dtype, row, clear_grad, take)
     if row:
-        x, squares = orthogonalize(z, initial_scale(norms))
+        x, squares = orthogonalize(z, initial_scale(z, norms))
     else:
         x = newton_schulz(z, equilibration, muon_plus=False)
         squares = x.square().sum(-1 if x.size(1) >= x.size(2) else -2)

@@ -1,10 +1,12 @@
 """Orthogonalisation of a batch of matrices: equilibration, Polar Express, Muon+.
 
-    1. equilibrate: scale every row to ||X||_F / sqrt(rows)    (MuonEq, arXiv 2603.28254)
+    1. equilibrate: every row * (||X||_F / sqrt(rows)) / max(||row||, 1e-6)
+                                                               (MuonEq, arXiv 2603.28254)
     2. X <- X / (1.01 ||X||_F + 1e-6)
     3. five times: A = X X^T (X^T X when tall), X <- aX + (bA + cA^2) X
                                                                (Polar Express, arXiv 2505.16932)
-    4. Muon+: X <- X * sqrt(min(rows, cols)) / ||X||_F         (arXiv 2602.21545)
+    4. Muon+: X <- X * sqrt(min(rows, cols)) / max(||X||_F, 1e-6)
+                                                               (arXiv 2602.21545)
 
 `newton_schulz` represents X after step 2 as sigma Z: Z has unit rows, and sigma is one fp32 scale
 per matrix. sigma enters only where a Gram matrix is computed from Z, as sigma^2 Z Z^T, and in the
@@ -12,6 +14,12 @@ last product. Z and all matrices of the iteration are fp16 (fp32 in the interpre
 keeps in range; fp16's three additional mantissa bits make the result ten times as accurate as
 bf16. Each step's polynomial P = aI + bA + cA^2 is one symmetric GEMM, with bA and aI in its
 epilogue.
+
+The floor of step 1. With s = min(||row||, 1e-6) / 1e-6, row / max(||row||, 1e-6) is s times a unit
+row, so that X is t s (unit row) after step 1, t = ||X||_F / sqrt(rows), and its norm t sqrt(sum of
+s^2). A row of Z has length s / max(s): the longest is 1, however small all of them are, and fp16
+holds Z. max(s) goes into sigma = t max(s) / (1.01 t sqrt(sum of s^2) + 1e-6). Where no row is
+below the floor all s are 1, and nothing is shrunk.
 
 Gram iteration, for m <= n / 2 (Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz):
 all polynomials of one G = X X^T commute, so the m x m updates G <- P G P and Q <- P Q replace the
@@ -44,12 +52,14 @@ POLAR_EXPRESS = (
 NORM_MARGIN = 1.01
 NORM_EPS = 1e-6
 EQUILIBRATIONS = ("row", "col", "none")
-NORM_FLOOR = 1e-30  # norms below it count as zero, so that 0 / 0 gives 0
+NORM_FLOOR = 1e-6  # of rows (columns) in equilibration, and of the matrix in Muon+
+TINY = 1e-30  # norms below it count as zero, so that 0 / 0 gives 0
 GRAM_ASPECT = 2  # the Gram iteration is used from this ratio of the sides
 RESTART = 2  # steps of its first segment
 PADDING = 16  # sides of unaligned matrices are padded with zeros to multiples of it
 ROWS_TILE = Tile(rows=1, cols=4096, warps=4)  # narrower rows: more of them, as many elements
 RESCALE_TILE = Tile(rows=1, cols=8192, warps=8)
+SHRINK_TILE = Tile(rows=32, cols=128, warps=4)
 
 
 def _norm(x, dim):
@@ -62,9 +72,10 @@ def equilibrate_ref(
     x,  # (N, R, C)
     mode,
 ):
-    """Scale all rows ("row") or columns ("col") of each matrix to their root-mean-square norm.
+    """Scale all rows ("row") or columns ("col") of each matrix to their root-mean-square norm;
+    those of a norm below NORM_FLOOR come out shorter in proportion.
 
-    Returns (N, R, C) in x's dtype; rows (columns) of zeros stay zero. "none" returns x.
+    Returns (N, R, C) in x's dtype. "none" returns x.
 
     Raises:
         ValueError: mode is not one of EQUILIBRATIONS.
@@ -94,7 +105,8 @@ def polar_express_ref(
 def muon_plus_ref(
     x,  # (N, R, C)
 ):
-    """Rescale each matrix to Frobenius norm sqrt(min(R, C)); fp32 (N, R, C), zeros stay zero."""
+    """Rescale each matrix to Frobenius norm sqrt(min(R, C)), less for norms below NORM_FLOOR; fp32
+    (N, R, C)."""
     target = min(x.size(-2), x.size(-1)) ** 0.5
     return x * (target / _norm(x, dim=(-2, -1)).clamp_min(NORM_FLOOR))
 
@@ -118,7 +130,7 @@ def _unit_rows_kernel(
     norm_ptr,  # (M,) fp32
     M,
     C,
-    floor,
+    tiny_norm,
     WHOLE: tl.constexpr,  # C <= BC: rows stay in registers; else they are read twice
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -138,7 +150,7 @@ def _unit_rows_kernel(
             squares += x * x
     norm = tl.sqrt(tl.sum(squares, axis=1))
     tl.store(norm_ptr + row, norm, mask=row < M)
-    tiny = norm < floor  # false for NaN, which stays
+    tiny = norm < tiny_norm  # false for NaN, which stays
     inverse = tl.where(tiny, 0.0, 1 / tl.where(tiny, 1.0, norm))[:, None]
     if WHOLE:
         tl.store(z_ptr + base + j, (x * inverse).to(z_ptr.dtype.element_ty), mask=inside)
@@ -154,6 +166,7 @@ def _unit_rows_kernel(
 def _initial_scale_kernel(
     norm_ptr,  # (N, R) fp32
     sigma_ptr,  # (N,) fp32
+    longest_ptr,  # (N,) fp32
     R,
     floor,
     margin,
@@ -163,14 +176,45 @@ def _initial_scale_kernel(
     n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float32)
-    count = tl.zeros((BLOCK,), tl.float32)
+    shares = tl.zeros((BLOCK,), tl.float32)
+    longest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, R, BLOCK):
         norm = tl.load(norm_ptr + n * R + start + i, mask=start + i < R, other=0.0)
         squares += norm * norm
-        count += tl.where(norm >= floor, 1.0, 0.0)
+        share = tl.where(norm < floor, norm / floor, 1.0)
+        shares += share * share
+        longest = tl.maximum(longest, share)
     target = tl.sqrt(tl.sum(squares, axis=0) / R)
-    whole = target * tl.sqrt(tl.sum(count, axis=0))  # Frobenius norm after equilibration
-    tl.store(sigma_ptr + n, target / (margin * whole + eps))
+    whole = target * tl.sqrt(tl.sum(shares, axis=0))  # Frobenius norm after equilibration
+    most = tl.max(longest, axis=0)
+    tl.store(longest_ptr + n, most)
+    tl.store(sigma_ptr + n, target * most / (margin * whole + eps))
+
+
+@triton.jit
+def _shrink_rows_kernel(
+    z_ptr,  # (N, R, C), updated
+    norm_ptr,  # (N, R) fp32
+    longest_ptr,  # (N,) fp32
+    R,
+    C,
+    floor,
+    tiny_norm,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    n = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    norm = tl.load(norm_ptr + n * R + row, mask=row < R, other=floor)
+    if tl.min(norm, axis=0) < floor:
+        longest = tl.maximum(tl.load(longest_ptr + n), tiny_norm)
+        length = (tl.where(norm < floor, norm / floor, 1.0) / longest)[:, None]
+        z_ptr += (n * R + row[:, None]) * C
+        for col in range(0, C, BC):
+            j = col + tl.arange(0, BC)[None, :]
+            inside = (row[:, None] < R) & (j < C)
+            z = tl.load(z_ptr + j, mask=inside, other=0.0).to(tl.float32) * length
+            tl.store(z_ptr + j, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -194,7 +238,7 @@ def _rescale_kernel(
     for start in range(0, S, BLOCK_S):
         squares += tl.load(sums_ptr + n * S + start + s, mask=start + s < S, other=0.0)
     norm = tl.sqrt(tl.sum(squares, axis=0))
-    factor = target / tl.where(norm < floor, floor, norm)
+    factor = target / tl.where(norm < floor, floor, norm)  # NaN stays NaN
     tl.store(y_ptr + base + i, x * factor, mask=i < size)
 
 
@@ -225,7 +269,7 @@ def unit_rows(
         norms,
         n * rows,
         cols,
-        NORM_FLOOR,
+        TINY,
         WHOLE=cols <= block,
         BM=block_rows,
         BC=block,
@@ -235,19 +279,34 @@ def unit_rows(
 
 
 def initial_scale(
+    z,  # (N, R, C) contiguous, unit rows of X, updated in place
     norms,  # (N, R) fp32, norms of the rows of X
 ):
-    """sigma (N,) fp32 such that sigma * z, with z the unit rows of X, is X after steps 1 and 2.
+    """sigma (N,) fp32 such that sigma * z is X after steps 1 and 2. Rows of z whose norm in X is
+    below NORM_FLOOR are shrunk for it; without such rows z is neither read nor written.
 
     Raises:
-        ValueError: norms are not fp32, or not contiguous.
+        ValueError: z is not contiguous, or norms are not contiguous fp32 of shape (N, R).
     """
-    check_tensor("initial_scale", "norms", norms, None, torch.float32)
-    n, rows = norms.shape
-    sigma = torch.empty(n, dtype=torch.float32, device=norms.device)
+    n, rows, cols = z.shape
+    check_tensor("initial_scale", "z", z, None)
+    check_tensor("initial_scale", "norms", norms, (n, rows), torch.float32)
+    sigma, longest = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(2))
     block = min(1024, triton.next_power_of_2(rows))
     _initial_scale_kernel[(n,)](
-        norms, sigma, rows, NORM_FLOOR, NORM_MARGIN, NORM_EPS, BLOCK=block, num_warps=4
+        norms, sigma, longest, rows, NORM_FLOOR, NORM_MARGIN, NORM_EPS, BLOCK=block, num_warps=4
+    )
+    _shrink_rows_kernel[(triton.cdiv(rows, SHRINK_TILE.rows), n)](
+        z,
+        norms,
+        longest,
+        rows,
+        cols,
+        NORM_FLOOR,
+        TINY,
+        BM=SHRINK_TILE.rows,
+        BC=SHRINK_TILE.cols,
+        num_warps=SHRINK_TILE.warps,
     )
     return sigma
 
@@ -257,11 +316,12 @@ def _plain_scale(
 ):
     """X after step 2, without equilibration, as a pair: z (N, R, C) in compute_dtype, of Frobenius
     norm sqrt(R) as if its rows were unit rows, and sigma (N,) fp32."""
-    norm = _norm(x, dim=(-2, -1))  # (N, 1, 1)
+    # in fp64: in fp32 squares of 1e-23 are 0, and z overflows
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # (N, 1, 1)
     root = x.size(1) ** 0.5
-    z = x.float() * (root / norm.clamp_min(NORM_FLOOR))
+    z = x.float() * (root / norm.clamp_min(TINY)).float()
     sigma = norm / (root * (NORM_MARGIN * norm + NORM_EPS))
-    return z.to(compute_dtype(x.device)), sigma.flatten()
+    return z.to(compute_dtype(x.device)), sigma.flatten().float()
 
 
 def _polynomial(
@@ -277,7 +337,8 @@ def rescale(
     x,  # (N, R, C) contiguous
     sumsq,  # (N, S) fp32, sums of squares over parts of each matrix
 ):
-    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)), (N, R, C) fp32; zeros stay zero.
+    """Muon+: x rescaled to Frobenius norm sqrt(min(R, C)), less for norms below NORM_FLOOR;
+    (N, R, C) fp32.
 
     Raises:
         ValueError: a tensor that is not contiguous, or sums that are not fp32 or not (N, S).
@@ -322,7 +383,7 @@ def orthogonalize(
     """Polar Express on sigma * z, whose Frobenius norms must not exceed 1 (step 3).
 
     Args:
-        z: unit rows, which fp16 holds without overflow; not changed. See unit_rows.
+        z: rows of length 1 and less, which fp16 holds without overflow; not changed. See unit_rows.
         sigma: see initial_scale.
         gram: True for the Gram iteration, False for the plain one, "auto" by the aspect ratio.
 
@@ -385,7 +446,7 @@ def newton_schulz(
         raise ValueError("newton_schulz takes a contiguous (N, R, C) tensor, bf16 or fp32")
     if equilibration == "row":
         z, norms = unit_rows(x)
-        sigma = initial_scale(norms)
+        sigma = initial_scale(z, norms)
     else:
         z, sigma = _plain_scale(equilibrate_ref(x.float(), equilibration))
     y, sumsq = orthogonalize(z, sigma, gram)

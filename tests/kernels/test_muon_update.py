@@ -50,17 +50,17 @@ def quick_iteration(monkeypatch):
 class State:
     """Parameter, momentum and second moment of a stack; `draw` makes gradients."""
 
-    def __init__(self, shape, device, dtype=torch.float32):
+    def __init__(self, shape, device, dtype=torch.float32, size=1.0):
         self.generator = torch.Generator().manual_seed(0)
-        self.shape, self.device, self.dtype = shape, device, dtype
-        self.param = self.draw() * 0.02
+        self.shape, self.device, self.dtype, self.size = shape, device, dtype, size
+        self.param = self.draw() * (0.02 / size)
         self.start = self.param.clone()
         self.momentum = torch.zeros_like(self.param)
         self.second = torch.zeros(second_moment_shape(shape), dtype=dtype, device=device)
 
     def draw(self):
         """Normal values whose rows differ in scale."""
-        x = torch.randn(self.shape, generator=self.generator)
+        x = torch.randn(self.shape, generator=self.generator) * self.size
         x *= torch.logspace(-2, 2, self.shape[1])[:, None]
         return x.to(self.device, self.dtype)
 
@@ -73,9 +73,9 @@ class State:
         return self.param - self.start
 
 
-def steps_of_three(shape, device, schedule=SCHEDULE, equilibration="row", muon_plus=True):
+def steps_of_three(shape, device, schedule=SCHEDULE, equilibration="row", muon_plus=True, size=1.0):
     """Three steps by the kernels, by the reference in the same dtype, and by the fp64 reference."""
-    ours, torch_, truth = State(shape, device), State(shape, device), State(shape, device)
+    ours, torch_, truth = (State(shape, device, size=size) for _ in range(3))
     truth.dtype = torch.float64
     truth.param, truth.start, truth.momentum, truth.second = (
         x.double() for x in (truth.param, truth.start, truth.momentum, truth.second)
@@ -114,6 +114,15 @@ def test_equilibrations_without_muon_plus(shape, equilibration, device):
 @pytest.mark.parametrize("shape", [(2, 20, 9), (2, 9, 20)], ids=str)
 def test_column_equilibration_with_muon_plus(shape, device):
     assert_same_steps(shape, device, SCHEDULE, "col", True)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-12])
+@pytest.mark.parametrize("equilibration", ["row", "col", "none"])
+@pytest.mark.parametrize("muon_plus", [True, False])
+def test_gradients_below_the_floors(size, equilibration, muon_plus, device):
+    """Rows on both sides of the floor, and all below it."""
+    for shape in ((2, 20, 9), (2, 9, 20)):
+        assert_same_steps(shape, device, SCHEDULE, equilibration, muon_plus, size)
 
 
 @pytest.mark.cuda
@@ -157,9 +166,9 @@ def test_tiny_and_huge_gradients_give_unit_rows(scale, device):
 
 
 def test_the_factors_are_muon_plus_and_variance_reduction(device):
-    for shape in ((2, 70, 30), (2, 30, 70), (1, 1, 1)):
+    for shape, size in (((2, 70, 30), 1), ((2, 30, 70), 1), ((1, 1, 1), 1), ((2, 7, 3), 1e-9)):
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(shape, generator=generator).to(device)
+        x = torch.randn(shape, generator=generator).to(device) * size
         second = torch.rand(second_moment_shape(shape), generator=generator).to(device)
         for muon_plus in (True, False):
             moments = [second.clone(), second.clone(), second.double()]
@@ -345,20 +354,22 @@ def step_in_numpy(p, g, m, s, lr, mu, wd, beta2, eq, plus):
     x = (1 - mu) * g + mu * m
     frobenius = np.sqrt((x**2).sum())
     if eq == "row":
-        x = x * (frobenius / np.sqrt(rows)) / np.sqrt((x**2).sum(1, keepdims=True))
+        norms = np.sqrt((x**2).sum(1, keepdims=True))
+        x = x * (frobenius / np.sqrt(rows)) / np.maximum(norms, 1e-6)
     elif eq == "col":
-        x = x * (frobenius / np.sqrt(cols)) / np.sqrt((x**2).sum(0, keepdims=True))
+        norms = np.sqrt((x**2).sum(0, keepdims=True))
+        x = x * (frobenius / np.sqrt(cols)) / np.maximum(norms, 1e-6)
     x = x / (1.01 * np.sqrt((x**2).sum()) + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     if plus:
-        x = x * np.sqrt(min(rows, cols)) / np.sqrt((x**2).sum())
+        x = x * np.sqrt(min(rows, cols)) / np.maximum(np.sqrt((x**2).sum()), 1e-6)
     norm = np.sqrt((x**2).sum())
     mean_square = (x**2).mean(1, keepdims=True) if rows >= cols else (x**2).mean(0, keepdims=True)
     s = beta2 * s + (1 - beta2) * mean_square
     u = x / np.sqrt(np.maximum(s, 1e-10))
-    u = u * norm / np.sqrt((u**2).sum())
+    u = u * norm / np.maximum(np.sqrt((u**2).sum()), 1e-10)
     lr = lr * np.sqrt(max(1, rows / cols))
     return p - lr * u - lr * wd * p * (u * p >= 0), m, s
 
@@ -366,7 +377,8 @@ def step_in_numpy(p, g, m, s, lr, mu, wd, beta2, eq, plus):
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 17, 5), (2, 5, 17), (4, 2, 12)])
 @pytest.mark.parametrize("eq", ["row", "col", "none"])
 @pytest.mark.parametrize("plus", [True, False])
-def test_three_steps_equal_double_precision_numpy(shape, eq, plus):
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e-12, 0.0])
+def test_three_steps_equal_double_precision_numpy(shape, eq, plus, size):
     generator = torch.Generator().manual_seed(0)
 
     def draw():
@@ -376,13 +388,13 @@ def test_three_steps_equal_double_precision_numpy(shape, eq, plus):
     s = torch.zeros(second_moment_shape(shape), dtype=torch.float64)
     expected = [[x.numpy().copy() for x in (p[i], m[i], s[i])] for i in range(shape[0])]
     for mu, lr, wd in ((0.85, 0.02, 0.3), (0.9, 0.01, 0.0), (0.97, 0.1, 1.0)):
-        g = draw()
+        g = draw() * size
         muon_update_ref(p, g, m, s, lr, mu, wd, 0.9, eq, plus)
         for i, (pi, mi, si) in enumerate(expected):
             expected[i] = step_in_numpy(pi, g[i].numpy(), mi, si, lr, mu, wd, 0.9, eq, plus)
     for i in range(shape[0]):
         for got, want in zip((p, m, s), expected[i], strict=True):
-            np.testing.assert_allclose(got[i].numpy(), want, rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(got[i].numpy(), want, rtol=1e-8, atol=1e-10 * size)
 
 
 def test_update_norm_is_muon_plus_times_lr():

@@ -4,6 +4,7 @@ import torch
 from nanofuse.bench.checks import ON_GPU, assert_accurate, same_bits
 from nanofuse.kernels.newton_schulz import (
     POLAR_EXPRESS,
+    _plain_scale,
     compute_dtype,
     equilibrate_ref,
     initial_scale,
@@ -92,6 +93,27 @@ def test_muon_plus_norm(shape):
     torch.testing.assert_close(norms, torch.full_like(norms, min(shape[1:]) ** 0.5))
 
 
+@pytest.mark.parametrize("mode", ["row", "col"])
+def test_equilibration_shrinks_below_its_floor(mode):
+    """Norms of 1e-8, 1e-6 and 1 come out as 0.01, 1 and 1 of the root-mean-square norm."""
+    x = random((1, 3, 50))
+    x *= (
+        torch.tensor([1e-8, 1e-6, 1.0])[:, None].double()
+        / torch.linalg.vector_norm(x, dim=-1)[..., None]
+    )
+    whole = torch.linalg.matrix_norm(x)
+    y = equilibrate_ref(x, "row") if mode == "row" else equilibrate_ref(x.mT, "col").mT
+    norms = torch.linalg.vector_norm(y[0], dim=-1) / (whole / 3**0.5)
+    torch.testing.assert_close(norms, torch.tensor([0.01, 1.0, 1.0]).double())
+
+
+def test_muon_plus_has_a_floor():
+    x = random((1, 4, 9))
+    for norm, expected in ((1e-8, 0.02), (1e-6, 2.0), (1e-3, 2.0)):
+        y = muon_plus_ref(x * norm / torch.linalg.matrix_norm(x))
+        assert torch.linalg.matrix_norm(y).item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zeros_stay_zero(dtype):
     y = newton_schulz_ref(torch.zeros(2, 5, 7, dtype=dtype))
@@ -125,7 +147,10 @@ AWKWARD = [
     (1, 1, 1), (2, 1, 9), (2, 9, 1), (2, 5, 12), (1, 7, 8), (2, 13, 13), (1, 31, 33), (1, 32, 32),
     (1, 63, 37), (1, 33, 67), (2, 40, 24),
 ]  # fmt: skip
-ADVERSARIAL = ["zeros", "rank 1", "low rank", "decay", "zero row", "huge", "tiny", "uneven rows"]
+ADVERSARIAL = [
+    "zeros", "rank 1", "low rank", "decay", "zero row", "huge", "tiny", "uneven rows", "floor",
+    "below the floor",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +184,9 @@ def adversarial(name, shape):
         x[:, rows // 2] = 0
     if name == "uneven rows":
         x *= torch.logspace(-6, 6, rows, dtype=torch.float64)[:, None]
-    return x * {"huge": 1e15, "tiny": 1e-15}.get(name, 1.0)
+    if name == "floor":  # rows on both sides of it
+        x *= torch.logspace(-12, -2, rows, dtype=torch.float64)[:, None]
+    return x * {"huge": 1e15, "tiny": 1e-15, "below the floor": 1e-9}.get(name, 1.0)
 
 
 def assert_orthogonalised(name, x, equilibration="row", muon_plus=True, gram="auto"):
@@ -193,8 +220,56 @@ def test_gram_and_plain_iteration(shape, gram, device):
 @pytest.mark.parametrize("muon_plus", [False, True])
 @pytest.mark.parametrize("equilibration", ["row", "col", "none"])
 def test_kernels_in_all_modes(equilibration, muon_plus, device):
-    x = random((2, 24, 40)).to(device, working_dtype(device))
+    """With matrices of which one is below every floor, and one whose columns are on both sides."""
+    x = random((3, 24, 40)).to(device, working_dtype(device))
+    x[1] *= 1e-13
+    x[2] *= torch.logspace(-10, -4, 40, device=device)
     assert_orthogonalised(equilibration, x, equilibration, muon_plus)
+    for i in range(3):  # alone: the norm of all would hide the small ones
+        assert_orthogonalised(f"matrix {i}", x[i : i + 1], equilibration, muon_plus)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 24, 40), (5, 67, 131)], ids=str)
+def test_rows_below_the_floor_keep_their_precision(shape, dtype, device, monkeypatch):
+    """sigma * z is X after steps 1 and 2, row by row, also where every row is tiny."""
+    monkeypatch.setattr("nanofuse.kernels.newton_schulz.compute_dtype", lambda _: dtype)
+    x = random(shape).to(device)
+    sizes = [1.0, 1e-9, 1e-12, 0.0, 1.0]
+    x *= torch.tensor(sizes, dtype=torch.float64, device=device)[:, None, None]
+    x[4] *= torch.logspace(-8, 0, shape[1], dtype=torch.float64, device=device)[:, None]
+    x[4, 3] = 0
+    z, norms = unit_rows(x.float())
+    whole = z.clone()
+    sigma = initial_scale(z, norms)
+    assert torch.equal(z[0], whole[0])  # no row to shrink: no bit moves
+    longest = torch.linalg.vector_norm(z.double(), dim=-1).amax(dim=1)
+    torch.testing.assert_close(
+        longest, (norms.double().amax(dim=1) > 0).double(), rtol=1e-3, atol=0
+    )
+    expected = equilibrate_ref(x, "row")
+    frobenius = torch.linalg.matrix_norm(expected)[:, None, None]
+    expected = expected / (1.01 * frobenius + 1e-6)
+    error = torch.linalg.vector_norm(sigma.double()[:, None, None] * z.double() - expected, dim=-1)
+    relative = error / torch.linalg.vector_norm(expected, dim=-1).clamp_min(1e-300)
+    assert relative[:4].max() < (1e-3 if dtype == torch.float16 else 1e-6)
+    share = torch.linalg.vector_norm(z[4].double(), dim=-1)
+    normal = share > 1e-2  # beside longer rows, shorter ones are subnormal in fp16
+    assert normal.sum() > 5 and relative[4][normal].max() < (
+        3e-3 if dtype == torch.float16 else 1e-6
+    )
+    assert not z[3].any() and not z[4, 3].any() and sigma.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e12])
+def test_the_scale_without_rows_holds_what_fp32_cannot_square(size, device, monkeypatch):
+    monkeypatch.setattr("nanofuse.kernels.newton_schulz.compute_dtype", lambda _: torch.float16)
+    x = random((1, 24, 40)).to(device) * size
+    z, sigma = _plain_scale(x.float())
+    norm = torch.linalg.matrix_norm(z.double()).item()
+    assert norm == pytest.approx(24**0.5, rel=1e-3)
+    expected = x / (1.01 * torch.linalg.matrix_norm(x)[:, None, None] + 1e-6)
+    torch.testing.assert_close(sigma.double() * z.double(), expected, rtol=2e-3, atol=0.0)
 
 
 def test_kernels_against_the_polar_factor(device):
@@ -218,7 +293,7 @@ def test_the_parts(shape, device):
     torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
     rows = torch.linalg.vector_norm(z.double(), dim=-1)
     torch.testing.assert_close(rows, (expected > 0).double(), rtol=1e-3, atol=0)
-    sigma = initial_scale(norms)
+    sigma = initial_scale(z, norms)
     whole = torch.linalg.matrix_norm(sigma.double()[:, None, None] * z.double())
     torch.testing.assert_close(whole, torch.full_like(whole, 1 / 1.01), rtol=1e-3, atol=0)
     y, sumsq = orthogonalize(z, sigma)
@@ -294,7 +369,7 @@ def test_more_than_two_to_the_31_elements_in_newton_schulz(device):
     x = torch.zeros(2049, 1024, 1024, dtype=torch.bfloat16, device=device)
     x[-1] = random((1024, 1024)).to(device)
     z, norms = unit_rows(x)
-    y, sumsq = orthogonalize(z, initial_scale(norms))
+    y, sumsq = orthogonalize(z, initial_scale(z, norms))
     del z, x
     last = rescale(y[-1:], sumsq[-1:])
     y = rescale(y[-2:], sumsq[-2:])

@@ -170,7 +170,7 @@ CASES = {
     }),
     "muon_update": (muon_update, muon),
     "unit_rows": (unit_rows, lambda: {"x": rand(2, 8, 16)}),
-    "initial_scale": (initial_scale, lambda: {"norms": rand(2, 8)}),
+    "initial_scale": (initial_scale, lambda: {"z": rand(2, 8, 16), "norms": rand(2, 8)}),
     "rescale": (rescale, lambda: {"x": rand(2, 8, 16), "sumsq": rand(2, 8)}),
     "orthogonalize": (orthogonalize, lambda: {"z": rand(2, 16, 16), "sigma": rand(2) / 100}),
     "newton_schulz": (newton_schulz, lambda: {"x": rand(2, 16, 16)}),
