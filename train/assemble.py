@@ -53,7 +53,7 @@ def assemble(
         deterministic: ask torch and the attention backend for the same bits every time.
         compile_mode: torch.compile's, for the backend "compile".
         cuda_graphs: let the fused backend record its training pass, on a GPU.
-        lr_scale: factor on every learning rate.
+        lr_scale: the batch's factor on learning rates.
         set_weights: called with the GPT before anything depends on its weights.
 
     Raises:

@@ -19,7 +19,7 @@ class Plan:
         total_batch_size: tokens per optimiser step.
         micro_steps: forward and backward passes per optimiser step.
         eval_rows: rows per evaluation, at most.
-        lr_scale: factor on all learning rates.
+        lr_scale: the batch's factor on learning rates.
         weight_decay: Muon's decay before its schedule.
     """
 

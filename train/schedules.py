@@ -20,7 +20,7 @@ def auto_batch_size(tokens: float, reference_tokens: float) -> int:
 
 
 def batch_lr_scale(batch_size: int) -> float:
-    """Factor on every learning rate for a batch of `batch_size` tokens: sqrt(B / B_ref)."""
+    """Factor on learning rates for a batch of `batch_size` tokens: sqrt(B / B_ref)."""
     return math.sqrt(batch_size / REFERENCE_BATCH)
 
 

@@ -13,16 +13,20 @@ REFERENCE_WIDTH = 768  # AdamW's matrix learning rates are tuned at this width
 
 @dataclass(frozen=True)
 class AdamWGroup:
-    """Hyperparameters of one AdamW role; `width_scaled` multiplies lr by sqrt(768 / C)."""
+    """Hyperparameters of one AdamW role; `width_scaled` multiplies lr by sqrt(768 / C),
+    `batch_scaled` by the batch's factor."""
 
     lr: float
     betas: tuple[float, float]
     weight_decay: float
     width_scaled: bool = False
+    batch_scaled: bool = True
 
-    def lr_at(self, width: int) -> float:
-        """Learning rate of a model of this width, before schedule and batch scaling."""
-        return self.lr * (width / REFERENCE_WIDTH) ** -0.5 if self.width_scaled else self.lr
+    def lr_at(self, width: int, lr_scale: float) -> float:
+        """Learning rate of a model of this width, before the schedule, where the batch's factor is
+        `lr_scale`."""
+        lr = self.lr * lr_scale if self.batch_scaled else self.lr
+        return lr * (width / REFERENCE_WIDTH) ** -0.5 if self.width_scaled else lr
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class OptimConfig:
     bigram_embedding_lr_mult: float = option(
         1.0, "bigram table: times --embedding-lr", least=0, most=1e6
     )
-    bigram_lambda_lr: float = option(0.01, "AdamW, bigram lambdas", least=0, most=MAX_RATE)
+    bigram_lambda_lr: float = option(0.004, "AdamW, bigram lambdas", least=0, most=MAX_RATE)
     muon_plus: bool = option(
         True, "rescale Muon's update to norm sqrt(min(rows, cols))", fixed=STATE
     )
@@ -65,10 +69,10 @@ class OptimConfig:
             "wte": AdamWGroup(self.embedding_lr, (0.8, 0.995), 0.001, True),
             "value_embeds": AdamWGroup(self.embedding_lr * 0.5, (0.8, 0.995), 0.01, True),
             "bigram_embed": AdamWGroup(
-                self.embedding_lr * self.bigram_embedding_lr_mult, (0.8, 0.995), 0.0, True
+                self.embedding_lr * self.bigram_embedding_lr_mult, (0.75, 0.95), 0.01, True
             ),
             "resid_lambdas": AdamWGroup(self.scalar_lr * 0.01, (0.8, 0.95), 0.05),
             "x0_lambdas": AdamWGroup(self.scalar_lr, (0.96, 0.95), 0.0),
-            "smear_backout": AdamWGroup(0.2, (0.8, 0.95), 0.0),
-            "bigram_lambdas": AdamWGroup(self.bigram_lambda_lr, (0.8, 0.95), 0.0),
+            "smear_backout": AdamWGroup(0.2, (0.8, 0.95), 0.0, batch_scaled=False),
+            "bigram_lambdas": AdamWGroup(self.bigram_lambda_lr, (0.9, 0.95), 0.0, True),
         }

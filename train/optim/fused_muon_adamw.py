@@ -24,7 +24,7 @@ class FusedMuonAdamW:
         fused: model.fused.FusedGPT; its operands are made when the optimiser takes a step or
             loads a state.
         config: train.optim.config.OptimConfig.
-        lr_scale: factor on every learning rate (batch scaling).
+        lr_scale: the batch's factor on learning rates, of all groups that it scales.
     """
 
     def __init__(self, fused, config, lr_scale=1.0):
@@ -38,7 +38,7 @@ class FusedMuonAdamW:
         for role, group in config.adamw_groups().items():
             for name, p in roles.get(role, []):
                 self.adamw_state[name] = tuple(torch.zeros_like(p.detach()) for _ in range(2))
-                lr = group.lr_at(model.config.n_embd)
+                lr = group.lr_at(model.config.n_embd, lr_scale)
                 hypers.append(AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay))
                 params.append(p)
         self.adamw_tensors = AdamWTensors(
@@ -67,14 +67,14 @@ class FusedMuonAdamW:
         self.step_count += 1
         self.watch.take(self.squares(), self.step_count)
         take = self.watch.ok
-        lr_mult = lr_mult * self.lr_scale
         adamw(
             self.adamw_tensors,
             adamw_schedule(lr_mult, self.step_count, self.device),
             clear_grad=True,
             take=take,
         )
-        hyper = muon_hyper(self.config.matrix_lr * lr_mult, momentum, weight_decay, self.device)
+        matrix_lr = self.config.matrix_lr * self.lr_scale * lr_mult
+        hyper = muon_hyper(matrix_lr, momentum, weight_decay, self.device)
         options = self.config.muon_beta2, self.config.muon_eq, self.config.muon_plus
         for (_, values, grads), state in zip(
             self.fused.weights.stacks, self.muon_state, strict=True

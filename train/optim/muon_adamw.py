@@ -22,7 +22,7 @@ class MuonAdamW:
         roles: {role: [(name, parameter)]}, GPT.param_roles.
         config: OptimConfig.
         width: C of the model, for the width scaling of AdamW's learning rates.
-        lr_scale: factor on every learning rate (batch scaling).
+        lr_scale: the batch's factor on learning rates, of all groups that it scales.
         compile: run the updates through torch.compile.
         newton_schulz_dtype: dtype of Muon's matrix products.
     """
@@ -40,7 +40,7 @@ class MuonAdamW:
         self.newton_schulz_dtype = newton_schulz_dtype
         self.step_count = 0
         self.adamw = [
-            (name, p, group, group.lr_at(width))
+            (name, p, group, group.lr_at(width, lr_scale))
             for role, group in config.adamw_groups().items()
             for name, p in roles.get(role, [])
         ]
@@ -83,7 +83,6 @@ class MuonAdamW:
         waits = self.watch.ok.device.type == "cpu" or self.config.on_nonfinite == "skip"
         if waits and not self.watch.ok.item():
             return
-        lr_mult = lr_mult * self.lr_scale
         # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
         count = torch.tensor(float(self.step_count))
         for name, p, group, lr in self.adamw:
@@ -98,7 +97,8 @@ class MuonAdamW:
                 group.weight_decay,
                 count,
             )
-        scalars = [torch.tensor(x) for x in (self.config.matrix_lr * lr_mult, momentum)]
+        matrix_lr = self.config.matrix_lr * self.lr_scale * lr_mult
+        scalars = [torch.tensor(x) for x in (matrix_lr, momentum)]
         for key, params in self.stacks.items():
             stacked = torch.stack(params)  # (N, R, C)
             self._muon_update(

@@ -13,9 +13,11 @@ from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from tests.helpers import random_model
+from tests.train.optim.against_reference import LR_SCALE, assert_steps_of_the_reference
 
 DEVICE = "cuda" if ON_GPU else "cpu"  # on a GPU Newton-Schulz runs in fp16
 WEIGHTS_ERROR, STATE_ERROR = (1e-3, 2e-2) if ON_GPU else (1e-4, 1e-4)
+CHANGE_ERROR = 3e-2 if ON_GPU else 1e-4  # of Muon in fp16, with rows on both sides of its floor
 NUMBERS = [(1.0, 0.9, 0.2), (0.5, 0.95, 0.1)]  # lr_mult, momentum, weight decay of each step
 
 
@@ -70,6 +72,26 @@ def test_two_steps_equal_the_reference(fields):
     assert state.keys() == expected.keys()
     for name, x in expected.items():
         assert relative(state[name], x) < STATE_ERROR, name
+
+
+@pytest.mark.parametrize(
+    ("muon_eq", "muon_plus", "shift", "positions"),
+    [
+        ("row", True, 0, (0, 1, 2, 50)),
+        ("row", False, 3, (0, 50)),
+        ("col", True, 1, (0, 50)),
+        ("col", False, 2, (0, 50)),
+        ("none", True, 4, (0, 50)),
+        ("none", False, 5, (0, 50)),
+    ],
+)
+def test_steps_are_those_of_the_reference(muon_eq, muon_plus, shift, positions):
+    """Every group, with every tensor's gradients from zero to 1e4."""
+    _, (fused, _) = twins()
+    config = OptimConfig(muon_eq=muon_eq, muon_plus=muon_plus)
+    optimizer = FusedMuonAdamW(fused, config, LR_SCALE)
+    arguments = shift, positions, CHANGE_ERROR, DEVICE
+    assert_steps_of_the_reference(fused.model, optimizer, *arguments)
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}], ids=str)
