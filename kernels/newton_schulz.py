@@ -209,12 +209,12 @@ def _shrink_rows_kernel(
     if tl.min(norm, axis=0) < floor:
         longest = tl.maximum(tl.load(longest_ptr + n), tiny_norm)
         length = (tl.where(norm < floor, norm / floor, 1.0) / longest)[:, None]
-        z_ptr += (n * R + row[:, None]) * C
+        base = (n * R + row[:, None]) * C
         for col in range(0, C, BC):
             j = col + tl.arange(0, BC)[None, :]
             inside = (row[:, None] < R) & (j < C)
-            z = tl.load(z_ptr + j, mask=inside, other=0.0).to(tl.float32) * length
-            tl.store(z_ptr + j, z.to(z_ptr.dtype.element_ty), mask=inside)
+            z = tl.load(z_ptr + base + j, mask=inside, other=0.0).to(tl.float32) * length
+            tl.store(z_ptr + base + j, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
