@@ -100,6 +100,13 @@ class ParquetCorpus:
         self.replaced = {split: {} for split in SPLITS}
         self.told = set()  # splits of which that was said
 
+    def __getstate__(self):
+        """For another process, which opens files of its own."""
+        return {**vars(self), "lock": None, "opened": (None, None)}
+
+    def __setstate__(self, state):
+        vars(self).update(state, lock=threading.Lock())
+
     def _add(self, index, path):
         """Take up one shard."""
         metadata = open_shard(path, self.text_column).metadata

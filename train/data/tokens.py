@@ -90,6 +90,14 @@ def remove_leftovers(folder):
                 path.unlink()
 
 
+def open_cache(corpus, tokenizer, folder=""):
+    """The TokenCache that --cache asks for: in a folder, by default beside the shards; None for
+    "off" or a corpus without shards."""
+    if folder == "off" or corpus.shard_path(0) is None:
+        return None
+    return TokenCache(corpus, tokenizer, folder or None)
+
+
 class TokenCache:
     """The cache of a corpus's shards for one tokenizer.
 
