@@ -3,7 +3,6 @@ import torch
 
 from nanofuse.bench.checks import ON_GPU, assert_accurate, same_bits
 from nanofuse.kernels.newton_schulz import (
-    POLAR_EXPRESS,
     _plain_scale,
     compute_dtype,
     equilibrate_ref,
@@ -17,6 +16,7 @@ from nanofuse.kernels.newton_schulz import (
     unit_rows,
 )
 from nanofuse.kernels.symmetric_matmul import MatmulTile
+from tests.train.optim.reference import POLAR_EXPRESS
 
 SHAPES = [(1, 1, 1), (3, 16, 16), (2, 33, 8), (2, 8, 33), (1, 127, 65), (2, 1, 9), (2, 9, 1)]
 
