@@ -1,6 +1,8 @@
 """Text of shards to tokens, on all cores: one thread reads ahead, the others tokenise."""
 
 import contextlib
+import copy
+import itertools
 import os
 import threading
 from collections import deque
@@ -48,6 +50,40 @@ def join_groups(parts):
     )
 
 
+class Encoders:
+    """Threads that tokenise, each with an encoding of its own; a context manager that stops them.
+
+    tiktoken's regular expressions are quick for the first thread that uses them; all others share a
+    pool behind a lock. An encoding of 32,768 tokens takes about 20 ms and 9 MB, so for several
+    shards use one object.
+
+    Args:
+        tokenizer: train.data.tokenizer.Tokenizer.
+        threads: their number; None: one per core.
+    """
+
+    def __init__(self, tokenizer, threads=None):
+        self.tokenizer, self.threads = tokenizer, threads or num_cores()
+        self.own = threading.local()
+        self.pool = ThreadPoolExecutor(self.threads, "encode", self._begin)
+
+    def _begin(self):
+        self.own.tokenizer = copy.copy(self.tokenizer)  # as if it were read anew
+
+    def _encode(self, texts):
+        return TokenGroup(*self.own.tokenizer.encode_flat(texts))
+
+    def submit(self, texts):
+        """Future of the TokenGroup of a list of str or None."""
+        return self.pool.submit(self._encode, texts)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+
+
 class _Ahead:
     """Row groups read and not asked for yet, up to so many documents and characters; one that is
     larger than that is taken when there is no other.
@@ -85,25 +121,22 @@ class _Ahead:
             return item
 
     def close(self):
+        """Take nothing more."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
 
+    def cancel(self):
+        """Drop the tasks of what nobody asked for."""
+        for item, _ in self.items:
+            if isinstance(item, tuple):
+                for future in item[0]:
+                    future.cancel()
 
-def _read(corpus, shard, first, end, encode, ahead):
-    """Put lists of futures of TokenGroups into `ahead`, one list per row group; then the error
-    that ended the reading, or None.
 
-    Args:
-        encode: list of texts -> future of their TokenGroup.
-    """
-
-    def put(texts):
-        size = len(texts), sum(len(text or "") for text in texts)
-        if wanted := ahead.wait_for_room(size):
-            ahead.put([encode(task) for task in split_tasks(texts) or [[]]], size)
-        return wanted
-
+def _read(corpus, shard, first, end, encoders, ahead):
+    """Put what is read together into `ahead`, as (futures of its TokenGroups, rows of each of its
+    row groups); then the error that ended the reading, or None."""
     most, group = corpus.groups_a_read(shard), first
     try:
         while group < end:
@@ -115,16 +148,39 @@ def _read(corpus, shard, first, end, encode, ahead):
                     raise
                 most = 1
                 continue
-            while groups:
-                if not put(groups.pop(0)):
-                    return
+            rows = [len(texts) for texts in groups]
+            texts = groups.pop() if count == 1 else list(itertools.chain.from_iterable(groups))
+            del groups
+            size = len(texts), sum(len(text or "") for text in texts)
+            if not ahead.wait_for_room(size):
+                return
+            tasks = split_tasks(texts) or [[]]
+            del texts  # what was tokenised need not wait for the rest
+            ahead.put(([encoders.submit(task) for task in tasks], rows), size)
             group += count
         ahead.put(None)
     except BaseException as error:  # raised again where the row group is asked for
         ahead.put(error)
 
 
-def encoded_groups(corpus, tokenizer, shard, first=0, count=None, threads=None):
+def parted(whole, rows):
+    """The TokenGroups of row groups that one holds, in views of it.
+
+    Args:
+        rows: of each row group.
+    """
+    if len(rows) == 1:
+        yield whole
+        return
+    tokens, offsets = whole
+    first = 0
+    for count in rows:
+        part = offsets[first : first + count + 1]
+        yield TokenGroup(tokens[part[0] : part[-1]], part - part[0])
+        first += count
+
+
+def encoded_groups(corpus, tokenizer, shard, first=0, count=None, threads=None, encoders=None):
     """Tokenise row groups of a shard: an iterator of TokenGroups, in order and always the same.
 
     Closing it stops its threads. What is read ahead is bounded, see TASKS_AHEAD.
@@ -135,33 +191,30 @@ def encoded_groups(corpus, tokenizer, shard, first=0, count=None, threads=None):
         shard: its index in the corpus.
         first, count: row groups; None: all from `first`.
         threads: that tokenise; None: one per core.
+        encoders: Encoders of the tokenizer to use, which stay; None: new ones.
 
     Raises:
-        UserError: from the iterator, where a row group cannot be read or tokenised, after all
-            that lie before it.
+        UserError: from the iterator, where a row group cannot be read, after all that lie before
+            it; or where its text cannot be tokenised, or that of others read with it.
     """
-    threads = threads or num_cores()
     end = corpus.num_groups(shard) if count is None else first + count
-    tasks = TASKS_AHEAD * threads
-    ahead = _Ahead(tasks * TASK_DOCUMENTS, max(tasks * TASK_CHARS, MIN_CHARS_AHEAD))
-    pool = ThreadPoolExecutor(threads, "encode")
-
-    def encode(texts):
-        return pool.submit(lambda: TokenGroup(*tokenizer.encode_flat(texts)))
-
-    reader = threading.Thread(
-        target=_read, args=(corpus, shard, first, end, encode, ahead), name="read", daemon=True
-    )
-    reader.start()
-    try:
-        while (item := ahead.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield join_groups([future.result() for future in item])
-    finally:
-        ahead.close()
-        reader.join()
-        pool.shutdown(cancel_futures=True)
+    with contextlib.ExitStack() as stack:
+        encoders = encoders or stack.enter_context(Encoders(tokenizer, threads))
+        tasks = TASKS_AHEAD * encoders.threads
+        ahead = _Ahead(tasks * TASK_DOCUMENTS, max(tasks * TASK_CHARS, MIN_CHARS_AHEAD))
+        args = corpus, shard, first, end, encoders, ahead
+        reader = threading.Thread(target=_read, args=args, name="read", daemon=True)
+        reader.start()
+        try:
+            while (item := ahead.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                futures, rows = item
+                yield from parted(join_groups([future.result() for future in futures]), rows)
+        finally:
+            ahead.close()
+            reader.join()
+            ahead.cancel()
 
 
 def used_shards(corpus):
@@ -201,7 +254,8 @@ def fill_cache(corpus, tokenizer, cache, threads=None, progress=None):
             path = corpus.shard_path(shard)
             raise UserError(f"shard {path} has changed since the start; start again")
 
-    with ThreadPoolExecutor(1, "disk") as disk:  # ends the last shard and begins the next meanwhile
+    # ends the last shard and begins the next meanwhile
+    with ThreadPoolExecutor(1, "disk") as disk, Encoders(tokenizer, threads) as encoders:
         closing = None
         for shard, following in zip(shards, [*shards[1:], None], strict=True):
             if following is not None:
@@ -215,7 +269,9 @@ def fill_cache(corpus, tokenizer, cache, threads=None, progress=None):
                     with contextlib.closing(cached), contextlib.suppress(ValueError):
                         writer.copy_from(cached)  # up to what is damaged
                 progress(writer.num_groups)
-                groups = encoded_groups(corpus, tokenizer, shard, writer.num_groups, None, threads)
+                groups = encoded_groups(
+                    corpus, tokenizer, shard, writer.num_groups, encoders=encoders
+                )
                 with contextlib.closing(groups):
                     for group in groups:
                         writer.append(group)

@@ -16,7 +16,7 @@ from nanofuse.train.command import run_command
 from nanofuse.train.data import encode as module
 from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
-from nanofuse.train.data.encode import encoded_groups, fill_cache, split_tasks
+from nanofuse.train.data.encode import Encoders, encoded_groups, fill_cache, split_tasks
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.data.tokens import CacheWriter, TokenCache, TokenGroup
 from nanofuse.train.errors import UserError
@@ -127,6 +127,22 @@ def test_a_row_group_larger_than_the_bounds_is_read(tmp_path, tokenizer, monkeyp
     assert same(found, direct(corpus, tokenizer, 0, 0, 3))
 
 
+def test_threads_may_serve_several_shards(tmp_path, tokenizer):
+    """With encodings of their own; what nobody asks for any more is dropped."""
+    corpus = shards(tmp_path, documents(200), row_group_size=10)
+    with Encoders(tokenizer, 2) as encoders:
+        for shard in (0, 1):
+            first = encoded_groups(corpus, tokenizer, shard, encoders=encoders)
+            next(first)
+            first.close()
+            groups = encoded_groups(corpus, tokenizer, shard, encoders=encoders)
+            assert same(list(groups), direct(corpus, tokenizer, shard, 0, 20))
+        assert not any(thread.name == "read" for thread in helpers()) and len(helpers()) == 2
+        own = encoders.pool.submit(lambda: encoders.own.tokenizer).result()
+        assert own.encoding is not tokenizer.encoding and own.dtype == tokenizer.dtype
+    assert not helpers()
+
+
 def test_closing_stops_the_threads(tmp_path, tokenizer):
     corpus = shards(tmp_path, documents(600), row_group_size=10)
     before = helpers()
@@ -162,15 +178,16 @@ def test_what_lies_before_damage_is_given(tmp_path, tokenizer):
 
 
 def test_an_error_of_the_tokenizer_comes_at_its_row_group(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("nanofuse.train.data.corpus.READ_DOCUMENTS", 1)
     corpus = shards(tmp_path, [*documents(25), "a bad one"], row_group_size=10)
-    encode_flat = tokenizer.encode_flat
+    encode_flat = Tokenizer.encode_flat
 
-    def failing(texts):
+    def failing(self, texts):
         if "a bad one" in texts:
             raise UserError("the tokenizer's library failed")
-        return encode_flat(texts)
+        return encode_flat(self, texts)
 
-    monkeypatch.setattr(tokenizer, "encode_flat", failing)
+    monkeypatch.setattr(Tokenizer, "encode_flat", failing)
     groups = encoded_groups(corpus, tokenizer, 0)
     assert len([next(groups), next(groups)]) == 2
     with pytest.raises(UserError, match="library failed"):
