@@ -74,6 +74,8 @@ DATA_FLAGS = (
     "download --data new -n 0", "train-tokenizer --data data --vocab-size 10",
     f"train-tokenizer --data data --vocab-size {BIG}", "train-tokenizer --data data --doc-cap 0",
     "train-tokenizer --data data --max-chars -1",
+    "tokenize --data stdlib", "tokenize --data data --cache off",
+    "tokenize --data data --workers 0",
 )  # fmt: skip
 CONFIG_EDITS = (
     ("rope_base", 500000), ("n_layer", 10**6), ("n_layer", 2000), ("n_embd", 2**40),

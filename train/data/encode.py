@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from nanofuse.train.data.tokens import TokenGroup, content_of
+from nanofuse.train.data.token_file import TokenGroup
+from nanofuse.train.data.tokens import content_of
 from nanofuse.train.errors import UserError
 
 TASK_DOCUMENTS, TASK_CHARS = 128, 1 << 19  # tokenised by one thread in one call, at most

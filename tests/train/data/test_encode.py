@@ -17,8 +17,9 @@ from nanofuse.train.data import encode as module
 from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.encode import Encoders, encoded_groups, fill_cache, split_tasks
+from nanofuse.train.data.token_file import CacheWriter, TokenGroup
 from nanofuse.train.data.tokenizer import Tokenizer
-from nanofuse.train.data.tokens import CacheWriter, TokenCache, TokenGroup
+from nanofuse.train.data.tokens import TokenCache
 from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
@@ -266,7 +267,7 @@ def ended(argv, capsys):
 def test_what_stands_in_the_way_is_said_in_a_line(tmp_path, data_dir, capsys, monkeypatch):
     data = ["--data", str(data_dir)]
     (tmp_path / "file").write_text("")
-    shutil_free = "nanofuse.train.data.tokens.shutil.disk_usage"
+    shutil_free = "nanofuse.train.data.token_file.shutil.disk_usage"
     cases = [
         (["--data", "stdlib"], "the standard library has no shards to tokenize"),
         ([*data, "--cache", "off"], "--cache off: "),

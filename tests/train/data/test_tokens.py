@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanofuse.train.data import tokens as module
+from nanofuse.train.data import token_file as module
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
+from nanofuse.train.data.token_file import CachedShard, TokenGroup
 from nanofuse.train.data.tokenizer import Tokenizer
-from nanofuse.train.data.tokens import CachedShard, TokenCache, TokenGroup
+from nanofuse.train.data.tokens import TokenCache
 from tests.helpers import documents
 
 TEXTS = ["the cat", None, "", "naïve 日本語 🎉", "rain <|bos|> fell", None, "birds " * 50]
