@@ -3,51 +3,40 @@
 BPB = sum of nats / (ln 2 * sum of target bytes),   special tokens excluded from both sums
 """
 
+import contextlib
 import math
 
 import torch
 
-from nanofuse.train.data.loader import DeviceLoader, PackedLoader
+from nanofuse.train.data.device_loader import DeviceLoader
+from nanofuse.train.data.loader import packed_batches
 from nanofuse.train.errors import UserError
 
 IGNORED = -1  # a target that counts nothing
-TOO_SMALL = (
-    "the validation split holds less than one row with text; lower --max-seq-len, or add documents "
-    "to what validates"
-)
+NO_BYTES = "no validation row has a byte to predict; add documents to what validates"
 
 
 class Validation:
-    """The validation rows of a run, batched for a device.
+    """The validation rows of a run, from the start of the split each time; they begin anew where an
+    evaluation asks for more than it holds.
 
     Args:
-        corpus, tokenizer: of the run.
-        batch_size, seq_len: rows of a batch, and their length.
+        packing: train.data.loader.Packing of the validation split.
         device: where batches go.
     """
 
-    def __init__(self, corpus, tokenizer, batch_size, seq_len, device):
-        self.corpus, self.tokenizer, self.device = corpus, tokenizer, device
-        self.batch_size, self.seq_len = batch_size, seq_len
-        self.token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-
-    def _rows(self, batch_size):
-        return PackedLoader(
-            self.corpus, "val", self.tokenizer, batch_size, self.seq_len, epochs=1, fill=True
-        )
+    def __init__(self, packing, device):
+        self.packing, self.device = packing, device
+        self.token_bytes = torch.from_numpy(packing.tokenizer.token_bytes()).to(device)
 
     def check(self):
-        """Refuse a validation split that does not fill a row.
+        """Refuse a validation split that holds no text.
 
         Raises:
             UserError: it does not, or cannot be read.
         """
-        rows = self._rows(1)
-        try:
-            if next(rows, None) is None:
-                raise UserError(TOO_SMALL)
-        finally:
-            rows.close()
+        with contextlib.closing(packed_batches(self.packing)) as batches:
+            next(batches)
 
     def bpb(self, model, max_rows, check_signals):
         """As evaluate_bpb.
@@ -55,7 +44,7 @@ class Validation:
         Args:
             check_signals: called before every batch; may raise.
         """
-        batches = DeviceLoader(self._rows(self.batch_size), self.device)
+        batches = DeviceLoader(self.packing, self.device, thread=True)
 
         def watched():
             for batch in batches:
@@ -75,7 +64,7 @@ def evaluate_bpb(model, batches, token_bytes, max_rows):
     Args:
         model: called as model(inputs, targets, reduction="none") -> (B*T,) nats; put in
             evaluation mode (bf16 or fp32 products, never FP8) and back.
-        batches: iterator of (inputs, targets), (B, T) int64 each; may end early.
+        batches: iterator of (inputs, targets), (B, T) int64 each.
         token_bytes: (V,) int64 on the model's device; 0 for special tokens.
 
     Raises:
@@ -103,5 +92,5 @@ def evaluate_bpb(model, batches, token_bytes, max_rows):
     finally:
         model.train(was_training)
     if not count.item():
-        raise UserError(TOO_SMALL)
+        raise UserError(NO_BYTES)
     return nats.item() / (math.log(2) * count.item())

@@ -63,6 +63,7 @@ def summary(trainer):
         "val_bpb": progress.val_bpb,
         "best_bpb": progress.best_bpb,
         "train_seconds": round(progress.train_seconds, 3),
+        "train_seconds_nanochat": round(progress.counted_seconds, 3),  # without the first 11 steps
         "ms_per_step": 1e3 * trainer.steady_seconds / steps if steps else None,
         "time_to_first_step_s": trainer.first_step_seconds,
         "first_evaluation_s": trainer.first_evaluation_seconds,

@@ -1,5 +1,6 @@
 """The training loop: micro-steps, optimiser step, and what happens between steps."""
 
+import dataclasses
 import gc
 import math
 import time
@@ -12,7 +13,7 @@ import torch
 from nanofuse.model.gpt import GPT
 from nanofuse.train.bpb import Validation
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
-from nanofuse.train.data.loader import DeviceLoader
+from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.errors import UserError
 from nanofuse.train.figures import window_figures
@@ -81,8 +82,9 @@ class Trainer:
 
     def __post_init__(self):
         self.device = self.loader.device
-        rows, length = self.settings.horizon.device_batch_size, self.settings.model.max_seq_len
-        self.validation = Validation(self.corpus, self.tokenizer, rows, length, self.device)
+        # cropped whatever training does, so that BPB of both can be compared
+        packing = dataclasses.replace(self.loader.packing, split="val", long_documents="crop")
+        self.validation = Validation(packing, self.device)
         self.state = self.loader.state  # of the loader, after the last whole step
         self.loss = None  # of that step, a tensor ()
         self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
@@ -215,7 +217,7 @@ class Trainer:
             self.meta(),
             self.raw_model,
             self.optimizer.state_dict(),
-            self.state.to_tensors(),
+            {name: torch.from_numpy(array) for name, array in self.state.to_arrays().items()},
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")
 
@@ -257,7 +259,7 @@ class Trainer:
         progress.loss = loss if math.isfinite(loss) else None
         progress.loss_ema = self.ema.item()
         seconds = time.perf_counter() - self.window_start
-        progress.train_seconds += seconds
+        progress.count_seconds(seconds, steps)
         first = self.first_step_seconds is None
         if first:
             self.first_step_seconds = time.perf_counter() - self.started

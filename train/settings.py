@@ -98,6 +98,19 @@ class Job:
     text_column: str = option(
         "text", "column of the shards that holds the text", since="0.2", fixed=OTHER_DATA
     )
+    long_documents: str = option(
+        "crop",
+        "what no row has room for: dropped, or in a later row",
+        ("crop", "split"),
+        since="0.2",
+        fixed=OTHER_DATA,
+    )
+    cache: str = option(
+        "",
+        "folder for tokens of shards (default: .tokens beside them; off: none)",
+        metavar="DIR",
+        since="0.2",
+    )
     seed: int = option(
         42,
         "seed of the initialisation and of samples",

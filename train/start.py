@@ -27,9 +27,11 @@ from nanofuse.train.checkpoint import (
 )
 from nanofuse.train.clock import process_seconds
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
-from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.data.device_loader import DeviceLoader, restore_state
+from nanofuse.train.data.loader import Packing
 from nanofuse.train.data.survey import describe_data
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
+from nanofuse.train.data.tokens import open_cache
 from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
@@ -121,7 +123,7 @@ def describe(start, plan):
     return [
         f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
-        *describe_data(start.corpus, start.tokenizer, config.sequence_len),
+        *describe_data(start.packing),
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
         f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",
@@ -152,6 +154,20 @@ class Start:
     @property
     def directory(self):
         return self.lock.directory
+
+    @property
+    def packing(self):
+        """What the training loader packs."""
+        job = self.settings.job
+        return Packing(
+            self.corpus,
+            "train",
+            self.tokenizer,
+            self.settings.horizon.device_batch_size,
+            self.settings.model.max_seq_len,
+            job.long_documents,
+            open_cache(self.corpus, self.tokenizer, job.cache),
+        )
 
 
 def check_backend_flags(given, machine):
@@ -279,8 +295,7 @@ def build_trainer(start, started, signals=None):
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
         built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
-        position = {name: meta["loader"][name] for name in LoaderState().position()}
-        state = LoaderState.restore(position, load_tensors(folder / LOADER))
+        state = restore_state(meta["loader"], load_tensors(folder / LOADER))
         try:
             progress = Progress(**meta["progress"])
         except TypeError as error:
@@ -300,16 +315,7 @@ def build_trainer(start, started, signals=None):
     needed = size_of(built.raw_model.state_dict(), built.optimizer.state_dict())
     for line in (*built.facts, room(needed, directory)):
         log.print(line)
-    packed = PackedLoader(
-        start.corpus,
-        "train",
-        start.tokenizer,
-        settings.horizon.device_batch_size,
-        settings.model.max_seq_len,
-        state=state,
-    )
-    loader = DeviceLoader(packed, machine.device)
-    loader.state = state  # until the first batch is asked for
+    loader = DeviceLoader(start.packing, machine.device, state)
     return Trainer(
         model=built.model,
         raw_model=built.raw_model,

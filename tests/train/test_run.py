@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from nanofuse.train.checkpoint import (
 )
 from nanofuse.train.command import LOADED
 from nanofuse.train.data.corpus import StdlibCorpus
-from nanofuse.train.data.loader import PackedLoader
+from nanofuse.train.data.loader import Packing, packed_batches
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.device import select_machine
 from nanofuse.train.errors import UserError
@@ -131,11 +132,11 @@ def test_initial_bpb_is_log2_vocab_over_bytes_per_token(data_dir, work_dir):
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     from nanofuse.train.data.corpus import ParquetCorpus
 
-    loader = PackedLoader(ParquetCorpus(data_dir), "val", tokenizer, 4, 64, epochs=1)
+    batches = packed_batches(Packing(ParquetCorpus(data_dir), "val", tokenizer, 4, 64))
     lengths = torch.from_numpy(tokenizer.token_bytes())
-    batches = [lengths[torch.from_numpy(rows[:, 1:]).long()] for rows, _ in loader][:4]
-    loader.close()
-    targets = torch.cat(batches)
+    rows = [torch.from_numpy(rows[:, 1:]).long() for rows, _ in itertools.islice(batches, 4)]
+    batches.close()
+    targets = lengths[torch.cat(rows)]
     expected = math.log2(320) * (targets > 0).sum().item() / targets.sum().item()
     assert figures(records, "val", "bpb")[0] == pytest.approx(expected, abs=1e-3)
 

@@ -73,7 +73,7 @@ ERRORS = [
     [
         ("torch.autograd.backward", 12),  # two a step: in the second half of step 6
         ("nanofuse.train.optim.muon_adamw.MuonAdamW.step", 6),
-        ("nanofuse.train.data.loader.DeviceLoader.__next__", 12),
+        ("nanofuse.train.data.device_loader.DeviceLoader.__next__", 12),
     ],
     ids=["backward", "optimiser", "data"],
 )

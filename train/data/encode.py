@@ -138,8 +138,8 @@ class _Ahead:
 def _read(corpus, shard, first, end, encoders, ahead):
     """Put what is read together into `ahead`, as (futures of its TokenGroups, rows of each of its
     row groups); then the error that ended the reading, or None."""
-    most, group = corpus.groups_a_read(shard), first
     try:
+        most, group = corpus.groups_a_read(shard), first
         while group < end:
             count = min(most, end - group)
             try:

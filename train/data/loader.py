@@ -1,330 +1,360 @@
-"""Batches of packed tokens.
+"""Batches of packed rows, made ahead in a thread or in a process of their own.
 
-Worker threads tokenise ahead, one packs ahead, and on a GPU the next batch is copied from pinned
-memory while the current one is used. The batches depend on the corpus, the tokenizer and the
-state only, never on timing.
+The rows are those of one stream for all ranks: they depend on the corpus, the tokenizer and the
+state only, never on timing, threads, the cache, or how many ranks share them. Nothing here loads
+torch, so that the process starts fast.
 """
 
 import contextlib
-import itertools
-import os
+import multiprocessing
+import pickle
 import queue
+import signal
 import threading
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from nanofuse.train.data.encode import Encoders
 from nanofuse.train.data.packing import BestFitPacker
+from nanofuse.train.data.stream import OTHER_DATA, DocumentStream, Tokens, fetch_documents
 from nanofuse.train.errors import UserError
 
-UNITS_AHEAD = 4
-BATCHES_AHEAD = 4
-PINNED_SLOTS = 3
-TOKENIZER_THREADS = min(8, os.cpu_count() or 1)
-DOCUMENTS_A_TASK = 128  # 8 tasks fill the packer's buffer of 1000 for the first time
+BATCHES_AHEAD = 32
+GOING_SECONDS = 60  # for a process to end, with a part of a cache to be written out
+NO_DOCUMENTS = np.zeros((3, 0), np.int64)
 
 
 @dataclass
 class LoaderState:
-    """Where the stream of batches stands: the next document to read, and the packer's buffer.
+    """Where the stream of rows stands: the next row of the corpus to read, and the packer's buffer.
 
     `epoch` counts what was trained, `reading` what was read: the buffer lies between.
     """
 
     reading: int = 0  # epoch of the next document
     unit: int = 0
-    document: int = 0  # within the unit
-    buffer: list = field(default_factory=list)  # (n,) int32 arrays, a row of each document at most
-    lengths: list = field(default_factory=list)  # whole lengths of the buffer's documents
+    document: int = 0  # row within the unit's row group
+    # of the buffer: keys, starts and lengths (train.data.packing); the key of kept[i] is -1 - i
+    documents: np.ndarray = field(default_factory=lambda: NO_DOCUMENTS)  # (3, n) int64
     num_read: int | None = 0  # documents read so far; None: a state that did not say
     epoch_size: int = 0  # documents of one epoch; 0: the first one is not over
+    kept: list = field(default_factory=list)  # (n,) int32 arrays: documents of a state of 0.1
 
     @property
     def epoch(self):
         """Whole epochs that the documents gone from the buffer into rows amount to."""
         if self.num_read is None:
             return self.reading
-        gone = self.num_read - len(self.buffer)
-        return gone // self.epoch_size if self.epoch_size else 0
-
-    def to_tensors(self):
-        """{"tokens": (sum n,) int32, "lengths": (docs,) int64, of the buffer, "whole_lengths":
-        (docs,) int64, "counts": num_read and epoch_size, (2,) int64}."""
-        tokens = np.concatenate([*self.buffer, np.empty(0, np.int32)]).astype(np.int32)
-
-        def integers(values):
-            return torch.tensor(values, dtype=torch.int64)
-
-        tensors = {
-            "tokens": torch.from_numpy(tokens),
-            "lengths": integers([len(document) for document in self.buffer]),
-            "whole_lengths": integers(self.lengths),
-        }
-        if self.num_read is not None:
-            tensors["counts"] = integers([self.num_read, self.epoch_size])
-        return tensors
+        gone = self.num_read - self.documents.shape[1]
+        return max(gone, 0) // self.epoch_size if self.epoch_size else 0
 
     def position(self):
-        """The next document to read."""
+        """The next row to read."""
         return {"epoch": self.reading, "unit": self.unit, "document": self.document}
 
+    def to_arrays(self):
+        """{"documents": (3, n) int64, "counts": num_read and epoch_size, (2,) int64}; where there
+        are kept documents, "kept": their tokens, (sum n,) int32, and "kept_lengths"."""
+        arrays = {"documents": self.documents}
+        if self.num_read is not None:
+            arrays["counts"] = np.array([self.num_read, self.epoch_size])
+        if self.kept:
+            arrays["kept"] = np.concatenate(self.kept)
+            arrays["kept_lengths"] = np.array([len(tokens) for tokens in self.kept])
+        return arrays
+
     @classmethod
-    def restore(cls, position, tensors):
-        """The state of a `position()` and `to_tensors()`; those of version 0.1 had whole documents
-        and no counts.
+    def restore(cls, position, arrays):
+        """The state of a `position()` and `to_arrays()`, or one of version 0.1: "tokens" and
+        "lengths" of the buffer's documents.
 
         Raises:
             UserError: they do not fit together.
         """
-        tokens, lengths = tensors.get("tokens"), tensors.get("lengths")
-        whole, counts = tensors.get("whole_lengths", lengths), tensors.get("counts")
-        kinds = [(tokens, torch.int32), *((t, torch.int64) for t in (lengths, whole))]
         numbers = [position.get(name) for name in ("epoch", "unit", "document")]
+        old, counts = "tokens" in arrays, arrays.get("counts")
+        prefix = "" if old else "kept_"
+        tokens = arrays.get("tokens" if old else "kept", np.zeros(0, np.int32))
+        lengths = arrays.get(prefix + "lengths", None if old else np.zeros(0, np.int64))
+        whole = arrays.get("whole_lengths", lengths)
+        kinds = [(tokens, np.int32), *((a, np.int64) for a in (lengths, whole))]
         fits = (
-            all(t is not None and t.dtype == dtype and t.dim() == 1 for t, dtype in kinds)
+            all(a is not None and a.dtype == dtype and a.ndim == 1 for a, dtype in kinds)
             and lengths.shape == whole.shape
             and bool((lengths > 0).all() and (whole >= lengths).all())
-            and bool((whole[1:] >= whole[:-1]).all())
             and bool((lengths <= len(tokens)).all())
             and int(lengths.sum()) == len(tokens)
-            and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-            and (counts is None or (counts.dtype == torch.int64 and counts.shape == (2,)))
+            and bool((tokens >= 0).all())
+            and all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+            and (counts is None or (counts.dtype == np.int64 and counts.shape == (2,)))
             and (counts is None or bool((counts >= 0).all()))
         )
+        if fits:
+            kept = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+            if old:
+                keys = -1 - np.arange(len(whole))
+                documents = np.stack([keys, np.zeros_like(whole), whole])
+            else:
+                documents = arrays.get("documents")
+            fits = documents is not None and _documents_fit(documents, lengths)
         if not fits:
             raise UserError("the saved state of the data loader is damaged; resume from another")
-        ends = np.cumsum(lengths.numpy())
-        buffer = np.split(tokens.numpy(), ends[:-1]) if len(ends) else []
         num_read, epoch_size = (None, 0) if counts is None else counts.tolist()
-        return cls(*numbers, list(buffer), whole.tolist(), num_read, epoch_size)
+        return cls(*numbers, documents, num_read, epoch_size, kept)
 
 
-class PackedLoader:
-    """Iterator of (rows (B, T+1) int32 numpy, LoaderState after them), made in the background.
+def _documents_fit(documents, kept):
+    """Whether an array can be the documents of a LoaderState.
 
     Args:
-        corpus, split: documents to read (train.data.corpus).
-        tokenizer: train.data.tokenizer.Tokenizer.
-        batch_size, seq_len: B and T.
-        epochs: passes over the split; None goes on for ever.
+        kept: (n,) int64, lengths of the kept documents.
+    """
+    shape_fits = documents.dtype == np.int64 and documents.ndim == 2 and len(documents) == 3
+    if not shape_fits:
+        return False
+    keys, starts, lengths = documents
+    return bool(
+        (keys >= -len(kept)).all()
+        and (keys < 2**62).all()
+        and (starts >= 0).all()
+        and (starts < 2**40).all()
+        and (lengths > 0).all()
+        and (lengths < 2**40).all()
+        and (lengths[1:] >= lengths[:-1]).all()
+        and (starts[keys < 0] < kept[-1 - keys[keys < 0]]).all()
+    )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a loader packs, and which rows of each micro-batch are its own."""
+
+    corpus: object  # train.data.corpus.ParquetCorpus or StdlibCorpus
+    split: str
+    tokenizer: object  # train.data.tokenizer.Tokenizer
+    batch_size: int  # B
+    seq_len: int  # T
+    long_documents: str = "crop"  # or "split"
+    cache: object = None  # train.data.tokens.TokenCache
+    rank: int = 0
+    world: int = 1
+
+
+def packed_batches(packing, state=None, say=print):
+    """Endless iterator of (rows (B, T+1) int32, LoaderState after the micro-batch).
+
+    A micro-batch is world * B rows of the stream; rank r has the r-th B of them.
+
+    Args:
         state: LoaderState to continue from.
-        fill: rows left over at the end make a last batch together with rows of `<|bos|>` only,
-            which count no bytes; otherwise they are dropped.
+        say: called with a line for the user.
 
     Raises:
-        UserError: a state of other data or of another tokenizer; from the iterator, when a shard
-            cannot be read or the split holds no text.
+        UserError: a state of other data or of another tokenizer, a shard that cannot be read, a
+            split without text.
+    """
+    p, state, split = packing, state or LoaderState(), packing.long_documents == "split"
+    if state.unit >= max(p.corpus.num_units(p.split), 1):
+        raise UserError(OTHER_DATA.format(p.corpus.name))
+    if any(tokens.max() >= p.tokenizer.vocab_size for tokens in state.kept):
+        raise UserError("the saved state of the data loader is of another tokenizer")
+    row_len = p.seq_len + 1
+    encoders = Encoders(p.tokenizer)
+    tokens = Tokens(p.corpus, p.tokenizer, p.cache, say, encoders)
+    at = state.reading, state.unit, state.document, state.num_read, state.epoch_size
+    stream = DocumentStream(tokens, p.split, row_len, split, *at)
+    most = None if split else row_len
+    with encoders, contextlib.closing(iter(stream)) as slices:
+        buffer = fetch_documents(tokens, p.split, state.documents, state.kept, most)
+        packer = BestFitPacker(slices, row_len, p.tokenizer.bos, split, buffer)
+        while True:
+            rows = np.empty((p.batch_size, row_len), np.int32)
+            for rank in range(p.world):
+                for row in rows:
+                    packer.next_row(row if rank == p.rank else None)
+            if line := p.corpus.tell_replaced():
+                say(line)
+            yield (
+                rows,
+                LoaderState(
+                    stream.epoch,
+                    stream.unit,
+                    stream.row,
+                    packer.snapshot(),
+                    stream.num_read,
+                    stream.epoch_size,
+                    state.kept,
+                ),
+            )
+
+
+def tell(line):
+    """Print a line beside the bar; a stdout that is gone ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(line)
+
+
+class ThreadLoader:
+    """Batches made ahead in a thread of this process, which its tokenising threads share.
+
+    Args:
+        packing: Packing.
+        state: LoaderState to continue from.
     """
 
-    def __init__(
-        self, corpus, split, tokenizer, batch_size, seq_len, epochs=None, state=None, fill=False
-    ):
-        self.corpus, self.split, self.tokenizer = corpus, split, tokenizer
-        self.batch_size, self.row_len, self.epochs = batch_size, seq_len + 1, epochs
-        self.fill = fill
-        state = state or LoaderState()
-        if state.unit >= max(corpus.num_units(split), 1):
-            raise UserError(f"the saved state of the data loader is of other data ({corpus.name})")
-        if any(d.min() < 0 or d.max() >= tokenizer.vocab_size for d in state.buffer):
-            raise UserError("the saved state of the data loader is of another tokenizer")
-        self.reading, self.unit, self.document = state.reading, state.unit, state.document
-        self.num_read, self.epoch_size = state.num_read, state.epoch_size
-        self.packer = BestFitPacker(
-            self._documents(), self.row_len, buffer=state.buffer, lengths=state.lengths
-        )
+    def __init__(self, packing, state=None):
+        self.packing = packing
+        self.batches = packed_batches(packing, state, tell)
         self.queue = queue.Queue(BATCHES_AHEAD)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._pack, daemon=True)
+        self.thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self.thread.start()
-
-    def _load(self, encode, first, count):
-        """Read `count` units from unit `first` and have their texts tokenised.
-
-        Args:
-            encode: list of texts -> future of their documents.
-
-        Returns:
-            ([(unit, number of documents)], futures of the documents in order, the error that
-            ended the reading early or None)
-        """
-        texts, counts, error = [], [], None
-        try:
-            spans = [self.corpus.read_span(self.split, first, count)]
-        except UserError as damage:  # what lies before the damage is whole
-            spans, error = [], damage
-            for unit in range(first, first + count):
-                try:
-                    spans.append(self.corpus.read_span(self.split, unit, 1))
-                except UserError:
-                    break
-        for unit, documents in enumerate(itertools.chain.from_iterable(spans), first):
-            counts.append((unit, len(documents)))
-            texts += documents
-        starts = range(0, len(texts), DOCUMENTS_A_TASK)
-        tasks = [encode(texts[i : i + DOCUMENTS_A_TASK]) for i in starts]
-        if line := self.corpus.tell_replaced():
-            with contextlib.suppress(OSError, ValueError):  # a stdout that is gone ends no run
-                tqdm.write(line)
-        return counts, tasks, error
-
-    def _documents(self):
-        """Tokenised documents in order; self.reading, unit and document name the next one."""
-        start_epoch, start_unit, start_document = self.reading, self.unit, self.document
-
-        def order():
-            for epoch in itertools.count(start_epoch):
-                if self.epochs is not None and epoch >= self.epochs:
-                    return
-                first = start_unit if epoch == start_epoch else 0
-                for unit, count in self.corpus.spans(self.split, first):
-                    yield epoch, unit, count
-
-        order = order()
-        readers = ThreadPoolExecutor(1)
-        workers = ThreadPoolExecutor(TOKENIZER_THREADS)
-        encode = partial(workers.submit, self.tokenizer.encode_documents)
-
-        ahead, seen = deque(), False
-        try:
-            while True:
-                for epoch, unit, count in itertools.islice(order, UNITS_AHEAD - len(ahead)):
-                    ahead.append((epoch, readers.submit(self._load, encode, unit, count)))
-                if not ahead:
-                    return
-                epoch, loading = ahead.popleft()
-                if epoch > start_epoch and not seen:
-                    raise UserError(f"{self.split} documents of {self.corpus.name} hold no text")
-                counts, tasks, error = loading.result()
-                documents = itertools.chain.from_iterable(task.result() for task in tasks)
-                for unit, count in counts:
-                    skip = start_document if (epoch, unit) == (start_epoch, start_unit) else 0
-                    for number, document in enumerate(itertools.islice(documents, count), 1):
-                        seen = True
-                        if number > skip:
-                            self._count(epoch)
-                            self.reading, self.unit, self.document = epoch, unit, number
-                            yield document
-                if error:
-                    raise error
-        finally:
-            readers.shutdown(wait=False, cancel_futures=True)
-            workers.shutdown(wait=False, cancel_futures=True)
-
-    def _count(self, epoch):
-        """One document of `epoch` more; that of a first one's successor tells its size."""
-        if self.num_read is None:
-            return
-        if epoch and not self.epoch_size:
-            self.epoch_size = self.num_read
-        self.num_read += 1
 
     def _put(self, item):
         while not self.stopped.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 return self.queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
-    def _state(self):
-        """The LoaderState after the rows packed so far."""
-        return LoaderState(
-            self.reading,
-            self.unit,
-            self.document,
-            list(self.packer.buffer),
-            list(self.packer.lengths),
-            self.num_read,
-            self.epoch_size,
-        )
-
-    def _pack(self):
+    def _fill(self):
         try:
-            while not self.stopped.is_set():
-                found = (self.packer.next_row() for _ in range(self.batch_size))
-                rows = list(itertools.takewhile(lambda row: row is not None, found))
-                missing = self.batch_size - len(rows)
-                if missing and not (rows and self.fill):
-                    return self._put(StopIteration())
-                rows += [np.full(self.row_len, self.tokenizer.bos, np.int32)] * missing
-                self._put((np.stack(rows), self._state()))
+            with contextlib.closing(self.batches):
+                for item in self.batches:
+                    self._put(item)
+                    if self.stopped.is_set():
+                        return
         except BaseException as error:  # raised again where the batch is asked for
             self._put(error)
 
-    def __iter__(self):
-        return self
+    def take(self, rows):
+        """Write the next batch into `rows`, (B, T+1) int32; returns the LoaderState after it.
 
-    def __next__(self):
+        Raises:
+            UserError: as packed_batches.
+        """
         item = self.queue.get()
         if isinstance(item, BaseException):
             self.queue.put(item)
             raise item
-        return item
+        rows[:], state = item
+        return state
 
     def close(self):
         """Stop the background threads."""
         self.stopped.set()
         self.thread.join()
-        self.packer.documents.close()
 
 
-class DeviceLoader:
-    """Batches on a device: iterator of (inputs, targets), (B, T) int64 each.
+class WorkerError(RuntimeError):
+    """An error of the loader's process that is none of the user's; its cause is the traceback."""
 
-    `state` is the LoaderState after the batches handed out so far. On a GPU a batch is copied
-    from pinned memory on a side stream one batch ahead; a pinned buffer is written again only
-    after its copy has finished.
+
+class ProcessLoader:
+    """Batches made ahead in a process of its own, so that the thread that launches kernels never
+    waits for the interpreter's lock. It ends when this process closes the loader or dies.
+
+    Args:
+        packing: Packing.
+        state: LoaderState to continue from.
     """
 
-    def __init__(self, loader, device):
-        self.loader, self.device = loader, torch.device(device)
-        self.state = None
-        self.cuda = self.device.type == "cuda"
-        if self.cuda:
-            self.stream = torch.cuda.Stream(self.device)
-            shape = (loader.batch_size, loader.row_len)
-            self.slots = itertools.cycle(
-                [
-                    (torch.empty(shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
-                    for _ in range(PINNED_SLOTS)
-                ]
-            )
-            self.staged = self._stage()
+    def __init__(self, packing, state=None):
+        self.packing, self.kept = packing, state.kept if state else []
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_serve, args=(theirs, packing, state), name="loader", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.error = None
 
-    def _stage(self):
-        """Start copying the next batch; returns (rows on the device, event, state) or None."""
-        item = next(self.loader, None)
-        if item is None:
-            return None
-        rows, state = item
-        pinned, copied = next(self.slots)
-        copied.synchronize()
-        pinned.copy_(torch.from_numpy(rows))
-        with torch.cuda.stream(self.stream):
-            on_device = pinned.to(self.device, non_blocking=True)
-            copied.record()
-        return on_device, copied, state
+    def take(self, rows):
+        """As ThreadLoader.take.
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if not self.cuda:
-            rows, self.state = next(self.loader)
-            rows = torch.from_numpy(rows).long()  # (B, T+1)
-        else:
-            if self.staged is None:
-                raise StopIteration
-            rows, copied, self.state = self.staged
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(copied)
-            rows.record_stream(current)
-            self.staged = self._stage()
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        Raises:
+            UserError: as packed_batches.
+            WorkerError: any other error of the process, or its death.
+        """
+        while self.error is None:
+            try:
+                kind, content = pickle.loads(self.pipe.recv_bytes())
+                if kind == "batch":
+                    self.pipe.recv_bytes_into(memoryview(rows).cast("B"))
+                    return LoaderState(*content, self.kept)
+            except (EOFError, OSError):  # it is gone, or died in mid-message
+                self.process.join()
+                code = self.process.exitcode
+                how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with {code}"
+                self.error = WorkerError(f"the data loader's process {how}")
+                break
+            if kind == "line":
+                tell(content)
+            else:
+                self.error, text = content
+                self.error.__cause__ = text and WorkerError(text)
+        raise self.error
 
     def close(self):
-        self.loader.close()
+        """End the process."""
+        self.pipe.close()
+        self.process.join(GOING_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _serve(pipe, packing, state):
+    """The loader's process: send batches until nobody reads them any more."""
+    for number in ("SIGINT", "SIGTERM", "SIGHUP"):  # the training process decides what they mean
+        if hasattr(signal, number):
+            signal.signal(getattr(signal, number), signal.SIG_IGN)
+    lock = threading.Lock()  # lines may come from other threads
+    ahead = queue.Queue(BATCHES_AHEAD)
+
+    def send(kind, content, rows=None):
+        with lock:
+            pipe.send_bytes(pickle.dumps((kind, content)))
+            if rows is not None:
+                pipe.send_bytes(rows)
+
+    def pump():
+        try:
+            while (item := ahead.get()) is not None:
+                rows, s = item
+                fields = s.reading, s.unit, s.document, s.documents, s.num_read, s.epoch_size
+                send("batch", fields, rows)
+        except OSError:
+            gone.set()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    ahead.get_nowait()
+
+    gone = threading.Event()
+    sender = threading.Thread(target=pump, daemon=True)
+    sender.start()
+    batches = packed_batches(packing, state, lambda line: send("line", line))
+    try:
+        with contextlib.closing(batches):
+            for item in batches:
+                ahead.put(item)
+                if gone.is_set():
+                    return
+    except BaseException as error:  # raised again where the batch is asked for
+        ahead.put(None)
+        sender.join()
+        text = None
+        if not isinstance(error, UserError):
+            text = traceback.format_exc()
+            error = WorkerError(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            send("error", (error, text))

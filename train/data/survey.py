@@ -1,17 +1,14 @@
 """What the start of a run says of its data, and which share of it packing drops."""
 
 import itertools
-from operator import length_hint
 
-import numpy as np
-
-from nanofuse.train.data.packing import BestFitPacker
+from nanofuse.train.data.packing import SLICE_DOCUMENTS, BestFitPacker, Slice
 from nanofuse.train.errors import UserError
 
 DOCUMENTS = 1000  # that are measured, at most
 CHARS = 1_000_000  # of all of them, and of one
 PACKED_DOCUMENTS = 10_000  # the measured ones, again and again
-HIGH_SHARE = 0.5  # dropped: the start says what to do
+HIGH_SHARE = 0.2  # dropped: the start says what to do
 
 
 def document_lengths(corpus, tokenizer):
@@ -29,45 +26,62 @@ def document_lengths(corpus, tokenizer):
 
 
 def dropped_share(lengths, row_len):
-    """Share of the tokens that packing drops from documents of these lengths, read again and again.
+    """Share of the tokens that cropping drops from documents of these lengths, read again and
+    again.
 
     Args:
         lengths: tokens of each document, at least one.
         row_len: tokens per row.
     """
-    lengths = itertools.islice(itertools.cycle(lengths), PACKED_DOCUMENTS)
-    documents = iter([np.broadcast_to(np.int32(0), length) for length in lengths])
-    packer, rows = BestFitPacker(documents, row_len), 0
-    while length_hint(documents):  # what is in the buffer then is neither packed nor dropped
+    read = 0
+
+    def slices():
+        nonlocal read
+        endless = itertools.cycle(lengths)
+        zeros = [0] * SLICE_DOCUMENTS
+        while True:
+            read += SLICE_DOCUMENTS
+            part = list(itertools.islice(endless, SLICE_DOCUMENTS))
+            yield Slice(zeros, zeros, part, [(None, 0)] * SLICE_DOCUMENTS)
+
+    packer, rows = BestFitPacker(slices(), row_len, 0), 0
+    while read < PACKED_DOCUMENTS:  # what is in the buffer then is neither packed nor dropped
         packer.next_row()
         rows += 1
     return packer.dropped_tokens / (packer.dropped_tokens + rows * row_len)
 
 
-def describe_data(corpus, tokenizer, seq_len):
+def describe_data(packing):
     """Lines on a run's data: what it is, what validates, what is other than one may expect, and
     the share of tokens that packing drops, measured on the first documents.
 
     Args:
-        seq_len: T.
+        packing: train.data.loader.Packing of the training split.
     """
+    corpus, tokenizer, row_len = packing.corpus, packing.tokenizer, packing.seq_len + 1
     lines = [
         f"data: {corpus.name}; {corpus.validation}; tokenizer of {tokenizer.vocab_size:,} tokens",
         *(f"data: {hint}" for hint in corpus.hints),
     ]
+    if packing.cache:
+        lines.append(f"tokens: kept in {packing.cache.where(0)} (--cache off keeps none)")
     try:
         lengths = document_lengths(corpus, tokenizer)
     except UserError:  # the loader raises it again if training comes there
         lengths = []
-    if lengths:
-        share = dropped_share(lengths, seq_len + 1)
-        longer = sum(length > seq_len + 1 for length in lengths) / len(lengths)
-        line = (
-            f"packing: drops {100 * share:.1f} % of the tokens ({100 * longer:.0f} % of the first "
-            f"{len(lengths):,} documents are longer than a row of {seq_len + 1})"
+    if any(length > 1 for length in lengths):
+        longer = sum(length > row_len for length in lengths) / len(lengths)
+        line = "packing: splits documents and drops none of the tokens"
+        share = 0
+        if packing.long_documents == "crop":
+            share = dropped_share(lengths, row_len)
+            line = f"packing: drops {100 * share:.1f} % of the tokens"
+        line += (
+            f" ({100 * longer:.0f} % of the first {len(lengths):,} documents are longer than a "
+            f"row of {row_len})"
         )
         if share >= HIGH_SHARE:
-            line += "; raise --max-seq-len, or cut the documents into shorter ones"
+            line += "; --long-documents split drops none"
         lines.append(line)
     if told := corpus.tell_replaced():
         lines.append(told)

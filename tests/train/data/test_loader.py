@@ -1,15 +1,26 @@
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus
-from nanofuse.train.data.loader import DeviceLoader, LoaderState, PackedLoader
+from nanofuse.train.data.loader import (
+    LoaderState,
+    Packing,
+    ProcessLoader,
+    ThreadLoader,
+    WorkerError,
+    packed_batches,
+)
+from nanofuse.train.data.tokens import TokenCache
 from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
@@ -19,115 +30,196 @@ def corpus(data_dir):
     return ParquetCorpus(data_dir)
 
 
-def take(loader, count):
-    items = [next(loader) for _ in range(count)]
-    loader.close()
+@pytest.fixture
+def packing(corpus, tokenizer):
+    """Batches of three rows of 64 tokens."""
+    return Packing(corpus, "train", tokenizer, 3, 64)
+
+
+def take(packing, count, state=None, kind=ThreadLoader):
+    """[(rows, LoaderState)] of the first batches."""
+    loader = kind(packing, state)
+    items = []
+    try:
+        for _ in range(count):
+            rows = np.empty((packing.batch_size, packing.seq_len + 1), np.int32)
+            items.append((rows, loader.take(rows)))
+    finally:
+        loader.close()
     return items
 
 
-def test_rows_start_with_bos_and_batches_repeat(corpus, tokenizer):
-    runs = [take(PackedLoader(corpus, "train", tokenizer, 3, 64), 40) for _ in range(2)]
-    for (rows, _), (again, _) in zip(*runs, strict=True):
-        assert rows.shape == (3, 65) and rows.dtype == np.int32
-        assert (rows[:, 0] == tokenizer.bos).all()
-        assert np.array_equal(rows, again)
+def restored(state):
+    return LoaderState.restore(state.position(), state.to_arrays())
 
 
-def test_batch_size_does_not_change_the_rows(corpus, tokenizer):
-    one = [r for rows, _ in take(PackedLoader(corpus, "train", tokenizer, 1, 64), 30) for r in rows]
-    five = [r for rows, _ in take(PackedLoader(corpus, "train", tokenizer, 5, 64), 6) for r in rows]
-    assert np.array_equal(np.stack(one), np.stack(five))
-
-
-@pytest.mark.parametrize("documents", [1, 7, 24])
-def test_tasks_do_not_change_the_rows(corpus, tokenizer, monkeypatch, documents):
-    """Row groups hold 25 documents: one task each by default, or several."""
-    whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
-    monkeypatch.setattr("nanofuse.train.data.loader.DOCUMENTS_A_TASK", documents)
-    parts = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 60)
-    assert whole[-1][1].epoch >= 1
-    for (rows, state), (same_rows, same_state) in zip(whole, parts, strict=True):
-        assert np.array_equal(rows, same_rows)
-        assert state.position() == same_state.position()
-
-
-@pytest.mark.parametrize("cut", [1, 7, 25, 60])
-def test_resume_is_exact_across_epochs(corpus, tokenizer, cut):
-    whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), cut + 40)
-    assert whole[-1][1].epoch >= 1  # the corpus was read more than once
-    state = whole[cut - 1][1]
-    restored = LoaderState.restore(state.position(), state.to_tensors())
-    rest = take(PackedLoader(corpus, "train", tokenizer, 3, 64, state=restored), 40)
-    for (expected, _), (rows, _) in zip(whole[cut:], rest, strict=True):
-        assert np.array_equal(expected, rows)
-
-
-def test_a_state_without_documents_restores():
-    state = LoaderState()
-    restored = LoaderState.restore(state.position(), state.to_tensors())
-    assert restored == state
-
-
-def test_one_epoch_ends_and_keeps_every_token_it_can(corpus, tokenizer):
-    loader = PackedLoader(corpus, "val", tokenizer, 1, 64, epochs=1)
-    rows = [rows for rows, _ in loader]
-    loader.close()
-    total = sum(
-        len(ids)
-        for unit in range(corpus.num_units("val"))
-        for ids in tokenizer.encode_documents(corpus.read("val", unit))
-    )
-    assert total - 65 < sum(r.size for r in rows) + loader.packer.dropped_tokens <= total
-    with pytest.raises(StopIteration):
-        next(loader)
-
-
-def test_an_unreadable_shard_raises_in_the_caller(corpus, tokenizer):
-    (corpus.directory / "shard_00000.parquet").write_bytes(b"PAR1")
-    loader = PackedLoader(corpus, "train", tokenizer, 1, 64)
-    with pytest.raises(UserError, match="shard_00000"):
-        next(loader)
-    loader.close()
-
-
-def test_device_loader_shifts_targets_and_reports_its_state(corpus, tokenizer):
-    expected = take(PackedLoader(corpus, "train", tokenizer, 2, 32), 3)
-    loader = DeviceLoader(PackedLoader(corpus, "train", tokenizer, 2, 32), "cpu")
-    for rows, state in expected:
-        inputs, targets = next(loader)
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert np.array_equal(inputs, rows[:, :-1]) and np.array_equal(targets, rows[:, 1:])
-        assert loader.state.position() == state.position()
-    loader.close()
-
-
-@pytest.mark.cuda
-def test_copies_to_a_gpu_are_exact(corpus, tokenizer):
-    """200 batches with work queued behind each: a pinned buffer reused too early would show."""
-    expected = take(PackedLoader(corpus, "train", tokenizer, 8, 64), 200)
-    loader = DeviceLoader(PackedLoader(corpus, "train", tokenizer, 8, 64), "cuda")
-    busy = torch.randn(2048, 2048, device="cuda")
-    got = []
-    for _ in range(200):
-        busy = (busy @ busy).clamp(-1, 1)
-        got.append((next(loader), loader.state.position()))
-    loader.close()
-    for (rows, state), ((inputs, targets), position) in zip(expected, got, strict=True):
-        assert np.array_equal(inputs.cpu(), rows[:, :-1])
-        assert np.array_equal(targets.cpu(), rows[:, 1:])
-        assert position == state.position()
-
-
-def test_info_lists_the_shards(data_dir, capsys):
-    main(["info", "--data", str(data_dir)])
-    out = capsys.readouterr().out
-    assert "3 parquet shards" in out and "shard_00002.parquet" in out and "60 documents" in out
-    main(["info", "--data", "stdlib"])
-    assert "standard library" in capsys.readouterr().out
+def assert_same(expected, found):
+    for (rows, state), (others, other) in zip(expected, found, strict=True):
+        assert np.array_equal(rows, others)
+        assert state.position() == other.position() and state.epoch == other.epoch
+        assert np.array_equal(state.documents, other.documents)
 
 
 def write(path, texts, **options):
     pq.write_table(pa.table({"text": texts}), path, **options)
+
+
+def test_rows_start_with_bos_and_batches_repeat(packing, tokenizer):
+    runs = [take(packing, 40) for _ in range(2)]
+    for rows, _ in runs[0]:
+        assert rows.shape == (3, 65) and (rows[:, 0] == tokenizer.bos).all()
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("long_documents", ["crop", "split"])
+def test_they_are_the_same_with_a_cache_and_any_number_of_threads(
+    packing, monkeypatch, long_documents
+):
+    """Of the first pass, of the second one, and after a resume amid either."""
+    packing = replace(packing, seq_len=24, long_documents=long_documents)
+    whole = take(packing, 120)
+    cached = replace(packing, cache=TokenCache(packing.corpus, packing.tokenizer))
+    for _ in range(2):
+        assert_same(whole, take(cached, 120))
+    for threads in (1, 7):
+        monkeypatch.setattr("nanofuse.train.data.encode.num_cores", lambda threads=threads: threads)
+        assert_same(whole, take(packing, 120))
+    for cut in (1, 50, 77):
+        for there in (packing, cached):
+            assert_same(whole[cut:], take(there, 120 - cut, restored(whole[cut - 1][1])))
+    assert whole[-1][1].epoch >= 1  # the corpus was read more than once
+
+
+@pytest.mark.parametrize("long_documents", ["crop", "split"])
+def test_ranks_share_one_stream(packing, long_documents):
+    """Micro-batch by micro-batch in rank order, and a state serves any number of ranks."""
+    packing = replace(packing, seq_len=24, long_documents=long_documents)
+    whole = take(packing, 24)
+    for world in (2, 4, 8):
+        ranks = [take(replace(packing, rank=r, world=world), 24 // world) for r in range(world)]
+        rows = [rank[i][0] for i in range(24 // world) for rank in ranks]
+        assert np.array_equal(np.concatenate(rows), np.concatenate([rows for rows, _ in whole]))
+        for rank in ranks:
+            for number, (_, state) in enumerate(rank, 1):
+                assert np.array_equal(state.documents, whole[number * world - 1][1].documents)
+        state = restored(ranks[0][2][1])
+        assert_same(whole[3 * world :], take(packing, 24 - 3 * world, state))
+
+
+def test_batch_size_does_not_change_the_rows(packing):
+    one = [rows for rows, _ in take(replace(packing, batch_size=1), 30)]
+    five = [rows for rows, _ in take(replace(packing, batch_size=5), 6)]
+    assert np.array_equal(np.concatenate(one), np.concatenate(five))
+
+
+def test_a_process_gives_what_a_thread_gives(packing):
+    """Its state, too, and one of 0.1; what it says is printed here."""
+    state = take(packing, 12)[11][1]
+    old = replace(state, kept=[np.arange(4, dtype=np.int32)])
+    old.documents = np.concatenate([[[-1], [0], [4]], state.documents], axis=1)
+    expected = take(packing, 20, old)
+    found = take(packing, 20, old, ProcessLoader)
+    assert_same(expected, found)
+    assert all(state.kept[0].tolist() == [0, 1, 2, 3] for _, state in found)
+
+
+def test_errors_of_a_process_are_raised_here(packing, tokenizer, tmp_path, capsys):
+    raw = [b"caf\xe9 and birds", *(text.encode() for text in documents(40))] * 3
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", pa.array(raw, pa.binary()), row_group_size=41)
+    corpus = ParquetCorpus(tmp_path)
+    corpus.units["train"].append((7, 0, 0, None))  # a shard that is not there
+    loader = ProcessLoader(replace(packing, corpus=corpus, batch_size=1))
+    rows = np.empty((1, 65), np.int32)
+    with pytest.raises(WorkerError, match="IndexError: list index") as caught:
+        while True:
+            loader.take(rows)
+    assert "in packed_batches" in str(caught.value.__cause__)
+    assert "123 training documents" not in capsys.readouterr().out
+    with pytest.raises(WorkerError):
+        loader.take(rows)
+    loader.close()
+    assert not loader.process.is_alive()
+    state = LoaderState(unit=99)
+    loader = ProcessLoader(packing, state)
+    with pytest.raises(UserError, match="is of other data"):
+        loader.take(rows)
+    loader.close()
+
+
+def test_a_process_outlives_signals_and_its_death_is_named(packing):
+    loader = ProcessLoader(packing)
+    rows = np.empty((3, 65), np.int32)
+    loader.take(rows)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(loader.process.pid, number)
+    for _ in range(100):
+        loader.take(rows)
+    loader.process.kill()
+    with pytest.raises(WorkerError, match="process was killed by SIGKILL"):
+        while True:
+            loader.take(rows)
+    loader.close()
+
+
+def test_it_ends_when_its_parent_is_killed(data_dir, tokenizer):
+    """Though nobody told it."""
+    code = (
+        "import os, signal, numpy as np\n"
+        "from nanofuse.train.data.corpus import ParquetCorpus\n"
+        "from nanofuse.train.data.loader import Packing, ProcessLoader\n"
+        "from nanofuse.train.data.tokenizer import Tokenizer\n"
+        "if __name__ == '__main__':\n"
+        f"    corpus = ParquetCorpus({str(data_dir)!r})\n"
+        "    tokenizer = Tokenizer.load(corpus.tokenizer_path)\n"
+        "    loader = ProcessLoader(Packing(corpus, 'train', tokenizer, 1, 64))\n"
+        "    loader.take(np.empty((1, 65), np.int32))\n"
+        "    print(loader.process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid, deadline = int(done.stdout), time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        with open(f"/proc/{pid}/stat") as file:  # where nobody reaps it
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                return
+        time.sleep(0.05)
+    pytest.fail("it still runs")
+
+
+def test_closing_ends_the_thread(packing):
+    loader = ThreadLoader(packing)
+    loader.close()
+    assert not loader.thread.is_alive()
+
+
+def test_an_unreadable_shard_raises_in_the_caller(packing):
+    (packing.corpus.directory / "shard_00000.parquet").write_bytes(b"PAR1")
+    loader = ThreadLoader(packing)
+    for _ in range(2):
+        with pytest.raises(UserError, match="shard_00000"):
+            loader.take(np.empty((3, 65), np.int32))
+    loader.close()
+
+
+def test_validation_begins_anew_where_it_ends(packing, tokenizer):
+    """As nanochat's; the buffer of 1,000 holds a small split many times."""
+    items = take(replace(packing, split="val"), 60)
+    assert items[0][1].reading > 10 and items[-1][1].epoch > 0
+    texts = set()
+    for unit in packing.corpus.units["val"]:
+        texts.update(packing.corpus.read_groups(*unit[:2], 1)[0])
+    whole = {(tokenizer.bos, *tokenizer.encode(text)) for text in texts}
+    for rows, _ in items:
+        for row in rows:
+            starts = [*np.flatnonzero(row == tokenizer.bos), 65]
+            for low, high in itertools.pairwise(starts):
+                piece = tuple(row[low:high].tolist())
+                assert any(document[: len(piece)] == piece for document in whole)
 
 
 def small_groups(folder, groups, count=300):
@@ -146,34 +238,18 @@ def small_groups(folder, groups, count=300):
     return ParquetCorpus(folder)
 
 
-@pytest.mark.parametrize("groups", [[1], [1, 9, 2], [150]])
-def test_the_size_of_row_groups_does_not_change_the_rows(tmp_path, tokenizer, groups):
-    corpus, whole = small_groups(tmp_path / "a", groups), small_groups(tmp_path / "b", [300])
-    sizes = [len(corpus.read("train", unit)) for unit in range(corpus.num_units("train"))]
-    got, expected = (take(PackedLoader(c, "train", tokenizer, 3, 64), 80) for c in (corpus, whole))
-    for (rows, state), (expected_rows, expected_state) in zip(got, expected, strict=True):
-        assert np.array_equal(rows, expected_rows)
-        assert sum(sizes[: state.unit]) + state.document == expected_state.document
-        assert state.reading == expected_state.reading and state.epoch == expected_state.epoch
-
-
 @pytest.mark.parametrize("cut", [1, 8, 50])
-def test_resume_amid_small_row_groups_is_exact(tmp_path, tokenizer, cut, monkeypatch):
+def test_resume_amid_small_row_groups_is_exact(tmp_path, packing, cut, monkeypatch):
     """Units keep their meaning whatever is read together."""
     monkeypatch.setattr("nanofuse.train.data.corpus.READ_DOCUMENTS", 40)
-    corpus = small_groups(tmp_path / "data", [1, 9, 2])
-    whole = take(PackedLoader(corpus, "train", tokenizer, 3, 64), cut + 30)
+    packing = replace(packing, corpus=small_groups(tmp_path / "small", [1, 9, 2]))
+    whole = take(packing, cut + 30)
     monkeypatch.setattr("nanofuse.train.data.corpus.READ_DOCUMENTS", 7)
-    state = whole[cut - 1][1]
-    restored = LoaderState.restore(state.position(), state.to_tensors())
-    corpus = ParquetCorpus(tmp_path / "data")
-    rest = take(PackedLoader(corpus, "train", tokenizer, 3, 64, state=restored), 30)
-    for (rows, after), (again, after_again) in zip(whole[cut:], rest, strict=True):
-        assert np.array_equal(rows, again)
-        assert after.position() == after_again.position() and after.epoch == after_again.epoch
+    packing = replace(packing, corpus=ParquetCorpus(tmp_path / "small"))
+    assert_same(whole[cut:], take(packing, 30, restored(whole[cut - 1][1])))
 
 
-def test_thousands_of_row_groups_are_read_at_half_the_speed_or_more(tmp_path, tokenizer):
+def test_thousands_of_row_groups_are_read_at_half_the_speed_or_more(tmp_path, packing):
     """Of the processor's time, which other processes do not change."""
     texts = documents(3000, seed=1)
     seconds = {}
@@ -182,171 +258,185 @@ def test_thousands_of_row_groups_are_read_at_half_the_speed_or_more(tmp_path, to
         folder.mkdir()
         write(folder / "a.parquet", texts, row_group_size=size)
         write(folder / "b.parquet", texts[:9])
-        corpus, times = ParquetCorpus(folder), []
+        there, times = replace(packing, corpus=ParquetCorpus(folder)), []
         for _ in range(3):
             began = time.process_time()
-            loader = PackedLoader(corpus, "train", tokenizer, 8, 64, epochs=1)
-            rows = [rows for rows, _ in loader]
-            loader.close()
+            states = (state for _, state in packed_batches(there))
+            next(state for state in states if state.unit * size >= 2900 or state.reading)
             times.append(time.process_time() - began)
+            states.close()
         seconds[size] = min(times)
-    assert len(rows) > 100 and seconds[1] <= 2 * seconds[1000], seconds
+    assert seconds[1] <= 2 * seconds[1000], seconds
 
 
-def test_what_lies_before_a_damaged_row_group_is_trained_on(tmp_path, tokenizer):
-    """Though it is read together with it; the error then names the row group."""
-    texts = [f"{i} " + "birds sang loudly over hills " * 9 for i in range(40)]
-    for name in "ab":
-        write(tmp_path / f"{name}.parquet", texts, row_group_size=10, compression="none",
-              use_dictionary=False, write_page_checksum=True)  # fmt: skip
-    path = tmp_path / "a.parquet"
-    content = bytearray(path.read_bytes())
-    content[content.index(b"25 birds") + 4] ^= 1
-    path.write_bytes(content)
-    corpus = ParquetCorpus(tmp_path)
-    assert list(corpus.spans("train")) == [(0, 4)]
-    loader = PackedLoader(corpus, "train", tokenizer, 1, 64)
-    read = list(itertools.islice(loader._load(lambda texts: texts, 0, 4), 3))
-    assert read[0] == [(0, 10), (1, 10)] and read[1] == [texts[:20]]
-    with pytest.raises(UserError, match=r"row group 2 of shard .*a\.parquet is damaged"):
-        for _ in loader:
-            pass
-    assert (loader.unit, loader.document) == (1, 10)
-    loader.close()
-
-
-def test_the_epoch_is_that_of_what_was_trained(tmp_path, tokenizer):
+def test_the_epoch_is_that_of_what_was_trained(tmp_path, packing):
     """400 documents and a store of 1,000: two epochs and a half are read before the first row."""
-    folder = tmp_path / "data"
+    folder = tmp_path / "few"
     folder.mkdir()
     texts = documents(400)
     write(folder / "a.parquet", texts, row_group_size=64)
     write(folder / "b.parquet", texts[:9])
-    corpus = ParquetCorpus(folder)
-    items = take(PackedLoader(corpus, "train", tokenizer, 4, 64), 400)
+    items = take(replace(packing, corpus=ParquetCorpus(folder), batch_size=4), 400)
     assert items[0][1].reading == 2 and items[0][1].epoch == 0
-    tokens = sum(map(len, tokenizer.encode_documents(texts)))
+    tokens = sum(map(len, packing.tokenizer.encode_documents(texts)))
     for number, (_, state) in enumerate(items, 1):
         passes = 4 * 65 * number / tokens  # at least: what was cropped is not in the rows
         assert int(passes) <= state.epoch <= 1.6 * passes + 0.1
-    assert items[-1][1].epoch >= 2
     states = [state for _, state in items]
+    assert states[-1].epoch >= 2 and states[-1].epoch_size == 400
     first = next(i for i, state in enumerate(states) if state.epoch == 1)
-    gone = [state.num_read - len(state.buffer) for state in states]
+    gone = [state.num_read - state.documents.shape[1] for state in states]
     assert gone[first - 1] < 400 <= gone[first]
 
 
-def test_a_state_of_0_1_continues(corpus, tokenizer):
-    """Without counts, and with whole documents in its buffer."""
-    items = take(PackedLoader(corpus, "train", tokenizer, 3, 64), 20)
-    state = items[9][1]
-    old = {name: state.to_tensors()[name] for name in ("tokens", "lengths")}
-    whole = [tokenizer.encode_documents(["birds " * 300])[0], *state.buffer]
-    whole.sort(key=len)
-    long = {
-        "tokens": torch.from_numpy(np.concatenate(whole)),
-        "lengths": torch.tensor([len(d) for d in whole]),
-    }
-    restored = LoaderState.restore(state.position(), long)
-    assert max(map(len, restored.buffer)) > 300 and restored.epoch == state.reading
-    got = take(PackedLoader(corpus, "train", tokenizer, 3, 64, state=restored), 1)
-    assert max(map(len, got[0][1].buffer)) == 65 and max(got[0][1].lengths) > 300
-    if max(state.lengths) <= 65:
-        restored = LoaderState.restore(state.position(), old)
-        got = take(PackedLoader(corpus, "train", tokenizer, 3, 64, state=restored), 10)
-        assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(items[10:], got, strict=True))
+def test_a_state_of_0_1_continues(packing, tokenizer):
+    """Its buffer held tokens, of whole documents or of a row each, and it had no counts at first.
+    None is lost: those still there are saved again."""
+    state = take(packing, 10)[9][1]
+    found = take(packing, 1, state)[0][1]
+    texts = {}
+    for number, (shard, group, _, _) in enumerate(packing.corpus.units["train"]):
+        for row, text in enumerate(packing.corpus.read_groups(shard, group, 1)[0]):
+            texts[number << 32 | row] = [tokenizer.bos, *tokenizer.encode(text)]
+    buffer = [texts[key] for key in state.documents[0].tolist()]
+    heads = [document[:65] for document in buffer]
+    whole_lengths = np.array([len(document) for document in buffer])
+    expected = take(packing, 40, restored(state))
+    for saved in (buffer, heads):
+        old = {
+            "tokens": np.array(sum(saved, []), np.int32),
+            "lengths": np.array([len(document) for document in saved]),
+        }
+        if saved is heads:
+            old |= {"whole_lengths": whole_lengths, "counts": np.array([found.num_read, 160])}
+        begin = LoaderState.restore(state.position(), old)
+        assert (begin.num_read is None) == (saved is buffer)
+        first = take(packing, 5, begin)
+        rest = take(packing, 35, restored(first[4][1]))
+        for (rows, _), (others, _) in zip(expected, first + rest, strict=True):
+            assert np.array_equal(rows, others)
 
 
-def test_the_state_holds_a_row_of_each_document(tmp_path, tokenizer):
+def test_the_state_is_small(tmp_path, packing):
     texts = ["birds sang " * 400 + str(i) for i in range(60)]
     for name in "ab":
         write(tmp_path / f"{name}.parquet", texts, row_group_size=20)
-    items = take(PackedLoader(ParquetCorpus(tmp_path), "train", tokenizer, 2, 32), 20)
-    tensors = items[9][1].to_tensors()
-    assert 32_000 < len(tensors["tokens"]) <= 33 * 1000 and tensors["whole_lengths"].min() > 400
-    restored = LoaderState.restore(items[9][1].position(), tensors)
-    corpus = ParquetCorpus(tmp_path)
-    rest = take(PackedLoader(corpus, "train", tokenizer, 2, 32, state=restored), 10)
-    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(items[10:], rest, strict=True))
+    items = take(replace(packing, corpus=ParquetCorpus(tmp_path), seq_len=32), 20)
+    assert sum(array.nbytes for array in items[9][1].to_arrays().values()) < 3 * 8 * 1130
+    rest = take(
+        replace(packing, corpus=ParquetCorpus(tmp_path), seq_len=32), 10, restored(items[9][1])
+    )
+    assert_same(items[10:], rest)
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
+def test_memory_stays_flat_over_10_000_batches(tmp_path, packing, process):
+    """Of documents longer than a row, of which the buffer would keep ever more."""
+    texts = [f"{i} " + "birds sang loudly over hills " * (i % 90) for i in range(400)]
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", texts, row_group_size=100)
+    packing = replace(packing, corpus=ParquetCorpus(tmp_path), batch_size=1)
+    loader = (ProcessLoader if process else ThreadLoader)(packing)
+    rows, pid = np.empty((1, 65), np.int32), loader.process.pid if process else os.getpid()
+
+    def resident():
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    seen = []
+    for number in range(10_001):
+        loader.take(rows)
+        if number % 2500 == 0 and number:
+            seen.append(resident())
+    loader.close()
+    assert max(seen) < seen[0] + (8 << 20), seen
+
+
+WELL = {
+    "documents": np.array([[-2, 5 << 32, 7], [1, 0, 3], [4, 5, 9]]),
+    "counts": np.array([20, 7]),
+    "kept": np.arange(9, dtype=np.int32),
+    "kept_lengths": np.array([4, 5]),
+}
+OLD = {"tokens": np.zeros(9, np.int32), "lengths": np.array([4, 5])}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("parts", "change"),
     [
-        {"tokens": None},
-        {"tokens": torch.zeros(5, dtype=torch.int32)},
-        {"tokens": torch.zeros(9, dtype=torch.int64)},
-        {"tokens": torch.zeros(3, 3, dtype=torch.int32)},
-        {"lengths": torch.tensor([9, 0])},
-        {"lengths": torch.tensor([-1, 10])},
-        {"lengths": torch.tensor([2**62, 2**62])},
-        {"lengths": torch.tensor([4.0, 5.0])},
-        {"whole_lengths": torch.tensor([3, 5])},
-        {"whole_lengths": torch.tensor([7, 5])},
-        {"whole_lengths": torch.tensor([9])},
-        {"counts": torch.tensor([1])},
-        {"counts": torch.tensor([-1, 0])},
-        {"counts": torch.tensor([1.0, 0.0])},
-        {"epoch": -1},
-        {"unit": 1.5},
-        {"document": None},
-        {"epoch": True},
-        {"unit": 2**63},
+        (OLD, {"tokens": np.zeros(5, np.int32)}),
+        (OLD, {"tokens": np.zeros(9, np.int64)}),
+        (OLD, {"tokens": np.full(9, -1, np.int32)}),
+        (OLD, {"tokens": np.zeros((3, 3), np.int32)}),
+        (OLD, {"lengths": None}),
+        (OLD, {"lengths": np.array([9, 0])}),
+        (OLD, {"lengths": np.array([-1, 10])}),
+        (OLD, {"lengths": np.array([2**62, 2**62])}),
+        (OLD, {"lengths": np.array([4.0, 5.0])}),
+        (OLD, {"whole_lengths": np.array([3, 5])}),
+        (OLD, {"whole_lengths": np.array([7, 5])}),
+        (OLD, {"whole_lengths": np.array([9])}),
+        (WELL, {"documents": None}),
+        (WELL, {"documents": np.zeros((2, 3), np.int64)}),
+        (WELL, {"documents": np.zeros((3, 3), np.int32)}),
+        (WELL, {"documents": np.array([[-3], [0], [1]])}),
+        (WELL, {"documents": np.array([[-1], [4], [1]])}),
+        (WELL, {"documents": np.array([[1], [-1], [1]])}),
+        (WELL, {"documents": np.array([[1], [0], [0]])}),
+        (WELL, {"documents": np.array([[1, 2], [0, 0], [2, 1]])}),
+        (WELL, {"documents": np.array([[2**62], [0], [1]])}),
+        (WELL, {"documents": np.array([[1], [2**62], [1]])}),
+        (WELL, {"documents": np.array([[1], [0], [2**62]])}),
+        (WELL, {"kept": np.zeros(5, np.int32)}),
+        (WELL, {"counts": np.array([1])}),
+        (WELL, {"counts": np.array([-1, 0])}),
+        (WELL, {"counts": np.array([1.0, 0.0])}),
+        (WELL, {"epoch": -1}),
+        (WELL, {"unit": 1.5}),
+        (WELL, {"document": None}),
+        (WELL, {"epoch": True}),
+        (WELL, {"unit": 2**63}),
     ],
     ids=str,
 )
-def test_a_damaged_state_is_refused(change):
-    state = LoaderState(0, 1, 2, [np.zeros(4, np.int32), np.zeros(5, np.int32)], [4, 5], 20, 7)
-    parts = {**state.position(), **state.to_tensors()}
-    split = {"epoch", "unit", "document"}
+def test_a_damaged_state_is_refused(parts, change):
+    position = {"epoch": 0, "unit": 1, "document": 2}
 
     def restore(parts):
         return LoaderState.restore(
-            {n: v for n, v in parts.items() if n in split},
-            {n: v for n, v in parts.items() if n not in split and v is not None},
+            {n: v for n, v in parts.items() if n in position},
+            {n: v for n, v in parts.items() if n not in position and v is not None},
         )
 
-    again = restore(parts)
-    assert again.position() == state.position() and (again.num_read, again.epoch_size) == (20, 7)
+    again = restore({**position, **parts})
+    assert again.position() == position
+    if parts is WELL:
+        assert (again.num_read, again.epoch_size) == (20, 7)
+        assert np.array_equal(restored(again).documents, WELL["documents"])
     with pytest.raises(UserError, match="state of the data loader is damaged"):
-        restore({**parts, **change})
+        restore({**position, **parts, **change})
 
 
-def test_a_state_of_other_data_or_another_tokenizer_is_refused(corpus, tokenizer):
-    with pytest.raises(UserError, match="is of other data"):
-        PackedLoader(corpus, "train", tokenizer, 1, 64, state=LoaderState(unit=99))
-    for token in (-1, 320):
-        buffer = [np.full(3, token, np.int32)]
-        with pytest.raises(UserError, match="is of another tokenizer"):
-            state = LoaderState(buffer=buffer, lengths=[3])
-            PackedLoader(corpus, "train", tokenizer, 1, 64, state=state)
-
-
-def test_rows_left_over_fill_a_last_batch(corpus, tokenizer):
-    """At every batch size the same rows; those added count no bytes."""
-    rows = {}
-    for batch in (1, 4, 7):
-        loader = PackedLoader(corpus, "val", tokenizer, batch, 64, epochs=1, fill=True)
-        items = [rows for rows, _ in loader]
+def test_a_state_of_other_data_or_another_tokenizer_is_refused(packing):
+    rows = np.empty((3, 65), np.int32)
+    kept = LoaderState.restore(
+        LoaderState().position(), {"tokens": np.full(3, 320, np.int32), "lengths": np.array([3])}
+    )
+    for state, what in ((LoaderState(unit=99), "other data"), (kept, "another tokenizer")):
+        loader = ThreadLoader(packing, state)
+        with pytest.raises(UserError, match=f"is of {what}"):
+            loader.take(rows)
         loader.close()
-        assert all(item.shape == (batch, 65) for item in items)
-        rows[batch] = np.concatenate(items)
-    whole = rows[1]
-    for batch, found in rows.items():
-        assert np.array_equal(found[: len(whole)], whole) and len(found) - len(whole) < batch
-        assert (found[len(whole) :] == tokenizer.bos).all()
-    assert not tokenizer.token_bytes()[tokenizer.bos]
-    assert len(rows[7]) > len(whole)
 
 
-def test_documents_that_are_not_utf8_are_told_of_once(tmp_path, tokenizer, capsys):
+def test_documents_that_are_not_utf8_are_told_of_once(tmp_path, packing, capsys):
     raw = [b"caf\xe9 and birds", *(text.encode() for text in documents(40))] * 5
     for name in "ab":
         write(tmp_path / f"{name}.parquet", pa.array(raw, pa.binary()), row_group_size=41)
-    corpus = ParquetCorpus(tmp_path)
+    packing = replace(packing, corpus=ParquetCorpus(tmp_path))
     for _ in range(2):
-        take(PackedLoader(corpus, "train", tokenizer, 2, 64), 30)
+        take(packing, 30)
     out = capsys.readouterr().out
     assert out.count("UTF-8") == 1 and "5 training documents" in out
-    take(PackedLoader(corpus, "val", tokenizer, 2, 64), 3)
+    take(replace(packing, split="val"), 3)
     assert "5 validation documents" in capsys.readouterr().out

@@ -1,142 +1,151 @@
-from bisect import bisect_left, bisect_right, insort_right
+from itertools import count, islice
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofuse.train.data.packing import BestFitPacker
+from nanofuse.train.data import packing
+from nanofuse.train.data.packing import BestFitPacker, Slice
 
 BOS = 0
 
 
-def make_documents(lengths):
-    """Documents of BOS and distinct positive numbers, so that every token can be traced."""
-    counter = iter(range(1, 10**9))
-    return [
-        np.array([BOS] + [next(counter) for _ in range(n - 1)], dtype=np.int32) for n in lengths
-    ]
-
-
-def pack(lengths, row_len, buffer_size):
-    packer = BestFitPacker(make_documents(lengths), row_len, buffer_size)
-    rows = []
-    while (row := packer.next_row()) is not None:
-        rows.append(row)
-    return rows, packer
-
-
-lengths_strategy = st.lists(st.integers(1, 30), max_size=60)
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths_strategy, st.integers(2, 20), st.integers(1, 12))
-def test_rows_are_full_start_with_bos_and_lose_only_crops(lengths, row_len, buffer_size):
-    documents = make_documents(lengths)
-    rows, packer = pack(lengths, row_len, buffer_size)
-    assert all(row.shape == (row_len,) and row[0] == BOS for row in rows)
-    kept = 0
-    by_first = {doc[1] if len(doc) > 1 else None: doc for doc in documents}
-    for row in rows:
-        starts = [*np.flatnonzero(row == BOS), row_len]
-        for index, (low, high) in enumerate(zip(starts, starts[1:], strict=False)):
-            piece = row[low:high]
-            kept += len(piece)
-            if len(piece) == 1:
-                continue
-            document = by_first[piece[1]]  # a piece is a whole document, or a prefix at the end
-            assert np.array_equal(piece, document[: len(piece)])
-            assert len(piece) == len(document) or index == len(starts) - 2
-    left = sum(packer.lengths)
-    total = sum(lengths)
-    unfinished = total - kept - packer.dropped_tokens - left
-    assert 0 <= unfinished < row_len  # tokens of the last row, which stayed incomplete
-
-
-@settings(max_examples=100, deadline=None)
-@given(lengths_strategy, st.integers(2, 20))
-def test_a_document_is_cropped_only_when_none_fits(lengths, row_len):
-    """With every document in the buffer, check each choice against its definition."""
-    packer = BestFitPacker(make_documents(lengths), row_len, buffer_size=1000)
-    packer._refill()
+def endless(lengths, size):
+    """Lists of up to `size` documents of these lengths, again and again: BOS and distinct positive
+    numbers, so that every token can be traced."""
+    counter = count(1)
     while True:
-        buffer = list(packer.lengths)
-        row = packer.next_row()
-        if row is None:
-            return
-        starts = [*np.flatnonzero(row == BOS), row_len]
-        for low, high in zip(starts, starts[1:], strict=False):
-            space = row_len - low
-            fitting = [n for n in buffer if n <= space]
-            chosen = max(fitting) if fitting else min(buffer)
-            assert high - low == min(chosen, space)
-            buffer.remove(chosen)
+        for i in range(0, len(lengths), size):
+            part = lengths[i : i + size]
+            yield [[BOS, *islice(counter, length - 1)] for length in part]
 
 
-def test_equal_lengths_leave_in_order_of_arrival():
-    rows, _ = pack([3, 3, 3], 3, 10)
-    assert [row[1] for row in rows] == [1, 3, 5]
+def slices(lists):
+    """As a packer takes them; a document's tokens lie among others."""
+    number = count()
+    for documents in lists:
+        flat = np.array([7, *sum(documents, [])], np.uint16 if len(documents) % 2 else np.uint32)
+        begins = np.cumsum([1, *map(len, documents)]).tolist()[:-1]
+        keys = [next(number) for _ in documents]
+        yield Slice(keys, [0] * len(keys), [*map(len, documents)], [(flat, i) for i in begins])
 
 
-def test_saved_buffer_continues_exactly():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 50, size=400).tolist()
-    whole, _ = pack(lengths, 32, 20)
-    documents = iter(make_documents(lengths))
-    first = BestFitPacker(documents, 32, 20)
-    head = [first.next_row() for _ in range(60)]
-    rest = BestFitPacker(documents, 32, 20, buffer=list(first.buffer), lengths=first.lengths)
-    tail = [rest.next_row() for _ in range(len(whole) - 60)]
-    assert np.array_equal(np.stack(whole), np.stack(head + tail))
-
-
-def old_rows(lengths, row_len, buffer_size):
-    """Rows of the scheme where the buffer holds whole documents, as up to version 0.1."""
-    documents, buffer, rows = iter(make_documents(lengths)), [], []
+def reference(lists, row_len, least):
+    """The scheme by its definition: the buffer is a list in order of arrival."""
+    buffer = []
     while True:
-        row, filled = np.empty(row_len, np.int32), 0
-        while filled < row_len:
-            while len(buffer) < buffer_size and (document := next(documents, None)) is not None:
-                insort_right(buffer, document, key=len)
-            if not buffer:
-                return rows
-            space = row_len - filled
-            index = bisect_right(buffer, space, key=len) - 1
-            if index >= 0:
-                index = bisect_left(buffer, len(buffer[index]), key=len)
-            taken = buffer.pop(max(index, 0))[:space]
-            row[filled : filled + len(taken)] = taken
-            filled += len(taken)
-        rows.append(row)
+        row = []
+        while len(row) < row_len:
+            while len(buffer) < least:
+                buffer += next(lists)
+            space = row_len - len(row)
+            fitting = [document for document in buffer if len(document) <= space]
+            best = max(fitting, key=len) if fitting else min(buffer, key=len)
+            at = next(i for i, document in enumerate(buffer) if document is best)
+            row += buffer.pop(at)[:space]
+        yield row
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 90), max_size=80), st.integers(2, 20), st.integers(1, 12),
-    st.integers(0, 30),
-)  # fmt: skip
-def test_a_row_of_each_document_gives_the_rows_of_whole_ones(lengths, row_len, buffer_size, cut):
-    """Documents of many rows among them, and with a state saved and restored on the way."""
-    expected = old_rows(lengths, row_len, buffer_size)
-    documents = iter(make_documents(lengths))
-    packer, rows = BestFitPacker(documents, row_len, buffer_size), []
-    while (row := packer.next_row()) is not None:
-        rows.append(row)
-        assert all(len(document) <= row_len for document in packer.buffer)
-        if len(rows) == cut:
-            packer = BestFitPacker(documents, row_len, buffer_size, packer.buffer, packer.lengths)
-    assert len(rows) == len(expected)
-    assert all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+def packed(packer, rows):
+    row = np.empty(packer.row_len, np.int32)
+    for _ in range(rows):
+        packer.next_row(row)
+        yield row.tolist()
 
 
-def test_what_is_beyond_a_row_is_not_kept_in_memory():
-    packer = BestFitPacker([np.zeros(10**6, np.int32) for _ in range(3)], 8, 3)
-    packer._refill()
-    assert packer.lengths == [10**6] * 3
-    assert all(len(d) == 8 and d.base is None for d in packer.buffer)
-    whole = BestFitPacker([], 8, 3, [np.zeros(100, np.int32)])  # a state of version 0.1
-    assert whole.lengths == [100] and len(whole.buffer[0]) == 8
+lengths_strategy = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
-def test_a_long_document_fills_a_row():
-    rows, packer = pack([100], 8, 4)
-    assert len(rows) == 1 and packer.dropped_tokens == 92
+@settings(max_examples=150, deadline=None)
+@given(lengths_strategy, st.integers(1, 20), st.integers(1, 9), st.integers(1, 12))
+def test_rows_are_those_of_the_definition(lengths, row_len, size, least):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BUFFER_DOCUMENTS", least)
+        packer = BestFitPacker(slices(endless(lengths, size)), row_len, BOS)
+        expected = list(islice(reference(endless(lengths, size), row_len, least), 40))
+        assert list(packed(packer, 40)) == expected
+
+
+def test_a_thousand_documents_are_there_before_each_pick():
+    """Slices of 128: the buffer holds 1,024 before the first pick, and 999 do not suffice."""
+    read = []
+
+    def counted():
+        for piece in slices(endless([5] * 128, 128)):
+            read.append(piece)
+            yield piece
+
+    packer = BestFitPacker(counted(), 4, BOS)
+    packer.next_row()
+    assert len(read) == 8 and len(packer.keys) == 1023
+    for _ in range(24):
+        packer.next_row()
+    assert len(read) == 8 and len(packer.keys) == 999
+    packer.next_row()
+    assert len(read) == 9 and len(packer.keys) == 999 + 128 - 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths_strategy, st.integers(2, 20), st.integers(1, 9), st.integers(1, 12))
+def test_a_split_drops_no_token_and_keeps_their_order(lengths, row_len, size, least):
+    lists = endless(lengths, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BUFFER_DOCUMENTS", least)
+        given_out = []
+
+        def recorded():
+            for documents in lists:
+                given_out.extend(documents)
+                yield documents
+
+        packer = BestFitPacker(slices(recorded()), row_len, BOS, split=True)
+        rows = list(packed(packer, 30))
+        buffer = packer.keys, packer.starts, packer.lengths, packer.sources
+        left = [
+            source[0][source[1] + 1 : source[1] + length].tolist()
+            for *_, length, source in zip(*buffer, strict=True)
+        ]
+    assert all(row[0] == BOS for row in rows) and not packer.dropped_tokens
+    tokens = [token for row in rows for token in row if token != BOS]
+    expected = sorted(token for document in given_out for token in document[1:])
+    assert sorted([*tokens, *sum(left, [])]) == expected
+    place = {token: i for i, token in enumerate(tokens)}
+    for document in given_out:
+        places = [place[token] for token in document[1:] if token in place]
+        assert places == sorted(places)
+        assert [place[token] for token in document[1 : 1 + len(places)]] == places
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_that_nobody_asks_for_change_nothing(split):
+    lengths = [13, 17, 40, 9, 25, 130]
+    whole, part = (BestFitPacker(slices(endless(lengths, 3)), 32, BOS, split) for _ in range(2))
+    expected = list(packed(whole, 90))
+    row = np.empty(32, np.int32)
+    for number in range(90):
+        part.next_row(row if number % 3 else None)
+        assert not number % 3 or row.tolist() == expected[number]
+    assert whole.dropped_tokens == part.dropped_tokens and split == (not whole.dropped_tokens)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_saved_buffer_continues_exactly(split):
+    source = slices(endless([3, 17, 40, 9, 1, 1, 25, 130], 3))
+    packer = BestFitPacker(source, 32, BOS, split)
+    for _ in range(50):
+        packer.next_row()
+    buffer = Slice(packer.keys, packer.starts, packer.lengths, packer.sources)
+    copy = Slice(*map(list, buffer))
+    assert packer.snapshot().tolist() == [copy.keys, copy.starts, copy.lengths]
+    ahead = [next(source) for _ in range(200)]
+    packer.slices = iter(ahead)
+    again = BestFitPacker(iter(ahead), 32, BOS, split, copy)
+    assert list(packed(packer, 60)) == list(packed(again, 60))
+
+
+def test_dropped_tokens_are_counted():
+    packer = BestFitPacker(slices(endless([10], 128)), 4, BOS)
+    for _ in range(5):
+        packer.next_row()
+    assert packer.dropped_tokens == 5 * 6

@@ -1,5 +1,7 @@
 """What the start of a run says of its data."""
 
+import contextlib
+import itertools
 import re
 
 import pyarrow as pa
@@ -7,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
-from nanofuse.train.data.loader import PackedLoader
+from nanofuse.train.data.loader import Packing, packed_batches
+from nanofuse.train.data.packing import BestFitPacker
 from nanofuse.train.data.survey import describe_data, document_lengths, dropped_share
+from nanofuse.train.data.tokens import TokenCache
 from tests.helpers import WORDS, documents
 
 
@@ -23,17 +27,19 @@ def shares(lines):
 
 
 def test_the_data_line_names_what_validates(data_dir, tokenizer):
-    line = describe_data(ParquetCorpus(data_dir), tokenizer, 64)[0]
+    line = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64))[0]
     assert line.startswith("data: 3 parquet shards in ") and line.endswith(
         "; shard_00002.parquet validates; tokenizer of 320 tokens"
     )
-    assert "of them validate" in describe_data(StdlibCorpus(), tokenizer, 64)[0]
+    assert (
+        "of them validate" in describe_data(Packing(StdlibCorpus(), "train", tokenizer, 1, 64))[0]
+    )
 
 
 def test_an_order_other_than_before_is_said(data_dir, tokenizer):
     for old, new in (("00000", "9"), ("00001", "10")):
         (data_dir / f"shard_{old}.parquet").rename(data_dir / f"shard_{new}.parquet")
-    lines = describe_data(ParquetCorpus(data_dir), tokenizer, 64)
+    lines = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64))
     assert "2 before 10" in lines[1]
 
 
@@ -42,19 +48,36 @@ def test_an_order_other_than_before_is_said(data_dir, tokenizer):
 )
 def test_the_share_that_packing_drops(tmp_path, tokenizer, words, seq_len, low, high):
     texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(words)) for i in range(300)]
-    lines = describe_data(corpus_of(tmp_path, texts), tokenizer, seq_len)
+    lines = describe_data(Packing(corpus_of(tmp_path, texts), "train", tokenizer, 1, seq_len))
     assert len(shares(lines)) == 1 and low <= shares(lines)[0] <= high
-    assert ("raise --max-seq-len" in lines[-1]) == (low >= 50)
+    assert ("--long-documents split drops none" in lines[-1]) == (low >= 20)
+
+
+def test_a_split_drops_none(tmp_path, tokenizer):
+    texts = [" ".join(WORDS * 50) for _ in range(300)]
+    packing = Packing(corpus_of(tmp_path, texts), "train", tokenizer, 1, 64, "split")
+    assert "drops none of the tokens (100 % of" in describe_data(packing)[-1]
+
+
+def test_where_tokens_are_kept_is_said(data_dir, tokenizer):
+    corpus = ParquetCorpus(data_dir)
+    packing = Packing(corpus, "train", tokenizer, 1, 64, "crop", TokenCache(corpus, tokenizer))
+    assert describe_data(packing)[1].startswith(f"tokens: kept in {data_dir}/.tokens")
 
 
 @pytest.mark.parametrize("seq_len", [32, 64, 200])
-def test_it_is_about_what_packing_drops_later(tmp_path, tokenizer, seq_len):
+def test_it_is_about_what_packing_drops_later(tmp_path, tokenizer, seq_len, monkeypatch):
     corpus = corpus_of(tmp_path, documents(1500, longest=150), row_group_size=100)
     share = dropped_share(document_lengths(corpus, tokenizer), seq_len + 1)
-    loader = PackedLoader(corpus, "train", tokenizer, 8, seq_len)
-    rows = sum(len(next(loader)[0]) for _ in range(50_000 // seq_len))
-    loader.close()
-    dropped = loader.packer.dropped_tokens
+    packers = []
+    monkeypatch.setattr(
+        "nanofuse.train.data.loader.BestFitPacker",
+        lambda *args: packers.append(BestFitPacker(*args)) or packers[-1],
+    )
+    packing = Packing(corpus, "train", tokenizer, 8, seq_len)
+    with contextlib.closing(packed_batches(packing)) as batches:
+        rows = sum(len(rows) for rows, _ in itertools.islice(batches, 50_000 // seq_len))
+    dropped = packers[0].dropped_tokens
     assert share == pytest.approx(dropped / (dropped + rows * (seq_len + 1)), abs=0.05)
 
 
@@ -74,13 +97,13 @@ def test_a_long_row_group_is_not_read_whole(tmp_path, tokenizer, monkeypatch):
 
 def test_data_that_holds_no_text_or_is_damaged_is_left_to_the_loader(tmp_path, tokenizer):
     corpus = corpus_of(tmp_path, ["", ""])
-    assert len(describe_data(corpus, tokenizer, 64)) == 1
+    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64))) == 1
     path = tmp_path / "a.parquet"
     path.write_bytes(path.read_bytes()[:20])
-    assert len(describe_data(corpus, tokenizer, 64)) == 1
+    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64))) == 1
 
 
 def test_documents_that_are_not_utf8_are_counted(tmp_path, tokenizer):
     raw = pa.array([b"caf\xe9", b"fine", b"\xff"] * 20, pa.binary())
     corpus = corpus_of(tmp_path, raw, row_group_size=7)
-    assert "40 training documents" in describe_data(corpus, tokenizer, 64)[-1]
+    assert "40 training documents" in describe_data(Packing(corpus, "train", tokenizer, 1, 64))[-1]
