@@ -123,6 +123,12 @@ def _ops_table(ops):
         )
 
 
+def _loader(benchmarks):
+    for bench in benchmarks:
+        name = bench.name.removeprefix("bench_")
+        yield f"{name:>16}  {bench.extra_info['m_tok_per_s']:6.1f} M tokens/s"
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Print Markdown tables: ops, with their rates and the share of this GPU's measured ceilings,
     and training steps."""
@@ -130,7 +136,9 @@ def pytest_terminal_summary(terminalreporter, config):
     benchmarks = getattr(session, "benchmarks", [])
     ops = [b for b in benchmarks if "us" in b.extra_info]
     steps = [b.extra_info for b in benchmarks if "contenders" in b.extra_info]
-    for title, rows, table in (("ops", ops, _ops_table), ("steps", steps, step_table)):
+    loader = [b for b in benchmarks if "m_tok_per_s" in b.extra_info]
+    sections = ("ops", ops, _ops_table), ("steps", steps, step_table), ("loader", loader, _loader)
+    for title, rows, table in sections:
         if rows:
             terminalreporter.section(title)
             for line in table(rows):

@@ -232,7 +232,7 @@ def start_resumed(given, lock):
     lock.take(directory)
     checkpoint = find_checkpoint(directory)  # the last owner may have saved another
     meta = load_meta(checkpoint)
-    if "settings" not in meta:
+    if meta.get("settings") is None:
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
     settled = {name: native(value) for name, value in meta["settings"].items()}
     settings = resolve_resumed(given, settled)

@@ -51,5 +51,5 @@ def test_the_same_rows_whatever_the_batch():
 
 def test_nothing_to_evaluate():
     for source in (batches(0), iter([(None, torch.zeros(2, 3, dtype=torch.int64))])):
-        with pytest.raises(UserError, match="less than one row with text"):
+        with pytest.raises(UserError, match="no validation row has a byte"):
             evaluate_bpb(ConstantModel(), source, TOKEN_BYTES, 3)

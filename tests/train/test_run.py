@@ -336,8 +336,9 @@ def test_embedded_default_trains_on_the_standard_library(work_dir, capsys):
         ]
     )
     out = capsys.readouterr().out
-    assert StdlibCorpus().name in out and "training 512 tokens" in out and "sample: 'def " in out
+    assert StdlibCorpus().name in out and "training 512 tokens" in out and "sample: " in out
     records = [json.loads(x) for x in (run_dir("d2") / "metrics.jsonl").open()]
+    assert [text[:4] for text in figures(records, "sample", "text")] == ["def "]
     bpbs = figures(records, "val", "bpb")
     assert bpbs[-1] < bpbs[0]
 
@@ -440,11 +441,16 @@ def write_shard(path, texts):
 
 
 @pytest.mark.parametrize("flags", [(), ("--skip-initial-eval",)])
-def test_a_validation_split_too_small_is_found_before_the_first_step(data_dir, work_dir, flags):
-    write_shard(data_dir / "shard_00002.parquet", ["tiny"])
-    with pytest.raises(UserError, match="validation split holds less than one row with text"):
+def test_a_validation_split_without_text_is_found_before_the_first_step(data_dir, work_dir, flags):
+    write_shard(data_dir / "shard_00002.parquet", ["", None])
+    with pytest.raises(UserError, match="val documents of .* hold no text"):
         train(data_dir, "a", "--num-iterations", 2, *flags)
     assert not (work_dir / "runs").exists()
+
+
+def test_a_tiny_validation_split_is_gone_over_again(data_dir, work_dir):
+    write_shard(data_dir / "shard_00002.parquet", ["tiny"])
+    assert len(figures(train(data_dir, "a", "--num-iterations", 2), "val", "bpb")) == 2
 
 
 @pytest.mark.parametrize(("texts", "message"), [([], "train shards are empty"),

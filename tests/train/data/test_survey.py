@@ -44,7 +44,7 @@ def test_an_order_other_than_before_is_said(data_dir, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("words", "seq_len", "low", "high"), [(1200, 64, 90, 100), (20, 256, 0, 5)]
+    ("words", "seq_len", "low", "high"), [(1200, 64, 90, 100), (20, 256, 0, 10)]
 )
 def test_the_share_that_packing_drops(tmp_path, tokenizer, words, seq_len, low, high):
     texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(words)) for i in range(300)]
