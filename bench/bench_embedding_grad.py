@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from nanofuse.bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark, zipf_tokens
-from nanofuse.kernels.bigram_rows import bigram_rows_ref
-from nanofuse.kernels.embedding_grad import (
-    bigram_table_grad,
-    embedding_grad,
-    embedding_grad_ref,
-    sort_rows,
-)
+from nanofuse.kernels.bigram_rows import bigram_rows, bigram_rows_ref
+from nanofuse.kernels.embedding_grad import embedding_grad, embedding_grad_ref, sort_rows
 
 BATCH, LENGTH, WIDTH = (32, 2048, 1024) if ON_GPU else (2, 16, 8)
 VOCAB, BIGRAM_ROWS = (32768, 163840) if ON_GPU else (32, 160)
@@ -82,7 +77,8 @@ def bench_bigram_table(benchmark, device, dtype):
     indices = bigram_rows_ref(tokens, BIGRAM_ROWS).flatten()
 
     def op(table):
-        return bigram_table_grad(tokens, grad_rows, table)
+        order = sort_rows(bigram_rows(tokens, BIGRAM_ROWS), BIGRAM_ROWS)
+        return embedding_grad(grad_rows, order, table)
 
     bench(benchmark, op, grad_rows, indices, table, "bigram")
 

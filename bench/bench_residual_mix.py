@@ -18,10 +18,10 @@ from nanofuse.bench.harness import (
     quantize_both_layouts,
     zipf_tokens,
 )
-from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows_ref
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows, bigram_rows_ref
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
-from nanofuse.kernels.embedding_grad import bigram_table_grad
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.residual_gradients import residual_gradients, residual_gradients_ref
 from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd, residual_mix_ref
 
@@ -46,8 +46,9 @@ class Inputs:
         )
         self.e4m3 = Scaling.from_bound(WIDTH**0.5, E4M3, device)
         self.e5m2 = Scaling.from_bound(40.0, E5M2, device)
-        rows = bigram_rows_ref(self.tokens, self.table.size(0))
-        self.row_bytes = rows.unique().numel() * WIDTH * 2  # distinct rows, each read once
+        distinct = bigram_rows_ref(self.tokens, self.table.size(0)).unique().numel()
+        self.row_bytes = distinct * WIDTH * 2  # each row read once
+        self.rows = bigram_rows(self.tokens, self.table.size(0)).view(-1)
 
     def opening(self, table=True):
         """The kernel that opens a block, with or without the bigram term."""
@@ -55,11 +56,9 @@ class Inputs:
             self.x,
             self.branch,
             self.x0,
-            tokens=self.tokens if table else None,
-            table=self.table if table else None,
+            ((self.rows, self.table, self.bigram),) if table else (),
             resid_lambda=self.resid,
             x0_lambda=self.x0_lambda,
-            bigram_lambda=self.bigram if table else None,
             scaling=self.e4m3,
             want_normed=False,
         )
@@ -68,7 +67,7 @@ class Inputs:
 def opening_ref(x, branch, x0, tokens, table, resid, x0_lambda, bigram):
     e = bigram_embedding_ref(tokens, table).view(x.shape)
     scales = (s.to(x.dtype) for s in (resid, x0_lambda))
-    y = residual_mix_ref(x + branch, x0, *scales, e, bigram.to(x.dtype))
+    y = residual_mix_ref(x + branch, x0, *scales, ((e, bigram.to(x.dtype)),))
     return y, quantize_both_layouts(rms_norm_ref(y), E4M3)
 
 
@@ -169,7 +168,13 @@ def bench_middle_norm_backward(benchmark, device):
 
 def all_layers_ref(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
     e = bigram_embedding_ref(tokens, table).view(x0.shape)
-    return residual_gradients_ref(grads, x0, x0_lambdas, e, bigram_lambdas)
+    return residual_gradients_ref(grads, x0, x0_lambdas, ((e, bigram_lambdas),))
+
+
+def flat(gradients):
+    """All tensors of what residual_gradients returns."""
+    *first, of_tables = gradients
+    return [*first, *(x for pair in of_tables for x in pair)]
 
 
 @op_benchmark
@@ -181,12 +186,12 @@ def bench_residual_gradients(benchmark, device):
     def op(table=True):
         if not table:
             return residual_gradients(grads, i.x0, lambdas[0])
-        return residual_gradients(grads, i.x0, lambdas[0], i.tokens, i.table, lambdas[1])
+        return residual_gradients(grads, i.x0, lambdas[0], ((i.rows, i.table, lambdas[1]),))
 
     low = [v.bfloat16() for v in lambdas]
     args = (grads, i.x0, low[0], i.tokens, i.table, low[1])
     expected = all_layers_ref(*args)
-    for got, want in zip(op(), expected, strict=True):
+    for got, want in zip(flat(op()), flat(expected), strict=True):
         assert_close(got, want, 0.05)
     info = measure(
         benchmark,
@@ -209,10 +214,16 @@ def bigram_path(i, with_bigram, gradients):
         gradients: residual_gradients with the bigram term; gradients(False) without.
     """
     table_grad = torch.zeros_like(i.table)
-    grad_e = gradients()[2]
+    _, _, [(grad_e, _)] = gradients()
     forward = LAYERS * (median_seconds(i.opening) - median_seconds(lambda: i.opening(False)))
     backward = with_bigram - median_seconds(lambda: gradients(False))
-    scatter = median_seconds(lambda: bigram_table_grad(i.tokens, grad_e, table_grad))
+
+    def table_gradient():
+        rows = table_grad.size(0)
+        order = sort_rows(bigram_rows(i.tokens, rows), rows)
+        embedding_grad(grad_e, order, table_grad)
+
+    scatter = median_seconds(table_gradient)
     parts = {"forward": forward, "backward": backward, "table_grad": scatter}
     total = 1e3 * sum(parts.values())
     shown = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in parts.items())

@@ -49,25 +49,6 @@ def bigram_embedding_ref(
 
 
 @triton.jit
-def hash_rows(
-    tokens_ptr,  # (N,) integer
-    position,  # (BM,)
-    ok,  # (BM,) bool
-    T,
-    num_rows,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
-):
-    """Table rows of a block of positions, (BM,) int64 in [0, num_rows) for every token."""
-    first = position % T == 0
-    token = tl.load(tokens_ptr + position, mask=ok, other=0).to(tl.int64)
-    previous = tl.load(tokens_ptr + position - 1, mask=ok & ~first, other=0).to(tl.int64)
-    row = ((CURRENT * token) ^ (PREVIOUS * previous)) % (num_rows - 1)
-    row += tl.where(row < 0, num_rows - 1, 0)  # of a negative token: the remainder has its sign
-    return tl.where(first, num_rows - 1, row)
-
-
-@triton.jit
 def _bigram_rows_kernel(
     tokens_ptr,  # (N,) integer
     rows_ptr,  # (N,) int32
@@ -80,11 +61,13 @@ def _bigram_rows_kernel(
 ):
     position = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = position < N
-    tl.store(
-        rows_ptr + position,
-        hash_rows(tokens_ptr, position, ok, T, num_rows, CURRENT, PREVIOUS).to(tl.int32),
-        mask=ok,
-    )
+    first = position % T == 0
+    token = tl.load(tokens_ptr + position, mask=ok, other=0).to(tl.int64)
+    previous = tl.load(tokens_ptr + position - 1, mask=ok & ~first, other=0).to(tl.int64)
+    row = ((CURRENT * token) ^ (PREVIOUS * previous)) % (num_rows - 1)
+    row += tl.where(row < 0, num_rows - 1, 0)  # of a negative token: the remainder has its sign
+    row = tl.where(first, num_rows - 1, row)
+    tl.store(rows_ptr + position, row.to(tl.int32), mask=ok)
 
 
 def bigram_rows(

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanofuse.kernels.bigram_rows import bigram_rows
 from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import Tile, tuned
@@ -270,21 +269,3 @@ def embedding_grad(
             num_warps=span_tile.warps,
         )
     return table_grad
-
-
-def bigram_table_grad(
-    tokens,  # (B, T) integer, contiguous
-    grad_rows,  # (B*T, C) bf16 or fp32, stride 1 along the rows
-    table_grad,  # (R, C) bf16 or fp32; accumulated into
-):
-    """Accumulate the gradient of the bigram table into `table_grad`, in place; returns table_grad.
-
-    Row n of grad_rows is the gradient of position n's bigram embedding, whose table row is the hash
-    of the position's tokens (kernels/bigram_rows.py).
-
-    Raises:
-        ValueError: as `embedding_grad`; tokens are not contiguous; a table has fewer than 2 rows.
-    """
-    rows = table_grad.size(0)
-    sorted_rows = sort_rows(bigram_rows(tokens, rows), rows)
-    return embedding_grad(grad_rows, sorted_rows, table_grad)

@@ -1,22 +1,23 @@
-"""Hashed bigram lookup, the residual mix that opens every block, and the RMSNorm after it.
+"""Table lookups, the residual mix that opens every block, and the RMSNorm after it.
 
-    e_t    = table[row_t], row_t the hash of tokens t and t-1     (kernels/bigram_rows.py)
-    y      = resid_lambda * (x + branch) + x0_lambda * x0 + bigram_lambda * e
+    e_k    = table_k[rows_k], of any number of tables
+    y      = resid_lambda * (x + branch) + x0_lambda * x0 + sum_k lambda_k * e_k
     normed = y / sqrt(mean(y^2) + eps)
 
-Recipe: karpathy/nanochat PR 747 (https://github.com/karpathy/nanochat/pull/747). One kernel writes
-y, and normed in y's dtype, as an FP8 operand, or both; e stays in registers. Without x0 and table
-the same kernel is the residual add and RMSNorm in the middle of a block.
+The recipe has one table, of bigrams (kernels/bigram_rows.py; karpathy/nanochat PR 747,
+https://github.com/karpathy/nanochat/pull/747). One kernel writes y, and normed in y's dtype, as an
+FP8 operand, or both; e_k stays in registers. Without x0 and tables the same kernel is the residual
+add and RMSNorm in the middle of a block.
 Backward, with h the upstream gradient of normed, g that of y from its other uses, and g_y the total
 gradient of y:
 
     g_y = g + rstd * h - y * rstd^3 * mean(h * y),   grad x = grad branch = resid_lambda * g_y
 
-The gradients of x0, the table and their lambdas, summed over all layers:
+The gradients of x0, the tables and their lambdas, summed over all layers:
 kernels/residual_gradients.py.
 
 Bytes, N = B*T positions of width C at s bytes: forward s*N*C for each tensor read (x, branch, x0,
-e) and written (y, normed), and N*C for each FP8 layout; backward likewise, h, y, g, x read, g_y
+e_k) and written (y, normed), and N*C for each FP8 layout; backward likewise, h, y, g, x read, g_y
 and, unless it is g_y itself, grad branch written. FLOPs: about 10 per element.
 """
 
@@ -24,14 +25,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanofuse.kernels.bigram_rows import HASH_CURRENT, HASH_PREVIOUS
-from nanofuse.kernels.common.checks import check_scalars, check_tensor
+from nanofuse.kernels.common.checks import check_lookups, check_scalars, check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
 from nanofuse.kernels.common.jit import triton
 from nanofuse.kernels.common.lanes import LANE
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
 from nanofuse.kernels.common.tuning import tuned
-from nanofuse.kernels.embedding_grad import bigram_table_grad
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.residual_gradients import residual_gradients
 from nanofuse.kernels.residual_mix_kernels import residual_mix_bwd_kernel, residual_mix_fwd_kernel
 
@@ -60,14 +60,13 @@ def residual_mix_ref(
     x0,  # (B, T, D) stream after smear
     resid_lambda,  # ()
     x0_lambda,  # ()
-    e=None,  # (B, T, D) bigram embedding; None in a dense model
-    bigram_lambda=None,  # ()
+    looked_up=(),  # ((e (B, T, D), lambda ()), ...) of each table
 ):
-    """Mix the stream with x0 and the bigram embedding; returns (B, T, D) in x's dtype."""
+    """Mix the stream with x0 and looked-up embeddings; returns (B, T, D) in x's dtype."""
     y = resid_lambda * x + x0_lambda * x0
-    if e is None:
-        return y
-    return y + bigram_lambda * e
+    for e, scale in looked_up:
+        y = y + scale * e
+    return y
 
 
 def _check_matrices(op, **tensors):
@@ -98,11 +97,9 @@ def residual_mix_fwd(
     x,  # (N, C) stream
     branch=None,  # (N, C) output of the attention or MLP branch, added to the stream
     x0=None,  # (N, C) stream after smear
-    tokens=None,  # (B, T) integer, B*T = N
-    table=None,  # (num_rows, C)
+    lookups=(),  # ((rows (N,) int32, table (R, C), lambda (1,) or ()), ...)
     resid_lambda=None,  # (1,) or (); 1 if None
     x0_lambda=None,  # (1,) or (), with x0
-    bigram_lambda=None,  # (1,) or (), with table
     scaling=None,
     want_normed=True,
 ):
@@ -122,47 +119,38 @@ def residual_mix_fwd(
     """
     _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
     n, c = x.shape
-    if table is not None:
-        _check_matrices("residual_mix", table=table)
-        _check_matrices("residual_mix", tokens=tokens)
-        if table.size(0) < 2:
-            raise ValueError("residual_mix: a bigram table needs at least 2 rows")
-        if tokens.numel() != n or table.size(1) != c:
-            raise ValueError(
-                f"residual_mix: x is {n} x {c}, but there are {tokens.numel()} tokens "
-                f"and a table of width {table.size(1)}"
-            )
-    check_scalars(
-        "residual_mix", resid_lambda=resid_lambda, x0_lambda=x0_lambda, bigram_lambda=bigram_lambda
-    )
+    check_lookups("residual_mix", lookups, n, c)
+    check_scalars("residual_mix", resid_lambda=resid_lambda, x0_lambda=x0_lambda)
+    rows, tables, lambdas = zip(*lookups, strict=True) if lookups else ((), (), ())
     if scaling is not None:
-        check_alignment("residual_mix", x=x, branch=branch, x0=x0, table=table)
+        named = {f"table {i}": table for i, table in enumerate(tables)}
+        check_alignment("residual_mix", x=x, branch=branch, x0=x0, **named)
     y = torch.empty_like(x)
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x) if want_normed else None
     operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
+    data, transposed, scale, amax = operand_args(operand, scaling)
     op = "residual_norm_fwd" if x0 is None else "residual_mix_fwd"
     config = _tile(op, FORWARD_TILE, x)
     residual_mix_fwd_kernel[(triton.cdiv(n, config.rows),)](
-        x,
-        branch,
-        x0,
-        tokens,
-        table,
-        resid_lambda,
-        x0_lambda,
-        bigram_lambda,
-        y,
-        normed,
-        rstd,
-        *operand_args(operand, scaling),
-        n,
-        c,
-        tokens.size(1) if tokens is not None else n,
-        table.size(0) if table is not None else 0,
-        RMS_NORM_EPS,
-        HASH_CURRENT,
-        HASH_PREVIOUS,
+        x_ptr=x,
+        branch_ptr=branch,
+        x0_ptr=x0,
+        rows_ptrs=rows,
+        table_ptrs=tables,
+        resid_ptr=resid_lambda,
+        x0_lambda_ptr=x0_lambda,
+        table_lambda_ptrs=lambdas,
+        y_ptr=y,
+        normed_ptr=normed,
+        rstd_ptr=rstd,
+        data_ptr=data,
+        transposed_ptr=transposed,
+        scale_ptr=scale,
+        amax_ptr=amax,
+        N=n,
+        C=c,
+        eps=RMS_NORM_EPS,
         BM=config.rows,
         BC=config.cols,
         STAGES=config.stages,
@@ -217,20 +205,24 @@ def residual_mix_bwd(
         operand = empty_operand(n, c, scaling, y.device)
     elif resid_lambda is not None:
         grad_branch = torch.empty_like(y)
+    data, transposed, scale, amax = operand_args(operand, scaling)
     residual_mix_bwd_kernel[(programs,)](
-        grad_normed,
-        grad_stream,
-        stream_scale,
-        y,
-        rstd,
-        x,
-        resid_lambda,
-        grad_y,
-        grad_branch,
-        partial,
-        *operand_args(operand, scaling),
-        n,
-        c,
+        grad_normed_ptr=grad_normed,
+        grad_stream_ptr=grad_stream,
+        stream_scale_ptr=stream_scale,
+        y_ptr=y,
+        rstd_ptr=rstd,
+        x_ptr=x,
+        resid_ptr=resid_lambda,
+        grad_y_ptr=grad_y,
+        grad_branch_ptr=grad_branch,
+        resid_partial_ptr=partial,
+        data_ptr=data,
+        transposed_ptr=transposed,
+        scale_ptr=scale,
+        amax_ptr=amax,
+        N=n,
+        C=c,
         WITH_Y=x is y,
         BM=config.rows,
         BC=config.cols,
@@ -258,20 +250,17 @@ class ResidualMix(torch.autograd.Function):
         x,  # (B, T, C)
         branch,  # (B, T, C) or None
         x0,  # (B, T, C) or None
-        tokens,  # (B, T) or None
-        table,  # (num_rows, C) or None
         resid_lambda,  # (), or None
         x0_lambda,  # (), or None
-        bigram_lambda,  # (), or None
+        *flat,  # rows (B, T), table (R, C) and lambda () of each lookup
     ):
         ctx.shape = x.shape
         x, branch, x0 = (None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0))
+        flat = [t.view(-1) if i % 3 == 0 else t for i, t in enumerate(flat)]
         y, rstd, normed, _ = residual_mix_fwd(
-            x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
+            x, branch, x0, _lookups(flat), resid_lambda, x0_lambda
         )
-        ctx.save_for_backward(
-            y, rstd, x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
-        )
+        ctx.save_for_backward(y, rstd, x, branch, x0, resid_lambda, x0_lambda, *flat)
         ctx.set_materialize_grads(False)
         return y, normed
 
@@ -282,7 +271,7 @@ class ResidualMix(torch.autograd.Function):
         grad_y,  # (N, C) or None
         grad_normed,  # (N, C) or None
     ):
-        y, rstd, x, branch, x0, tokens, table, resid, x0_lambda, bigram = ctx.saved_tensors
+        y, rstd, x, branch, x0, resid, x0_lambda, *flat = ctx.saved_tensors
         if resid is None:
             x = None
         elif branch is not None:
@@ -295,32 +284,32 @@ class ResidualMix(torch.autograd.Function):
         grad_x = grad_x.view(ctx.shape)
         grad_branch = None if branch is None else grad_x
         if x0 is None:
-            return grad_x, grad_branch, None, None, None, grad_resid_lambda, None, None
-        bigram = None if bigram is None else bigram.view(1)
-        grad_x0, grad_x0_lambda, grad_e, grad_bigram_lambda = residual_gradients(
-            grad[None], x0, x0_lambda.view(1), tokens, table, bigram
+            return grad_x, grad_branch, None, grad_resid_lambda, None
+        lookups = [(rows, table, scale.view(1)) for rows, table, scale in _lookups(flat)]
+        grad_x0, grad_x0_lambda, of_tables = residual_gradients(
+            grad[None], x0, x0_lambda.view(1), lookups
         )
-        grad_table = None
-        if table is not None:
-            grad_table = torch.zeros_like(table)
-            bigram_table_grad(tokens, grad_e, grad_table)
-            grad_bigram_lambda = grad_bigram_lambda[0].clone()  # shares grad_x0_lambda's buffer
+        # copies: the lambdas' gradients share a buffer
         grad_x0, grad_x0_lambda = grad_x0.view(ctx.shape), grad_x0_lambda[0].clone()
-        return (
-            grad_x, grad_branch, grad_x0, None, grad_table,
-            grad_resid_lambda, grad_x0_lambda, grad_bigram_lambda,
-        )  # fmt: skip
+        grads = [grad_x, grad_branch, grad_x0, grad_resid_lambda, grad_x0_lambda]
+        for (rows, table, _), (grad_e, grad_lambda) in zip(lookups, of_tables, strict=True):
+            order, grad_table = sort_rows(rows, table.size(0)), torch.zeros_like(table)
+            grads += [None, embedding_grad(grad_e, order, grad_table), grad_lambda[0].clone()]
+        return tuple(grads)
+
+
+def _lookups(flat):
+    """((rows, table, lambda), ...) of a flat sequence of them."""
+    return tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 def residual_mix(
     x,  # (B, T, C) stream
     branch=None,  # (B, T, C) output of the attention or MLP branch, added to the stream
     x0=None,  # (B, T, C) stream after smear
-    tokens=None,  # (B, T) integer
-    table=None,  # (num_rows, C)
+    lookups=(),  # ((rows (B, T) int32, table (R, C), lambda ()), ...); they need x0 too
     resid_lambda=None,  # (); 1 if None
     x0_lambda=None,  # (), with x0
-    bigram_lambda=None,  # (), with table, which needs x0 too
 ):
     """The mixed stream y and its RMSNorm, both (B, T, C) in x's dtype; differentiable.
 
@@ -329,16 +318,14 @@ def residual_mix(
     """
     if (x0 is None) != (x0_lambda is None):
         raise ValueError("residual_mix: x0 and x0_lambda go together")
-    if len({t is None for t in (tokens, table, bigram_lambda)}) > 1 or (
-        table is not None and x0 is None
-    ):
-        raise ValueError("residual_mix: tokens, table, bigram_lambda and x0 go together")
-    if tokens is not None and tokens.shape != x.shape[:2]:
-        raise ValueError(
-            f"residual_mix: tokens must be {tuple(x.shape[:2])}, not {tuple(tokens.shape)}"
-        )
+    if lookups and x0 is None:
+        raise ValueError("residual_mix: lookups need x0 too")
+    for rows, _, _ in lookups:
+        if rows.shape != x.shape[:2]:
+            raise ValueError(
+                f"residual_mix: rows must be {tuple(x.shape[:2])}, not {tuple(rows.shape)}"
+            )
     _check_matrices("residual_mix", x=x, branch=branch, x0=x0)
-    y, normed = ResidualMix.apply(
-        x, branch, x0, tokens, table, resid_lambda, x0_lambda, bigram_lambda
-    )
+    flat = [tensor for lookup in lookups for tensor in lookup]
+    y, normed = ResidualMix.apply(x, branch, x0, resid_lambda, x0_lambda, *flat)
     return y.view(x.shape), normed.view(x.shape)

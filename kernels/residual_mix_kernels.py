@@ -6,7 +6,6 @@ the rows of about two programs per SM. Sums and maxima are accumulated per lane,
 one register (kernels/common/lanes.py): that halves the register pressure, which allows 16 warps.
 """
 
-from nanofuse.kernels.bigram_rows import hash_rows
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.lanes import LANE, lane_maxima, lane_sums
@@ -37,15 +36,15 @@ def _mix(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
     x0_ptr,  # (N, C) or None
-    table_ptr,  # (num_rows, C) or None
+    table_ptrs,  # of each table: (R, C)
     offsets,  # (BM, BC) int32, from the block's first row
-    table_rows,  # (BM,) int64
+    table_rows,  # of each table: (BM,) int64
     cols,  # (BC,)
     ok,  # (BM, BC) bool
     C,
     resid,
     x0_scale,
-    bigram,
+    table_scales,  # of each table
 ):
     """One (BM, BC) fp32 block of y; arguments that are None stand for absent terms."""
     # leaves the L2 cache to y, which is read back, and to table rows
@@ -55,24 +54,24 @@ def _mix(
     y *= resid
     if x0_ptr is not None:
         y += x0_scale * _load_once(x0_ptr + offsets, ok).to(tl.float32)
-    if table_ptr is not None:
-        e = tl.load(table_ptr + table_rows[:, None] * C + cols[None, :], mask=ok, other=0.0)
-        y += bigram * e.to(tl.float32)
+    for i in tl.static_range(len(table_ptrs)):
+        e = tl.load(table_ptrs[i] + table_rows[i][:, None] * C + cols[None, :], mask=ok, other=0.0)
+        y += table_scales[i] * e.to(tl.float32)
     return y
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=("resid_ptr", "x0_lambda_ptr", "bigram_lambda_ptr")
-)  # the lambdas of all layers are adjacent in memory, so their alignment differs by layer
+# The lambdas of all layers are adjacent in memory, so their alignment differs by layer. Triton
+# specialises what is in a tuple all the same: with tables there are two variants of the kernel.
+@triton.jit(do_not_specialize_on_alignment=("resid_ptr", "x0_lambda_ptr"))
 def residual_mix_fwd_kernel(
     x_ptr,  # (N, C)
     branch_ptr,  # (N, C) or None
     x0_ptr,  # (N, C) or None
-    tokens_ptr,  # (N,) integer, or None
-    table_ptr,  # (num_rows, C) or None
+    rows_ptrs,  # of each table: (N,) int32
+    table_ptrs,  # of each table: (R, C)
     resid_ptr,  # (1,) or None
     x0_lambda_ptr,  # (1,) or None
-    bigram_lambda_ptr,  # (1,) or None
+    table_lambda_ptrs,  # of each table: (1,)
     y_ptr,  # (N, C)
     normed_ptr,  # (N, C) or None
     rstd_ptr,  # (N,) fp32
@@ -82,11 +81,7 @@ def residual_mix_fwd_kernel(
     amax_ptr,  # (1,) int32 or None
     N,
     C,
-    T,
-    num_rows,
     eps,
-    CURRENT: tl.constexpr,
-    PREVIOUS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -97,11 +92,11 @@ def residual_mix_fwd_kernel(
     row_ok = rows < N
     resid = _load_scalar(resid_ptr)
     x0_scale = _load_scalar(x0_lambda_ptr)
-    bigram = _load_scalar(bigram_lambda_ptr)
-    if table_ptr is not None:
-        table_rows = hash_rows(tokens_ptr, rows, row_ok, T, num_rows, CURRENT, PREVIOUS)
-    else:
-        table_rows = rows
+    table_rows = ()
+    table_scales = ()
+    for i in tl.static_range(len(table_ptrs)):
+        table_rows += (tl.load(rows_ptrs[i] + rows, mask=row_ok, other=0).to(tl.int64),)
+        table_scales += (_load_scalar(table_lambda_ptrs[i]),)
     base = row.to(tl.int64) * C  # within the block 32 bits are enough
     x_ptr += base
     y_ptr += base
@@ -117,8 +112,8 @@ def residual_mix_fwd_kernel(
         ok = row_ok[:, None] & (cols < C)[None, :]
         offsets = m[:, None] * C + cols[None, :]
         y = _mix(
-            x_ptr, branch_ptr, x0_ptr, table_ptr, offsets, table_rows, cols, ok, C,
-            resid, x0_scale, bigram,
+            x_ptr, branch_ptr, x0_ptr, table_ptrs, offsets, table_rows, cols, ok, C,
+            resid, x0_scale, table_scales,
         ).to(y_ptr.dtype.element_ty)  # fmt: skip
         tl.store(y_ptr + offsets, y, mask=ok)
         y = y.to(tl.float32)

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanofuse.kernels.bigram_rows import bigram_rows
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, MULTIPLE, Scaling
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
-from nanofuse.kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.resid_lambda_grad import SMALL_LAMBDA
 from nanofuse.kernels.residual_gradients import residual_gradients
 from nanofuse.kernels.softcap_cross_entropy import (
@@ -63,6 +64,7 @@ class StepState:
 
     tokens: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (N,)
+    rows: torch.Tensor = None  # (N,) int32 rows of the bigram table; None in a dense model
     x0: torch.Tensor = None  # (N, C) stream after smear
     smear_gate: torch.Tensor = None  # (N,) sigmoid of the smear gate's logits
     layers: list = field(default_factory=list)  # a LayerState per layer
@@ -256,8 +258,12 @@ class FusedGPT(nn.Module):
             tokens, model.transformer.wte.weight, model.smear_gate.weight, model.smear_lambda
         )
         state.x0, branch = x, None
+        if model.config.bigram_embed_factor:
+            state.rows = bigram_rows(tokens, model.config.bigram_rows).view(-1)
         for layer in self.layers:
-            x, branch, layer_state = layer.forward(precision, x, branch, state.x0, tokens)
+            x, branch, layer_state = layer.forward(
+                precision, x, branch, state.x0, tokens, state.rows
+            )
             if keep:
                 state.layers.append(layer_state)
             if layer.index == model.config.n_layer // 2:
@@ -364,7 +370,7 @@ class FusedGPT(nn.Module):
         else:
             used = grads[above :: last - above]  # gradients of the next mix, and after backout
             factors = torch.cat([model.resid_lambdas[above : above + 1], -backout])
-        g, grad_factors, _, _ = residual_gradients(used, state.x_mid, factors)
+        g, grad_factors, _ = residual_gradients(used, state.x_mid, factors)
         if above < last:
             shares[above, 0] = grad_factors[0]
         backout.grad -= grad_factors[-1:]
@@ -389,17 +395,18 @@ class FusedGPT(nn.Module):
         model, bigram = self.model, hasattr(self.model, "bigram_embed")
         resid, coefficients = model.resid_lambdas, model.x0_lambdas.clone()
         coefficients[0] += resid[0]
-        lookup = ()
+        lookups = ()
         if bigram:
-            lookup = state.tokens, model.bigram_embed.weight, model.bigram_lambdas
-        grad_x0, grad_x0_lambdas, grad_e, grad_bigram_lambdas = residual_gradients(
-            grads, state.x0, coefficients, *lookup
+            lookups = ((state.rows, model.bigram_embed.weight, model.bigram_lambdas),)
+        grad_x0, grad_x0_lambdas, of_tables = residual_gradients(
+            grads, state.x0, coefficients, lookups
         )
         rest = sums - model.x0_lambdas * grad_x0_lambdas
-        if bigram:
+        for grad_e, grad_bigram_lambdas in of_tables:
             rest -= model.bigram_lambdas * grad_bigram_lambdas
             model.bigram_lambdas.grad += grad_bigram_lambdas
-            bigram_table_grad(state.tokens, grad_e, model.bigram_embed.weight.grad)
+            bigram_order = sort_rows(state.rows, model.config.bigram_rows)
+            embedding_grad(grad_e, bigram_order, model.bigram_embed.weight.grad)
         exact[0] = grad_x0_lambdas[0]
         resid.grad += torch.where(resid.abs() < SMALL_LAMBDA, exact, rest / resid)
         model.x0_lambdas.grad += grad_x0_lambdas

@@ -148,6 +148,7 @@ class FusedLayer:
         branch,  # (N, C) MLP output of the layer below, not yet added to x; None if it is
         x0,  # (N, C) stream after smear
         tokens,  # (B, T)
+        rows,  # (N,) int32: rows of the bigram table; None in a dense model
     ):
         """Forward pass of the layer.
 
@@ -155,9 +156,9 @@ class FusedLayer:
             The stream before the MLP's residual add (N, C); the MLP's output (N, C), which the next
             layer's residual mix adds; and the LayerState.
         """
-        table = (tokens, self.bigram_table) if self.bigram_table is not None else (None, None)
-        lambdas = self.resid_lambda, self.x0_lambda, self.bigram_lambda
-        state = LayerState(*precision.norm(x, branch, x0, *table, *lambdas))
+        lookups = () if rows is None else ((rows, self.bigram_table, self.bigram_lambda),)
+        lambdas = self.resid_lambda, self.x0_lambda
+        state = LayerState(*precision.norm(x, branch, x0, lookups, *lambdas))
         branch = self._attention_forward(precision, state, tokens)
         state.y_mid, state.rstd_mid, normed = precision.norm(state.y, branch)
         weight = precision.weight(self.weights["fc"])

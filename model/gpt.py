@@ -233,10 +233,8 @@ class GPT(nn.Module):
         if self.config.bigram_embed_factor:
             bigram = bigram_embedding_ref(tokens, self.bigram_embed.weight, prev_token)
         for i, block in enumerate(self.transformer.h):
-            bigram_lambda = self.bigram_lambdas[i] if bigram is not None else None
-            x = residual_mix_ref(
-                x, x0, self.resid_lambdas[i], self.x0_lambdas[i], bigram, bigram_lambda
-            )
+            looked_up = () if bigram is None else ((bigram, self.bigram_lambdas[i]),)
+            x = residual_mix_ref(x, x0, self.resid_lambdas[i], self.x0_lambdas[i], looked_up)
             key = str(i)
             value = self.value_embeds[key](tokens) if key in self.value_embeds else None
             x = block(x, value, rotary, attend, cache)

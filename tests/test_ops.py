@@ -52,7 +52,7 @@ def add_ref(x, branch):
 
 def mix_ref(x, x0, resid, skip, branch, table, bigram):
     e = bigram_embedding_ref(TOKENS, table)
-    y = residual_mix_ref(x + branch, x0, resid, skip, e, bigram)
+    y = residual_mix_ref(x + branch, x0, resid, skip, [(e, bigram)])
     return y, rms_norm_ref(y)
 
 

@@ -118,7 +118,8 @@ def residual_gradients_case(rows, device):
     lambdas = torch.rand(layers, device=device)
 
     def run():
-        return residual_gradients(grads, inputs.x0, lambdas, inputs.tokens, inputs.table, lambdas)
+        lookups = ((inputs.rows, inputs.table, lambdas),)
+        return residual_gradients(grads, inputs.x0, lambdas, lookups)
 
     return Case(run, (layers + 3) * 2 * inputs.x0.numel() + inputs.row_bytes)
 

@@ -80,21 +80,36 @@ def residual_mix(
         raise ValueError(f"residual_mix: x0 and branch must be {tuple(x.shape)} as x")
     if len({t is None for t in (tokens, table, bigram_lambda)}) > 1:
         raise ValueError("residual_mix: tokens, table and bigram_lambda go together")
-    lambdas = {
-        "resid_lambda": resid_lambda.reshape(()),
-        "x0_lambda": x0_lambda.reshape(()),
-        "bigram_lambda": None if bigram_lambda is None else bigram_lambda.reshape(()),
-    }
-    tensors = {"branch": branch, "x0": x0, "tokens": tokens, "table": table, **lambdas}
-    kernel = runs_kernel("residual_mix", backend, {"x": x, **tensors})
-    from nanofuse.kernels import bigram_rows
+    if tokens is not None and tokens.shape != x.shape[:2]:
+        raise ValueError(f"residual_mix: tokens must be {tuple(x.shape[:2])} as x's positions")
+    lambdas = {"resid_lambda": resid_lambda.reshape(()), "x0_lambda": x0_lambda.reshape(())}
+    tensors = {"branch": branch, "x0": x0, **lambdas}
+    bigram = {"tokens": tokens, "table": table, "bigram_lambda": bigram_lambda}
+    kernel = runs_kernel("residual_mix", backend, {"x": x, **tensors, **bigram})
     from nanofuse.kernels import residual_mix as op
+    from nanofuse.kernels.bigram_rows import bigram_embedding_ref
+    from nanofuse.kernels.bigram_rows import bigram_rows as rows_of
     from nanofuse.kernels.common.rms_norm import rms_norm_ref
 
     if not kernel:
-        e = None if table is None else bigram_rows.bigram_embedding_ref(tokens, table)
-        y = op.residual_mix_ref(x if branch is None else x + branch, x0, e=e, **lambdas)
+        looked_up: list[tuple[Tensor, Tensor]] = []
+        if tokens is not None and table is not None and bigram_lambda is not None:
+            looked_up = [(bigram_embedding_ref(tokens, table), bigram_lambda.reshape(()))]
+        stream = x if branch is None else x + branch
+        y = op.residual_mix_ref(stream, x0, **lambdas, looked_up=looked_up)
         return y, rms_norm_ref(y)
     from nanofuse.ops.launch import launch
 
-    return launch(op.residual_mix, x, **tensors)
+    def mix(
+        x: Tensor,  # (B, T, C)
+        tokens: Tensor | None,  # (B, T)
+        table: Tensor | None,  # (R, C)
+        bigram_lambda: Tensor | None,  # (1,) or ()
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        lookups = []
+        if tokens is not None and table is not None and bigram_lambda is not None:
+            lookups = [(rows_of(tokens, table.size(0)), table, bigram_lambda.reshape(()))]
+        return op.residual_mix(x, lookups=lookups, **tensors)
+
+    return launch(mix, x, **bigram, **tensors)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanofuse.bench.checks import DTYPES, assert_accurate, assert_fp8, same_bits
-from nanofuse.kernels.bigram_rows import bigram_embedding_ref
+from nanofuse.kernels.bigram_rows import bigram_rows, bigram_rows_ref
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.lanes import LANE
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
@@ -16,8 +16,9 @@ from nanofuse.kernels.residual_mix import (
     residual_mix_ref,
 )
 
-ROWS_OF_TABLE = 23
-LAMBDAS = {"resid_lambda": 1.1, "x0_lambda": 0.2, "bigram_lambda": 0.4}
+ROWS_OF_TABLES = 23, 9
+LAMBDAS = {"resid_lambda": 1.1, "x0_lambda": 0.2}
+TABLE_LAMBDAS = 0.4, -0.3
 #            B, T, C: one element, 2^k - 1, 2^k, 2^k + 1, a prime, several blocks of rows
 SHAPES = [(1, 1, 1), (1, 31, 127), (2, 16, 128), (3, 11, 129), (1, 67, 97), (2, 40, 260)]
 
@@ -25,7 +26,7 @@ SHAPES = [(1, 1, 1), (1, 31, 127), (2, 16, 128), (3, 11, 129), (1, 67, 97), (2, 
 class Case:
     """Random inputs in one dtype; `leaves` are those that require a gradient."""
 
-    def __init__(self, shape, dtype, device, branch=True, bigram=True, x0=True, seed=0):
+    def __init__(self, shape, dtype, device, branch=True, tables=1, x0=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*size):
@@ -33,16 +34,18 @@ class Case:
 
         b, t, c = shape
         self.tokens = torch.randint(50, (b, t), generator=generator).to(device)
+        self.rows = [bigram_rows(self.tokens, count) for count in ROWS_OF_TABLES[:tables]]
         self.leaves = {"x": randn(b, t, c)}
         if branch:
             self.leaves["branch"] = randn(b, t, c)
         if x0:
             self.leaves["x0"] = randn(b, t, c)
-        if bigram:
-            self.leaves["table"] = randn(ROWS_OF_TABLE, c)
-        names = ["resid_lambda"] * x0 + ["x0_lambda"] * x0 + ["bigram_lambda"] * bigram
-        for name in names:
-            self.leaves[name] = torch.tensor(LAMBDAS[name], device=device).requires_grad_()
+        for i in range(tables):
+            self.leaves[f"table{i}"] = randn(ROWS_OF_TABLES[i], c)
+        scalars = dict(LAMBDAS) if x0 else {}
+        scalars |= {f"lambda{i}": TABLE_LAMBDAS[i] for i in range(tables)}
+        for name, value in scalars.items():
+            self.leaves[name] = torch.tensor(value, device=device).requires_grad_()
         self.upstream = [randn(b, t, c).detach() for _ in range(2)]
 
 
@@ -58,13 +61,14 @@ def reference(case, dtype):
         x = x + leaves["branch"]
     y = x
     if "x0" in leaves:
-        e = None
-        if "table" in leaves:
-            e = bigram_embedding_ref(case.tokens, leaves["table"])
+        looked_up = []
+        for i in range(len(case.rows)):
+            table = leaves[f"table{i}"]
+            rows = bigram_rows_ref(case.tokens, table.size(0))
+            looked_up.append((table[rows], leaves[f"lambda{i}"]))
         y = residual_mix_ref(
-            x, leaves["x0"], leaves["resid_lambda"], leaves["x0_lambda"], e,
-            leaves.get("bigram_lambda"),
-        )  # fmt: skip
+            x, leaves["x0"], leaves["resid_lambda"], leaves["x0_lambda"], looked_up
+        )
     normed = rms_norm_ref(y)
     grads = torch.autograd.grad(
         [y, normed], list(leaves.values()), [u.to(dtype) for u in case.upstream]
@@ -72,9 +76,18 @@ def reference(case, dtype):
     return {"y": y, "normed": normed, **dict(zip(leaves, grads, strict=True))}
 
 
+def mixed(case):
+    """y and normed by the kernel."""
+    leaves = dict(case.leaves)
+    lookups = [
+        (rows, leaves.pop(f"table{i}"), leaves.pop(f"lambda{i}"))
+        for i, rows in enumerate(case.rows)
+    ]
+    return residual_mix(**leaves, lookups=lookups)
+
+
 def kernel(case):
-    tokens = case.tokens if "table" in case.leaves else None
-    y, normed = residual_mix(**case.leaves, tokens=tokens)
+    y, normed = mixed(case)
     grads = torch.autograd.grad([y, normed], list(case.leaves.values()), case.upstream)
     return {"y": y, "normed": normed, **dict(zip(case.leaves, grads, strict=True))}
 
@@ -99,15 +112,20 @@ def compare(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_gradients_with_bigram(shape, dtype, device):
+def test_all_gradients_with_a_table(shape, dtype, device):
     compare(Case(shape, dtype, device), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_gradients_with_two_tables(dtype, device):
+    compare(Case((2, 19, 130), dtype, device, tables=2), dtype)
 
 
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("x0", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_the_bigram_term(dtype, x0, branch, device):
-    compare(Case((2, 19, 130), dtype, device, branch=branch, bigram=False, x0=x0), dtype)
+def test_without_a_table(dtype, x0, branch, device):
+    compare(Case((2, 19, 130), dtype, device, branch=branch, tables=0, x0=x0), dtype)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +145,8 @@ def test_narrow_rows_take_narrow_tiles(width, cols, warps):
 def test_reserved_row_serves_position_zero_only(device):
     case = Case((3, 5, 16), torch.float32, device)
     with torch.no_grad():
-        case.leaves["table"][-1] = 1000.0
-    y, _ = residual_mix(**case.leaves, tokens=case.tokens)
+        case.leaves["table0"][-1] = 1000.0
+    y, _ = mixed(case)
     big = y.abs().amax(dim=-1) > 100
     assert big[:, 0].all() and not big[:, 1:].any()
 
@@ -202,7 +220,7 @@ def test_nan_stays_in_its_row_and_inf_shows(device):
     with torch.no_grad():
         case.leaves["x"][0, 7, 3] = torch.nan
         case.leaves["x"][0, 33, 3] = torch.inf
-    y, normed = residual_mix(**case.leaves, tokens=case.tokens)
+    y, normed = mixed(case)
     assert normed[0, 7].isnan().all() and y[0, 33, 3] == torch.inf and normed[0, 33].isnan().any()
     clean = torch.ones(40, dtype=torch.bool)
     clean[[7, 33]] = False
@@ -220,20 +238,22 @@ def test_what_does_not_fit_is_refused(device):
         residual_mix_fwd(x, x[:, :4])
     with pytest.raises(ValueError, match="x must be contiguous"):
         residual_mix_fwd(x.t())
-    with pytest.raises(ValueError, match="tokens"):
-        tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
-        residual_mix_fwd(x, None, x, tokens, torch.zeros(9, 8, device=device))
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        residual_mix_fwd(x, None, x, tokens.new_zeros(1, 4), x[:1])
-    scalar, ids = torch.ones((), device=device), tokens.new_zeros(1, 4)
+    scalar, ids = torch.ones((), device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    for match, lookup in {
+        r"rows must have shape \(4,\)": (ids[:3], x, scalar),
+        "rows must be torch.int32": (ids.long(), x, scalar),
+        r"table must have shape \(4, 8\)": (ids, x.repeat(1, 2), scalar),
+        "table must be contiguous": (ids, x.repeat(1, 2)[:, :8], scalar),
+        "table_lambda must have one element": (ids, x, x),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            residual_mix_fwd(x, None, x, (lookup,))
     for match, arguments in {
-        "bigram_lambda and x0 go together": {"table": x, "tokens": ids, "bigram_lambda": scalar},
-        "tokens, table, bigram_lambda": {"x0": x[None], "x0_lambda": scalar, "table": x},
+        "lookups need x0": {"lookups": ((ids[None], x, scalar),)},
         "x0 and x0_lambda": {"x0": x[None]},
         "branch must be contiguous": {"branch": x.t()[None]},
-        "tokens must be": {
-            "x0": x[None], "x0_lambda": scalar, "table": x, "tokens": ids.view(2, 2),
-            "bigram_lambda": scalar,
+        "rows must be": {
+            "x0": x[None], "x0_lambda": scalar, "lookups": ((ids.view(2, 2), x, scalar),),
         },
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):

@@ -12,7 +12,7 @@ from nanofuse.kernels import linear_relu_squared as linear
 from nanofuse.kernels.bigram_rows import bigram_rows
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
-from nanofuse.kernels.embedding_grad import bigram_table_grad, embedding_grad, sort_rows
+from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
 from nanofuse.kernels.linear_softcap_cross_entropy import linear_softcap_cross_entropy
 from nanofuse.kernels.muon_momentum import muon_momentum
@@ -72,11 +72,15 @@ def adamw(params, grads, exp_avgs, exp_avg_sqs, schedule):
     adamw_module.adamw(tensors, schedule)
 
 
+def lookups(lambdas):
+    """Of two tables of eight rows, with a number of lambdas each."""
+    return tuple((ids(N).int(), rand(8, C), rand(lambdas)) for _ in range(2))
+
+
 def mix():
-    lambdas = {name: rand(1) for name in ("resid_lambda", "x0_lambda", "bigram_lambda")}
     return {
-        "x": rand(N, C), "branch": rand(N, C), "x0": rand(N, C), "tokens": ids(N // T, T),
-        "table": rand(8, C), **lambdas, "scaling": scaling(),
+        "x": rand(N, C), "branch": rand(N, C), "x0": rand(N, C), "lookups": lookups(1),
+        "resid_lambda": rand(1), "x0_lambda": rand(1), "scaling": scaling(),
     }  # fmt: skip
 
 
@@ -130,9 +134,6 @@ CASES = {
         "grad_rows": rand(N, C), "sorted_rows": sort_rows(ids(N), 8), "table_grad": rand(8, C),
     }),
     "sort_rows": (sort_rows, lambda: {"indices": ids(2, T), "num_rows": 8}),
-    "bigram_table_grad": (bigram_table_grad, lambda: {
-        "tokens": ids(2, T), "grad_rows": rand(N, C), "table_grad": rand(8, C),
-    }),
     "gate_logits_fwd": (gate_logits_fwd, lambda: {
         "y": rand(N, C), "rstd": rand(N), "weight": rand(2, 12),
     }),
@@ -190,8 +191,7 @@ CASES = {
         "resid_lambda": rand(1) / 100, "shares": torch.zeros(3),
     }),
     "residual_gradients": (residual_gradients, lambda: {
-        "grads": rand(3, N, C), "x0": rand(N, C), "x0_lambdas": rand(3), "tokens": ids(2, T),
-        "table": rand(8, C), "bigram_lambdas": rand(3),
+        "grads": rand(3, N, C), "x0": rand(N, C), "x0_lambdas": rand(3), "lookups": lookups(3),
     }),
     "residual_mix_fwd": (residual_mix_fwd, mix),
     "residual_mix_bwd": (residual_mix_bwd, mix_bwd),
@@ -232,6 +232,8 @@ def replaced(value, path, tensor):
     name, *rest = path
     if isinstance(value, dict):
         return {**value, name: replaced(value[name], rest, tensor)}
+    if isinstance(value, tuple):
+        return (*value[:name], replaced(value[name], rest, tensor), *value[name + 1 :])
     return dataclasses.replace(value, **{name: replaced(getattr(value, name), rest, tensor)})
 
 
