@@ -123,7 +123,7 @@ def describe(start, plan):
     return [
         f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
-        *describe_data(start.packing),
+        *describe_data(start.packing, plan.tokens // config.sequence_len),
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
         f"({config.n_kv_head} kv), T {config.sequence_len}, windows {config.windows}",
         f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",

@@ -6,8 +6,8 @@ from nanofuse.train.data.packing import SLICE_DOCUMENTS, BestFitPacker, Slice
 from nanofuse.train.errors import UserError
 
 DOCUMENTS = 1000  # that are measured, at most
-CHARS = 1_000_000  # of all of them, and of one
-PACKED_DOCUMENTS = 10_000  # the measured ones, again and again
+CHARS = 4_000_000  # of all of them, and of one
+PACKED_ROWS, PACKED_DOCUMENTS = 20_000, 40_000  # of the measured ones again and again, at most
 HIGH_SHARE = 0.2  # dropped: the start says what to do
 
 
@@ -25,13 +25,18 @@ def document_lengths(corpus, tokenizer):
     return [round(len(d) * factor) for d, factor in zip(documents, factors, strict=True)]
 
 
-def dropped_share(lengths, row_len):
+def dropped_share(lengths, row_len, rows):
     """Share of the tokens that cropping drops from documents of these lengths, read again and
-    again.
+    again. It grows with the rows where many documents are longer: they stay in the buffer, so that
+    ever fewer short ones are there to choose from.
 
     Args:
         lengths: tokens of each document, at least one.
         row_len: tokens per row.
+        rows: to pack; fewer where they take more than PACKED_DOCUMENTS.
+
+    Returns:
+        (share, rows that were packed)
     """
     read = 0
 
@@ -44,19 +49,20 @@ def dropped_share(lengths, row_len):
             part = list(itertools.islice(endless, SLICE_DOCUMENTS))
             yield Slice(zeros, zeros, part, [(None, 0)] * SLICE_DOCUMENTS)
 
-    packer, rows = BestFitPacker(slices(), row_len, 0), 0
-    while read < PACKED_DOCUMENTS:  # what is in the buffer then is neither packed nor dropped
+    packer, packed = BestFitPacker(slices(), row_len, 0), 0
+    while packed < rows and read < PACKED_DOCUMENTS:
         packer.next_row()
-        rows += 1
-    return packer.dropped_tokens / (packer.dropped_tokens + rows * row_len)
+        packed += 1
+    return packer.dropped_tokens / (packer.dropped_tokens + packed * row_len), packed
 
 
-def describe_data(packing):
+def describe_data(packing, rows):
     """Lines on a run's data: what it is, what validates, what is other than one may expect, and
     the share of tokens that packing drops, measured on the first documents.
 
     Args:
         packing: train.data.loader.Packing of the training split.
+        rows: of the whole run.
     """
     corpus, tokenizer, row_len = packing.corpus, packing.tokenizer, packing.seq_len + 1
     lines = [
@@ -71,11 +77,10 @@ def describe_data(packing):
         lengths = []
     if any(length > 1 for length in lengths):
         longer = sum(length > row_len for length in lengths) / len(lengths)
-        line = "packing: splits documents and drops none of the tokens"
-        share = 0
+        line, share = "packing: splits documents and drops no token", 0
         if packing.long_documents == "crop":
-            share = dropped_share(lengths, row_len)
-            line = f"packing: drops {100 * share:.1f} % of the tokens"
+            share, packed = dropped_share(lengths, row_len, min(rows, PACKED_ROWS))
+            line = f"packing: drops {100 * share:.1f} % of the tokens in {packed:,} rows"
         line += (
             f" ({100 * longer:.0f} % of the first {len(lengths):,} documents are longer than a "
             f"row of {row_len})"

@@ -27,19 +27,20 @@ def shares(lines):
 
 
 def test_the_data_line_names_what_validates(data_dir, tokenizer):
-    line = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64))[0]
+    line = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64), 500)[0]
     assert line.startswith("data: 3 parquet shards in ") and line.endswith(
         "; shard_00002.parquet validates; tokenizer of 320 tokens"
     )
     assert (
-        "of them validate" in describe_data(Packing(StdlibCorpus(), "train", tokenizer, 1, 64))[0]
+        "of them validate"
+        in describe_data(Packing(StdlibCorpus(), "train", tokenizer, 1, 64), 500)[0]
     )
 
 
 def test_an_order_other_than_before_is_said(data_dir, tokenizer):
     for old, new in (("00000", "9"), ("00001", "10")):
         (data_dir / f"shard_{old}.parquet").rename(data_dir / f"shard_{new}.parquet")
-    lines = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64))
+    lines = describe_data(Packing(ParquetCorpus(data_dir), "train", tokenizer, 1, 64), 500)
     assert "2 before 10" in lines[1]
 
 
@@ -48,7 +49,8 @@ def test_an_order_other_than_before_is_said(data_dir, tokenizer):
 )
 def test_the_share_that_packing_drops(tmp_path, tokenizer, words, seq_len, low, high):
     texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(words)) for i in range(300)]
-    lines = describe_data(Packing(corpus_of(tmp_path, texts), "train", tokenizer, 1, seq_len))
+    packing = Packing(corpus_of(tmp_path, texts), "train", tokenizer, 1, seq_len)
+    lines = describe_data(packing, 500)
     assert len(shares(lines)) == 1 and low <= shares(lines)[0] <= high
     assert ("--long-documents split drops none" in lines[-1]) == (low >= 20)
 
@@ -56,19 +58,20 @@ def test_the_share_that_packing_drops(tmp_path, tokenizer, words, seq_len, low, 
 def test_a_split_drops_none(tmp_path, tokenizer):
     texts = [" ".join(WORDS * 50) for _ in range(300)]
     packing = Packing(corpus_of(tmp_path, texts), "train", tokenizer, 1, 64, "split")
-    assert "drops none of the tokens (100 % of" in describe_data(packing)[-1]
+    assert "drops no token (100 % of" in describe_data(packing, 500)[-1]
 
 
 def test_where_tokens_are_kept_is_said(data_dir, tokenizer):
     corpus = ParquetCorpus(data_dir)
     packing = Packing(corpus, "train", tokenizer, 1, 64, "crop", TokenCache(corpus, tokenizer))
-    assert describe_data(packing)[1].startswith(f"tokens: kept in {data_dir}/.tokens")
+    assert describe_data(packing, 500)[1].startswith(f"tokens: kept in {data_dir}/.tokens")
 
 
 @pytest.mark.parametrize("seq_len", [32, 64, 200])
 def test_it_is_about_what_packing_drops_later(tmp_path, tokenizer, seq_len, monkeypatch):
     corpus = corpus_of(tmp_path, documents(1500, longest=150), row_group_size=100)
-    share = dropped_share(document_lengths(corpus, tokenizer), seq_len + 1)
+    count = 8 * (50_000 // seq_len)
+    share, packed = dropped_share(document_lengths(corpus, tokenizer), seq_len + 1, count)
     packers = []
     monkeypatch.setattr(
         "nanofuse.train.data.loader.BestFitPacker",
@@ -78,7 +81,15 @@ def test_it_is_about_what_packing_drops_later(tmp_path, tokenizer, seq_len, monk
     with contextlib.closing(packed_batches(packing)) as batches:
         rows = sum(len(rows) for rows, _ in itertools.islice(batches, 50_000 // seq_len))
     dropped = packers[0].dropped_tokens
+    assert packed == rows == count
     assert share == pytest.approx(dropped / (dropped + rows * (seq_len + 1)), abs=0.05)
+
+
+def test_the_share_is_that_of_the_rows_of_the_run():
+    """Documents longer than a row pile up in the buffer, and crowd the short ones out."""
+    lengths = [100] * 3 + [1000] + [30, 70]
+    early, late = (dropped_share(lengths, 65, rows) for rows in (500, 10**6))
+    assert early[1] == 500 < late[1] < 10**6 and early[0] < late[0] - 0.05
 
 
 def test_a_document_of_many_megabytes_is_measured_by_its_beginning(tmp_path, tokenizer):
@@ -97,13 +108,16 @@ def test_a_long_row_group_is_not_read_whole(tmp_path, tokenizer, monkeypatch):
 
 def test_data_that_holds_no_text_or_is_damaged_is_left_to_the_loader(tmp_path, tokenizer):
     corpus = corpus_of(tmp_path, ["", ""])
-    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64))) == 1
+    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64), 500)) == 1
     path = tmp_path / "a.parquet"
     path.write_bytes(path.read_bytes()[:20])
-    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64))) == 1
+    assert len(describe_data(Packing(corpus, "train", tokenizer, 1, 64), 500)) == 1
 
 
 def test_documents_that_are_not_utf8_are_counted(tmp_path, tokenizer):
     raw = pa.array([b"caf\xe9", b"fine", b"\xff"] * 20, pa.binary())
     corpus = corpus_of(tmp_path, raw, row_group_size=7)
-    assert "40 training documents" in describe_data(Packing(corpus, "train", tokenizer, 1, 64))[-1]
+    assert (
+        "40 training documents"
+        in describe_data(Packing(corpus, "train", tokenizer, 1, 64), 500)[-1]
+    )
