@@ -20,7 +20,7 @@ from nanofuse.kernels.linear_relu_squared import (
 )
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
-from nanofuse.model.fp8.products import make_gemm
+from nanofuse.model.providers import PRODUCTS
 
 M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's products of bf16 are wrong
@@ -29,9 +29,11 @@ PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's product
 def providers():
     """{name: provider of products} of the libraries that load; Transformer Engine is optional."""
     found = {}
-    for name in ("torch", "te"):
+    for record in PRODUCTS:
+        if "fp8" not in record.dtypes:
+            continue
         try:
-            found[name] = make_gemm(name)
+            found[record.name] = record.build()
         except ValueError as error:
             print(error)
     return found

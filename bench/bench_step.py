@@ -58,7 +58,7 @@ class Contender:
         started = time.perf_counter()
         machine = select_machine(device.type, entry.backend)
         fp8 = select_fp8(entry.fp8, machine, workload.config, workload.rows)
-        self.backend, self.fp8, self.batches = entry.backend, fp8[0], batches
+        self.backend, self.fp8, self.batches = entry.backend, fp8.name, batches
         self.built = assemble(
             workload.config,
             machine,
@@ -67,7 +67,7 @@ class Contender:
             attention=entry.attention,
             cuda_graphs=entry.cuda_graphs,
         )
-        self.attention = self.built.raw_model.attention.name
+        self.attention = self.built.attention.name
         self.times, self.losses = [], []
         self.step()
         self.first_step_seconds = time.perf_counter() - started
@@ -125,10 +125,11 @@ def entries(device, attentions, fp8, config, cuda_graphs=True):
         fused = [Entry("fused")] if kernels_are_interpreted() else []
         return [*fused, Entry("eager")], []
     found = [Entry("fused", fp8=fp8, cuda_graphs=cuda_graphs)]
+    need = select_machine(device.type, "compile").need()
     reasons, left_out = {}, []
     for attention in attentions:
-        backend, why = select_attention(attention, device.type, compiled=True, config=config)
-        name = backend.name
+        chosen = select_attention(attention, need, config=config)
+        name, why = chosen.name, chosen.why
         if name in reasons:
             left_out.append(f"baseline {attention} is {name} again ({reasons[name]}; {why})")
             continue

@@ -9,7 +9,7 @@ import torch
 from nanofuse.bench.harness import MAX_ROUNDS, copy_ceiling, listed, matmul_ceiling
 from nanofuse.bench.report import step_table
 from nanofuse.bench.training import STEP_ROWS
-from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.model.providers import PRODUCTS, choices
 from nanofuse.train.device import device_name, select_device
 
 
@@ -42,8 +42,8 @@ def pytest_configure(config):
     if rows < 1 or STEP_ROWS % rows:
         raise pytest.UsageError(f"--device-batch-size {rows}: give a divisor of {STEP_ROWS}")
     for fp8 in providers:
-        if fp8 not in ("auto", *PROVIDERS):
-            raise pytest.UsageError(f"--fp8 {fp8}: choose from auto, {', '.join(PROVIDERS)}")
+        if fp8 not in choices(PRODUCTS):
+            raise pytest.UsageError(f"--fp8 {fp8}: choose from {', '.join(choices(PRODUCTS))}")
 
 
 def _clocks():

@@ -21,9 +21,8 @@ from nanofuse.bench.chrome_trace import GAPS, breakdown, dearest, read_kernels
 from nanofuse.bench.report import table_lines
 from nanofuse.bench.roofline import floor_parts
 from nanofuse.bench.training import gpu_workload, synchronize, train_step
-from nanofuse.model.backends.choice import BACKENDS
-from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.model.providers import ATTENTION, PRODUCTS, choices
 from nanofuse.train.assemble import assemble
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.device import select_fp8, select_machine
@@ -87,8 +86,8 @@ def parse(argv):
     )
     parser.add_argument("--depth", type=whole(1, 999), default=16)
     parser.add_argument("--backend", choices=["fused", "compile", "eager"], default="fused")
-    parser.add_argument("--fp8", choices=["auto", *PROVIDERS], default="auto")
-    parser.add_argument("--attention", choices=["auto", *BACKENDS], default="auto")
+    parser.add_argument("--fp8", choices=choices(PRODUCTS), default="auto")
+    parser.add_argument("--attention", choices=choices(ATTENTION), default="auto")
     parser.add_argument("--bigram-factor", type=whole(0, 2**20), default=5)
     parser.add_argument(
         "--micro-steps", type=whole(1, 1000), default=2, help="profiled; a full step has 8"
@@ -119,14 +118,14 @@ def main(argv=None):
     if not kernels:
         raise UserError("the profiler recorded no kernel; CUPTI may be missing or in use")
     classes = breakdown(kernels, args.micro_steps, STEP_MICRO_STEPS)
-    floor = floor_parts(workload.config, workload.rows, fp8[0] != "off")
+    floor = floor_parts(workload.config, workload.rows, fp8.made.fp8)
     top = dearest(kernels, args.micro_steps, STEP_MICRO_STEPS)
     print("", *class_table(classes, floor), "", *kernel_table(top), "", sep="\n")
     result = {
         "depth": args.depth,
         "backend": args.backend,
-        "attention": built.raw_model.attention.name,
-        "fp8": fp8[0],
+        "attention": built.attention.name,
+        "fp8": fp8.name,
         "micro_steps": args.micro_steps,
         "gpu": machine.name,
         "date": datetime.date.today().isoformat(),

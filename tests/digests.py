@@ -31,9 +31,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.fp8.products import PlainGemm, make_gemm
+from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.model.providers import PRODUCTS, find
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
@@ -72,7 +73,7 @@ class PlainGemmOnCPU(PlainGemm):
 def products(provider, dtype):
     """The matrix products of one of PASSES."""
     plain = provider == "off" and dtype == torch.bfloat16 and DEVICE == "cpu"
-    return PlainGemmOnCPU() if plain else make_gemm(provider)
+    return PlainGemmOnCPU() if plain else find(PRODUCTS, provider).build()
 
 
 def digest(tensor):

@@ -8,10 +8,10 @@ import torch
 
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
-from nanofuse.model.fp8.products import make_gemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
-from nanofuse.train.errors import UserError
+from nanofuse.model.providers import Choice
+from nanofuse.train.device import choosing
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.settings import naming_flags
@@ -21,12 +21,13 @@ from nanofuse.train.settings import naming_flags
 class Assembled:
     """What trains: `model` is called for losses, `raw_model` is the GPT that holds the weights.
 
-    `facts` are lines that say what runs and why.
+    `attention` is what was chosen; `facts` are lines that say what runs and why.
     """
 
     model: Callable
     raw_model: GPT
     optimizer: MuonAdamW | FusedMuonAdamW
+    attention: Choice
     facts: list
 
 
@@ -48,8 +49,8 @@ def assemble(
         config: GPTConfig.
         machine: train.device.Machine.
         optim: OptimConfig.
-        fp8: provider and why, of train.device.select_fp8.
-        attention: name of a backend of model.attention, or "auto".
+        fp8: providers.Choice of train.device.select_fp8.
+        attention: name of a record of providers.ATTENTION, or "auto".
         deterministic: ask torch and the attention backend for the same bits every time.
         compile_mode: torch.compile's, for the backend "compile".
         cuda_graphs: let the fused backend record its training pass, on a GPU.
@@ -60,32 +61,26 @@ def assemble(
         UserError: an attention backend or FP8 provider that cannot run here.
     """
     compiled, fused = machine.backend == "compile", machine.backend == "fused"
-    provider, why_fp8 = fp8
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
-    try:
-        backend, why = select_attention(
-            attention, machine.device.type, deterministic, compiled, config
-        )
-    except ValueError as error:
-        hint = "" if attention == "auto" else "; or use --attention auto"
-        raise UserError(f"--attention {error}{hint}") from error
-    backend.prepare(config.sequence_len, config.windows, machine.device)
+    with choosing("attention", attention):
+        chosen = select_attention(attention, machine.need(), deterministic, config)
+    chosen.made.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
-    raw_model = GPT(config, machine.dtype, backend, machine.device)
+    raw_model = GPT(config, machine.dtype, chosen.made, machine.device)
     set_weights(raw_model)
-    facts = [f"attention: {backend.name} ({why})"]
+    facts = [f"attention: {chosen} ({chosen.why})"]
     if fused:
         graphs = cuda_graphs and machine.device.type == "cuda"
         with naming_flags("--backend fused: "):
-            model = FusedGPT(raw_model, make_gemm(provider), graphs)
+            model = FusedGPT(raw_model, fp8.made, graphs)
         optimizer = FusedMuonAdamW(model, optim, lr_scale)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
     else:
-        products = set_fp8(raw_model, provider)
+        products = set_fp8(raw_model, fp8.made.linear)
         optimizer = MuonAdamW(
             raw_model.param_roles(), optim, config.n_embd, lr_scale, compiled, machine.dtype
         )
@@ -93,6 +88,6 @@ def assemble(
         if compiled:
             mode = None if compile_mode == "default" else compile_mode
             model = torch.compile(raw_model, dynamic=False, mode=mode)
-    count = "" if provider == "off" else f", {products} linears in training"
-    facts.append(f"fp8: {provider} ({why_fp8}{count})")
-    return Assembled(model, raw_model, optimizer, facts)
+    count = f"{products} linears in training; " if fp8.made.fp8 else ""
+    facts.append(f"fp8: {fp8} ({count}{fp8.why})")
+    return Assembled(model, raw_model, optimizer, chosen, facts)

@@ -1,16 +1,18 @@
 """Which device, backend and precision a run uses, and why."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from nanofuse.kernels.common.jit import HAS_TRITON
-from nanofuse.model.fp8.linear import FP8_CAPABILITY
-from nanofuse.model.fp8.products import make_gemm
+from nanofuse.model import providers
 from nanofuse.model.fused import fp8_fits, kernels_are_interpreted
 from nanofuse.train.errors import UserError
 
 HOPPER = (9, 0)  # compute capability
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # words of providers.Need
+FP8_SIZES = "needs widths and tokens in multiples of 16 and heads of 32, 64, 128, ..."
 
 # Dense bf16 peaks in FLOP/s, without sparsity, from NVIDIA's datasheets, by the whole name that the
 # driver gives a product: NVL modules, MIG slices and laptops' chips have others.
@@ -69,6 +71,11 @@ class Machine:
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_capability(self.device) if cuda else (0, 0)
 
+    def need(self, *dtypes):
+        """providers.Need of what takes activations, or one of the given dtypes, here."""
+        words = (*dtypes, DTYPES[self.dtype])
+        return providers.Need(self.backend, self.device.type, self.capability, words)
+
 
 def select_machine(device_type, backend):
     """Machine for --device-type and --backend; auto takes the kernels on Hopper.
@@ -96,37 +103,27 @@ def select_machine(device_type, backend):
     return machine
 
 
+@contextmanager
+def choosing(flag, name):
+    """Within the context the ValueError of a choice becomes a UserError that names the flag and,
+    unless it was that, "auto" as the way out."""
+    try:
+        yield
+    except ValueError as error:
+        hint = "" if name == "auto" else f"; or use --{flag} auto"
+        raise UserError(f"--{flag} {error}{hint}") from error
+
+
 def select_fp8(name, machine, config, rows):
-    """FP8 provider for --fp8 and why, as (str, str); `rows` are those of a micro-step.
+    """providers.Choice for --fp8; `rows` are those of a micro-step.
 
     Raises:
         UserError: a provider that cannot serve this machine, backend or model.
     """
-    fused = machine.backend == "fused"
-    refusal = None
-    if machine.capability < FP8_CAPABILITY:
-        refusal = "a GPU of compute capability 8.9 or newer"
-    elif fused and not fp8_fits(config, rows * config.sequence_len):
-        refusal = "widths and tokens in multiples of 16 and heads of 32, 64, 128, ..."
-    if name == "off" or (name == "auto" and machine.backend == "eager"):
-        return "off", "asked for" if name == "off" else "auto: eager is the reference"
-    if name != "auto":
-        if refusal:
-            raise UserError(f"--fp8 {name} needs {refusal}; use --fp8 off")
-        if name == "te" and not fused:
-            raise UserError("--fp8 te needs --backend fused; use --fp8 torch")
-        hint = {"te": "torch", "torch": "off"}[name]
-        try:
-            make_gemm(name)
-        except ValueError as error:
-            raise UserError(f"--fp8 {error}; or use --fp8 {hint}") from error
-        return name, "asked for"
-    if refusal:
-        return "off", f"auto: needs {refusal}"
-    if not fused:
-        return "torch", "auto"
-    try:
-        make_gemm("te")
-    except ValueError as error:
-        return "torch", f"auto: {error}"
-    return "te", "auto"
+    fits = machine.backend != "fused" or fp8_fits(config, rows * config.sequence_len)
+
+    def refuse(record):
+        return None if fits or "fp8" not in record.dtypes else FP8_SIZES
+
+    with choosing("fp8", name):
+        return providers.choose(providers.PRODUCTS, name, machine.need("fp8"), refuse=refuse)

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import Field, dataclass
 from typing import Any
 
+from nanofuse.model import providers
 from nanofuse.model.config import Dials
 from nanofuse.model.option import option, options
-from nanofuse.model.providers import ATTENTION, PRODUCTS
 from nanofuse.train.command import CommandParser
 from nanofuse.train.errors import UserError
 from nanofuse.train.flags import number, whole
@@ -125,10 +125,10 @@ class MachineOptions:
     """Where and how to compute."""
 
     device_type: str = option("auto", "where to run", ("auto", "cuda", "cpu"))
-    backend: str = option("auto", "how ops run", ("auto", "eager", "compile", "fused"))
+    backend: str = option("auto", "how ops run", ("auto", *providers.BACKENDS))
     compile_mode: str = option("default", "torch.compile's mode", COMPILE_MODES, "MODE")
-    attention: str = option("auto", "attention backend", ("auto", *sorted(ATTENTION)))
-    fp8: str = option("auto", "provider of FP8 matrix products", ("auto", *PRODUCTS))
+    attention: str = option("auto", "attention backend", providers.choices(providers.ATTENTION))
+    fp8: str = option("auto", "provider of FP8 products", providers.choices(providers.PRODUCTS))
     cuda_graphs: bool = option(True, "record the fused training pass as CUDA graphs")
     deterministic: bool = option(False, "same bits every time, attention included (slower)")
 

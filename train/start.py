@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.providers import Choice
 from nanofuse.train.assemble import assemble
 from nanofuse.train.checkpoint import (
     LOADER,
@@ -145,7 +146,7 @@ class Start:
     corpus: ParquetCorpus | StdlibCorpus
     tokenizer: Tokenizer
     config: GPTConfig
-    fp8: tuple  # provider and why
+    fp8: Choice
     plan: Plan
     lock: RunLock
     checkpoint: Path | None = None
@@ -203,7 +204,7 @@ def start_new(given, lock):
     make_plan(settings, config)
     fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
     least = config if "vocab_size" in given else dataclasses.replace(config, vocab_size=1)
-    check_training_memory(settings, least, machine, fp8[0])
+    check_training_memory(settings, least, machine, fp8.name)
     take_new_folder(settings, lock)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
@@ -269,7 +270,7 @@ def build_trainer(start, started, signals=None):
     """
     settings, config, machine = start.settings, start.config, start.machine
     plan, directory = start.plan, start.directory
-    memory = check_training_memory(settings, config, machine, start.fp8[0])
+    memory = check_training_memory(settings, config, machine, start.fp8.name)
     for line in (*describe(start, plan), f"memory: {memory} expected"):
         print(line, flush=True)
 

@@ -3,44 +3,22 @@
 A backend computes causal attention with a sliding window: the query at position i sees the keys at
 positions j with 0 <= i - j <= window. It takes q (B, T, H, D) and k, v (B, T, K, D) with K dividing
 H, which may be strided views of a fused QKV buffer (last dimension contiguous), and returns
-(B, T, H, D). Its library is imported by `load` or the first call, not when its module is imported.
+(B, T, H, D). Its library is imported by its record (model/providers.py) or the first call, not when
+its module is imported.
 """
-
-import importlib
 
 import torch
 
 
 class AttentionBackend:
-    """Base of all backends: a subclass sets `name` and defines `__call__(q, k, v, window) -> y`.
+    """Base of all backends: a subclass defines `__call__(q, k, v, window) -> y`.
 
     Args:
         deterministic: require a backward pass with the same bits on every run.
     """
 
-    name = None
-    title, install = None, None  # the library's name and how to install it, for messages
-    module = None  # of the library, to import; None if torch suffices
-    cuda_only = True
-    compilable = True  # whether it works under torch.compile(fullgraph=True)
-    capabilities = ((0, 0), (99, 0))  # lowest and highest compute capability it runs on
-
     def __init__(self, deterministic=False):
         self.deterministic = deterministic
-
-    def load(self):
-        """Import the library.
-
-        Raises:
-            ImportError: it is not installed, or damaged.
-        """
-        if self.module:
-            importlib.import_module(self.module)
-
-    def is_part(self, module):
-        """Whether `module` is the library's module or a parent package of it, so that an import
-        error that names it means that the library is not installed."""
-        return self.module is not None and f"{self.module}.".startswith(f"{module}.")
 
     def prepare(self, seq_len, windows, device):
         """Prepare for sequences of seq_len tokens and these windows; most backends need nothing."""

@@ -5,26 +5,11 @@ The reason for the choice is returned too, for the training log.
 
 import torch
 
-from nanofuse.model.backends.flash import (
-    FlashAttention3,
-    FlashAttention4,
-    TransformerEngineAttention,
-)
-from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
+from nanofuse.model import providers
+from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 
 CHECKED_BEYOND_WINDOW = 256  # the self-check's sequence exceeds the window by so many positions
-
-BACKENDS = {  # in the order in which "auto" tries them on a GPU
-    backend.name: backend
-    for backend in (
-        FlashAttention3,
-        FlashAttention4,
-        TransformerEngineAttention,
-        FlexAttention,
-        SDPAttention,
-    )
-}
 
 
 def forward_and_backward(
@@ -83,83 +68,24 @@ def self_check(backend, device, config):
     return worst
 
 
-def _check_gpu(backend):
-    """Check that the backend's library has kernels for this GPU's compute capability.
-
-    Raises:
-        RuntimeError: it has none; the message names the capability needed and the one found.
-    """
-    lowest, highest = backend.capabilities
-    if lowest == (0, 0):
-        return
-    capability = torch.cuda.get_device_capability()
-    if not lowest <= capability <= highest:
-        wanted = f"{lowest[0]}.{lowest[1]}" + ("" if lowest == highest else " or later")
-        found = f"{capability[0]}.{capability[1]}"
-        raise RuntimeError(f"needs compute capability {wanted}, this GPU has {found}")
-
-
-def _line(error):
-    """First line of an error's message; the name of its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _first_that_works(device_type, deterministic, compiled, config):
-    """The first of BACKENDS that passes its self-check, and a line on it and each one before it."""
-    reasons = []
-    for name, backend_class in BACKENDS.items():
-        backend = backend_class(deterministic)
-        if compiled and not backend.compilable:
-            reasons.append(f"{name} does not run under torch.compile")
-            continue
-        try:
-            backend.load()
-            _check_gpu(backend)
-            distance = self_check(backend, device_type, config)
-        except Exception as error:  # a third-party library may raise anything; goes into the reason
-            missing = isinstance(error, ModuleNotFoundError) and backend.is_part(error.name)
-            reasons.append(f"{name} is not installed" if missing else f"{name}: {_line(error)}")
-        else:
-            reasons.append(f"{name} agrees with SDPA to {distance:.1g}")
-            return backend_class(deterministic), "; ".join(reasons)
-    raise ValueError(f"no attention backend works here: {'; '.join(reasons)}")
-
-
-def select_attention(name, device_type, deterministic=False, compiled=False, config=None):
-    """The attention backend and the reason for its choice, as (object, str).
+def select_attention(name, need, deterministic=False, config=None):
+    """The providers.Choice of an attention backend.
 
     Args:
-        name: a key of BACKENDS, or "auto": the first that works on a GPU, SDPA elsewhere.
-        device_type: "cuda", "cpu", ...
+        name: of a record of providers.ATTENTION, or "auto": the first that works on a GPU, SDPA
+            elsewhere.
+        need: providers.Need.
         deterministic: require a backward pass with the same bits on every run.
-        compiled: the model that calls it goes through torch.compile.
         config: GPTConfig whose head counts, head size and windows the self-check of "auto" uses;
             None stands for the recipe's depth 4.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run here.
     """
-    if name == "auto":
-        if device_type != "cuda":
-            return SDPAttention(deterministic), f"auto on {device_type}"
-        config = config or GPTConfig.from_depth(4)
-        backend, why = _first_that_works(device_type, deterministic, compiled, config)
-        return backend, f"auto on {device_type}: {why}"
-    if name not in BACKENDS:
-        raise ValueError(f"{name!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
-    backend = BACKENDS[name](deterministic)
-    if backend.cuda_only and device_type != "cuda":
-        raise ValueError(f"{name} needs a CUDA GPU; sdpa does not")
-    if compiled and not backend.compilable:
-        raise ValueError(f"{name} does not run under torch.compile; it does in eager")
-    try:
-        backend.load()
-    except Exception as error:  # a broken install may raise anything
-        raise ValueError(
-            f"{name} needs {backend.title}: {backend.install} ({_line(error)})"
-        ) from error
-    try:
-        _check_gpu(backend)
-    except RuntimeError as error:
-        raise ValueError(f"{name} {error}") from error
-    return backend, "asked for"
+    config = config or GPTConfig.from_depth(4)
+
+    def agrees(backend):
+        return f"agrees with SDPA to {self_check(backend, need.device, config):.1g}"
+
+    check = agrees if need.device == "cuda" else None
+    return providers.choose(providers.ATTENTION, name, need, deterministic, check=check)

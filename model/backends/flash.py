@@ -16,13 +16,6 @@ class FlashAttention3(AttentionBackend):
     """FlashAttention 3 through its public function and autograd: its private forward and backward
     functions differ between versions."""
 
-    name = "fa3"
-    title = "FlashAttention 3"
-    install = "build hopper/ of github.com/Dao-AILab/flash-attention"
-    module = "flash_attn_interface"
-    compilable = False
-    capabilities = ((9, 0), (9, 0))
-
     def __call__(
         self,
         q,  # (B, T, H, D) bf16
@@ -152,22 +145,12 @@ _fa4_forward_op.register_autograd(_differentiate, setup_context=_save_for_backwa
 
 class FlashAttention4(AttentionBackend):
     """FlashAttention 4 (CuTe). `__call__` goes through custom ops, for autograd and torch.compile;
-    `forward` and `backward` call the library directly."""
+    `forward` and `backward` call the library directly. Its on-disk kernel cache is enabled before
+    it is imported: compiling its kernels takes longer than a first step."""
 
-    name = "fa4"
-    title, install = "FlashAttention 4", "pip install flash-attn-4"
-    module = "flash_attn.cute.interface"
-    capabilities = ((9, 0), (99, 0))
-
-    def load(self):
-        """Import the library, with its on-disk kernel cache enabled: compiling its kernels takes
-        longer than a first step.
-
-        Raises:
-            ImportError: it is not installed, or damaged.
-        """
+    def __init__(self, deterministic=False):
+        super().__init__(deterministic)
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-        super().load()
 
     def __call__(
         self,
@@ -231,32 +214,19 @@ def _te_layout(
 
 
 class TransformerEngineAttention(AttentionBackend):
-    """cuDNN's attention through Transformer Engine, whose modules torch.compile cannot trace."""
-
-    name = "te"
-    title, install = "Transformer Engine", "pip install 'nanofuse[fp8]'"
-    module = "transformer_engine.pytorch"
-    compilable = False
+    """cuDNN's attention through Transformer Engine, whose modules torch.compile cannot trace. The
+    library is restricted to cuDNN before it is imported: an input that cuDNN refuses is an error,
+    not a reason for another backend."""
 
     def __init__(self, deterministic=False):
         super().__init__(deterministic)
         self.modules = {}
-
-    def load(self):
-        """Import the library, restricted to cuDNN: an input that cuDNN refuses is an error, not a
-        reason for another backend.
-
-        Raises:
-            ImportError: it is not installed, or damaged.
-        """
         os.environ |= {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
-        if self.deterministic:
+        if deterministic:
             os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-        super().load()
 
     def _build(self, heads, kv_heads, head_dim, left):
         """The library's attention module for these sizes and this window."""
-        self.load()
         from transformer_engine.pytorch import DotProductAttention
 
         return DotProductAttention(

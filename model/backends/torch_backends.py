@@ -27,9 +27,6 @@ class SDPAttention(AttentionBackend):
     the backward passes of the fused ones accumulate with atomics.
     """
 
-    name = "sdpa"
-    cuda_only = False
-
     def __call__(
         self,
         q,  # (B, Tq, H, D)
@@ -68,8 +65,6 @@ class FlexAttention(AttentionBackend):
 
     Its kernels use no atomics, so `deterministic` changes nothing.
     """
-
-    name = "flex"
 
     def __init__(self, deterministic=False):
         super().__init__(deterministic)

@@ -14,7 +14,6 @@ from nanofuse.kernels.quantize import quantize_ref
 
 FP8_MIN_DIM = 128
 FP8_MULTIPLE = 16  # torch._scaled_mm's requirement on both dimensions
-FP8_CAPABILITY = (8, 9)
 
 
 def _column_major(
@@ -75,22 +74,25 @@ class Linear(nn.Module):
     def __init__(self, in_features, out_features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))  # (N, K)
-        self.fp8 = False
+        self.fp8 = None  # autograd.Function of x (M, K) and weight (N, K)
 
     def forward(
         self,
         x,  # (..., K)
     ):
         if self.fp8 and self.training:
-            y = ScaledMatmul.apply(x.reshape(-1, x.size(-1)), self.weight)
+            y = self.fp8.apply(x.reshape(-1, x.size(-1)), self.weight)
             return y.view(*x.shape[:-1], y.size(-1))
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def set_fp8(model, provider):
-    """Turn FP8 on or, with provider "off", off in every eligible Linear; returns how many run in
+def set_fp8(
+    model,
+    product,  # autograd.Function of x (M, K) and weight (N, K), such as ScaledMatmul, or None
+):
+    """Let `product` multiply in every eligible Linear; None turns FP8 off. Returns how many run in
     FP8."""
     eligible = [m for m in model.modules() if isinstance(m, Linear) and fp8_eligible(m.weight)]
     for module in eligible:
-        module.fp8 = provider != "off"
-    return len(eligible) if provider != "off" else 0
+        module.fp8 = product
+    return len(eligible) if product else 0

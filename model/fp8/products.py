@@ -1,4 +1,4 @@
-"""The fused pass's matrix products (GEMMs) behind one interface, with three providers.
+"""The matrix products (GEMMs) behind one interface, by three providers (model/providers.py).
 
 A linear layer y = x @ w.T takes three products, each a method of a provider:
 
@@ -13,6 +13,9 @@ differs between the three products. As in the baseline (model/fp8/linear.py), fo
 input_grad, which reduce over features, use fast accumulation; weight_grad, which reduces over all
 tokens of a micro-step, promotes its partial sums to fp32 registers (Transformer Engine's split
 accumulator, use_fast_accum=False in torch).
+
+The eager and the compiled model differentiate by autograd: `linear` of a provider that serves them
+is the autograd.Function of x (M, K) and w (N, K) that its Linear layers apply, None for plain ones.
 """
 
 from dataclasses import replace
@@ -20,12 +23,13 @@ from dataclasses import replace
 import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
+from nanofuse.model.fp8.linear import ScaledMatmul
 
 
 class PlainGemm:
     """Products of bf16 or fp32 tensors by torch; weight gradients accumulate in fp32."""
 
-    name, fp8 = "off", False
+    fp8, linear = False, None
 
     def forward(
         self,
@@ -65,7 +69,7 @@ class TorchGemm:
     is computed into a temporary and then added by a second kernel.
     """
 
-    name, fp8 = "torch", True
+    fp8, linear = True, ScaledMatmul
 
     def forward(
         self,
@@ -115,7 +119,7 @@ class TransformerEngineGemm:
     gradients accumulate in the GEMM's epilogue. Constructing one raises whatever the import raises.
     """
 
-    name, fp8 = "te", True
+    fp8 = True
 
     def __init__(self):
         # import order: transformer_engine.pytorch loads what transformer_engine_torch links to
@@ -170,23 +174,3 @@ class TransformerEngineGemm:
         )
 
     keep = TorchGemm.keep
-
-
-PROVIDERS = {"te": TransformerEngineGemm, "torch": TorchGemm, "off": PlainGemm}
-HINTS = {"te": "pip install 'nanofuse[fp8]'", "torch": "install a torch built for CUDA"}
-
-
-def make_gemm(provider):
-    """An instance of the provider named `provider`, a key of PROVIDERS.
-
-    Raises:
-        ValueError: its library is not installed, or does not load.
-    """
-    products = PROVIDERS[provider]
-    try:
-        return products()
-    except Exception as error:  # a broken install may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{provider} needs a library that does not load ({reason}); {HINTS[provider]}"
-        ) from error

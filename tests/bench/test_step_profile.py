@@ -12,7 +12,7 @@ from nanofuse.bench.step_profile import class_table, kernel_table, load_trace, m
 from nanofuse.bench.training import tiny_workload
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.assemble import assemble
-from nanofuse.train.device import select_machine
+from nanofuse.train.device import select_fp8, select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_trace_holds_the_phases_of_one_step(tmp_path):
     workload = tiny_workload(2)
     machine = select_machine("cpu", "eager")
-    built = assemble(workload.config, machine, OptimConfig(), ("off", ""))
+    fp8 = select_fp8("off", machine, workload.config, workload.rows)
+    built = assemble(workload.config, machine, OptimConfig(), fp8)
     record(built, workload.batches(machine.device) * 2, tmp_path / "trace.json.gz")
     trace = load_trace(tmp_path / "trace.json.gz")
     ranges = [e for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]

@@ -11,11 +11,12 @@ from nanofuse.model import fused as fused_module
 from nanofuse.model import fused_layer
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.fp8.linear import set_fp8
-from nanofuse.model.fp8.products import PROVIDERS, PlainGemm, TorchGemm, make_gemm
+from nanofuse.model.fp8.linear import ScaledMatmul, set_fp8
+from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.model.providers import PRODUCTS, choices, find
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -96,11 +97,11 @@ def test_the_gradient_of_a_resid_lambda_does_not_divide_by_it(lambdas):
     torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", choices(PRODUCTS)[1:])
 def test_both_ways_to_the_gradient_of_a_resid_lambda_agree(provider, monkeypatch):
     """The quotient, which holds for ordinary lambdas, and the sum, in the same backward pass."""
     try:
-        gemm = make_gemm(provider)
+        gemm = find(PRODUCTS, provider).build()
     except ValueError as error:
         pytest.skip(str(error))
     config = make(depth=6, aspect=32, vocab_size=128)
@@ -161,12 +162,12 @@ def test_losses_without_gradients(gemm, monkeypatch):
     torch.testing.assert_close(fused(tokens, targets), truth(tokens, targets).detach())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", choices(PRODUCTS)[1:])
 def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
     """Errors at most twice those of the eager model with the products of model/fp8/linear.py, which
     takes each FP8 scale from the tensor; bf16 on a GPU."""
     try:
-        gemm = make_gemm(provider)
+        gemm = find(PRODUCTS, provider).build()
     except ValueError as error:
         pytest.skip(str(error))
     dtype = torch.bfloat16 if ON_GPU else torch.float32
@@ -174,7 +175,7 @@ def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
     truth, fused = pair(config, gemm, dtype)
     baseline = GPT(config, dtype, device=DEVICE).train()
     baseline.load_state_dict(truth.state_dict())
-    assert set_fp8(baseline, "torch" if gemm.fp8 else "off") == (13 if gemm.fp8 else 0)
+    assert set_fp8(baseline, ScaledMatmul if gemm.fp8 else None) == (13 if gemm.fp8 else 0)
     tokens, targets = batch(config)
     exact, theirs = (model(tokens, targets, reduction="none") for model in (truth, baseline))
     for losses in (exact, theirs):
@@ -271,12 +272,12 @@ class CountingGemm:
         self.gemm.weight_grad(g, x, out)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", choices(PRODUCTS)[1:])
 def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     """No fast path is silently off: counts the launcher calls of one micro-step after calibration
     and of an evaluation; and `describe` names every op that runs."""
     try:
-        gemm, calls = CountingGemm(make_gemm(provider)), Counter()
+        gemm, calls = CountingGemm(find(PRODUCTS, provider).build()), Counter()
     except ValueError as error:
         pytest.skip(str(error))
     config = make(depth=2, aspect=32, vocab_size=128)
@@ -334,11 +335,11 @@ def test_a_loss_is_differentiated_once():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", choices(PRODUCTS)[1:])
 def test_cuda_graphs_change_nothing(provider):
     """Losses and gradients of two batches, bit for bit (SDPA's math backend is deterministic)."""
     try:
-        gemm = make_gemm(provider)
+        gemm = find(PRODUCTS, provider).build()
     except ValueError as error:
         pytest.skip(str(error))
     config = make(depth=4, aspect=64, vocab_size=128)

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from nanofuse.kernels.softcap_cross_entropy import IGNORE_INDEX
+from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.gpt import GPT
+from nanofuse.model.providers import ATTENTION, find
 from tests.helpers import random_model, small_config
 from tests.model.reference import reference_logits
 
@@ -163,8 +165,6 @@ def test_positions_beyond_the_rotary_table_are_refused():
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 def test_compiled_bf16_on_a_gpu_is_as_close_as_eager(attention):
     """Error of the compiled bf16 loss and gradients at most twice that of eager bf16."""
-    from nanofuse.model.backends.choice import BACKENDS
-
     config = GPTConfig.from_depth(4, sequence_len=512, vocab_size=1024)
     tokens, targets = torch.randint(1024, (2, 2, 512), device="cuda")
     truth = GPT(config, torch.float32, device="cuda")
@@ -184,8 +184,8 @@ def test_compiled_bf16_on_a_gpu_is_as_close_as_eager(attention):
         return torch.cat([p.grad.float().flatten() for p in model.parameters()])
 
     state = truth.state_dict()
-    exact = grads(torch.float32, BACKENDS["sdpa"](), compiled=False)
-    eager = (grads(torch.bfloat16, BACKENDS["sdpa"](), compiled=False) - exact).norm()
-    ours = (grads(torch.bfloat16, BACKENDS[attention](), compiled=True) - exact).norm()
+    exact = grads(torch.float32, SDPAttention(), compiled=False)
+    eager = (grads(torch.bfloat16, SDPAttention(), compiled=False) - exact).norm()
+    ours = (grads(torch.bfloat16, find(ATTENTION, attention).build(), compiled=True) - exact).norm()
     print(f"relative error: eager {eager / exact.norm():.4f}, compiled {ours / exact.norm():.4f}")
     assert ours <= 2 * eager

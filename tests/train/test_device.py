@@ -1,22 +1,28 @@
 """What runs on which machine, and what the user is told about it."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.fp8.products import PROVIDERS
+from nanofuse.model.fp8.products import TorchGemm, TransformerEngineGemm
 from nanofuse.train import device
-from nanofuse.train.device import BF16_PEAKS, bf16_peak, select_fp8, select_machine
+from nanofuse.train.device import BF16_PEAKS, Machine, bf16_peak, select_fp8, select_machine
 from nanofuse.train.errors import UserError
 
 CONFIG = GPTConfig.from_depth(4)
 
 
+class OnGPU(Machine):
+    """A machine with a GPU of a compute capability that is set."""
+
+    capability = (9, 0)
+
+
 def machine(backend, capability=(9, 0)):
-    return SimpleNamespace(backend=backend, capability=capability)
+    made = type("OnGPU", (OnGPU,), {"capability": capability})
+    return made(torch.device("cuda", 0), "NVIDIA H200", backend, "asked for", torch.bfloat16)
 
 
 @pytest.fixture
@@ -59,9 +65,10 @@ def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
 
 
 def test_a_missing_transformer_engine_is_announced(without_te):
-    provider, why = select_fp8("auto", machine("fused"), CONFIG, 32)
-    assert provider == "torch" and why.startswith("auto: te needs a library that does not")
-    with pytest.raises(UserError, match="--fp8 te needs a library .*nanofuse"):
+    chosen = select_fp8("auto", machine("fused"), CONFIG, 32)
+    assert chosen.name == "torch" and isinstance(chosen.made, TorchGemm)
+    assert chosen.why == "auto on cuda: te is not installed: pip install 'nanofuse[fp8]'"
+    with pytest.raises(UserError, match="--fp8 te needs Transformer Engine: pip .*; or use --fp8"):
         select_fp8("te", machine("fused"), CONFIG, 32)
 
 
@@ -69,36 +76,37 @@ def test_a_missing_transformer_engine_is_announced(without_te):
     ("name", "backend", "capability", "provider", "why"),
     [
         ("off", "fused", (9, 0), "off", "asked for"),
-        ("auto", "eager", (9, 0), "off", "auto: eager is the reference"),
-        ("auto", "compile", (9, 0), "torch", "auto"),
-        ("auto", "compile", (8, 0), "off", "auto: needs a GPU of compute capability 8.9 or newer"),
+        ("auto", "eager", (9, 0), "off", "torch is for eager by name only"),
+        ("auto", "compile", (9, 0), "torch", "auto on cuda: te serves fused, not compile"),
+        ("auto", "compile", (8, 0), "off", "torch needs compute capability 8.9 or later, this GPU"),
         ("torch", "eager", (9, 0), "torch", "asked for"),
     ],
 )
 def test_choice_of_fp8(name, backend, capability, provider, why):
-    assert select_fp8(name, machine(backend, capability), CONFIG, 32) == (provider, why)
+    chosen = select_fp8(name, machine(backend, capability), CONFIG, 32)
+    assert chosen.name == provider and why in chosen.why
 
 
 def test_sizes_that_fp8_kernels_do_not_take():
     odd = GPTConfig.from_depth(4, head_dim=24)
-    provider, why = select_fp8("auto", machine("fused"), odd, 32)
-    assert provider == "off" and "multiples of 16" in why
-    with pytest.raises(UserError, match="--fp8 torch needs widths .*use --fp8 off"):
+    chosen = select_fp8("auto", machine("fused"), odd, 32)
+    assert chosen.name == "off" and "multiples of 16" in chosen.why
+    with pytest.raises(UserError, match="--fp8 torch needs widths .*use --fp8 auto"):
         select_fp8("torch", machine("fused"), odd, 32)
     short = GPTConfig.from_depth(4, sequence_len=100)
-    assert select_fp8("auto", machine("fused"), short, 1)[0] == "off"
-    with pytest.raises(UserError, match="--fp8 te needs --backend fused"):
+    assert select_fp8("auto", machine("fused"), short, 1).name == "off"
+    with pytest.raises(UserError, match="--fp8 te serves fused, not compile; or use --fp8 auto"):
         select_fp8("te", machine("compile"), CONFIG, 32)
 
 
 def test_a_damaged_library_is_told_in_one_line(monkeypatch):
-    def damaged():
+    def damaged(self):
         raise FileNotFoundError("no shared object\nand a page of text")
 
-    monkeypatch.setitem(PROVIDERS, "te", damaged)
-    provider, why = select_fp8("auto", machine("fused"), CONFIG, 32)
-    assert provider == "torch" and "(no shared object)" in why and "\n" not in why
-    with pytest.raises(UserError, match="does not load .no shared object.; pip install"):
+    monkeypatch.setattr(TransformerEngineGemm, "__init__", damaged)
+    chosen = select_fp8("auto", machine("fused"), CONFIG, 32)
+    assert chosen.name == "torch" and chosen.why == "auto on cuda: te: no shared object"
+    with pytest.raises(UserError, match="Engine: pip install .* .no shared object.; or use"):
         select_fp8("te", machine("fused"), CONFIG, 32)
 
 

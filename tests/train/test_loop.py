@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from nanofuse.model.backends.torch_backends import FlexAttention
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -141,5 +142,7 @@ def test_fp8_and_compile_flags_arrive(make_trainer):
     sizes = {"device_type": "cuda", "depth": 4, "aspect_ratio": 64, "head_dim": 128}
     trainer = make_trainer(**sizes, fp8="torch", backend="compile", attention="flex")
     assert trainer.raw_model.lm_head.fp8 and trainer.raw_model.transformer.h[0].mlp.c_fc.fp8
-    assert trainer.model is not trainer.raw_model and trainer.raw_model.attention.name == "flex"
+    assert trainer.model is not trainer.raw_model and isinstance(
+        trainer.raw_model.attention, FlexAttention
+    )
     assert trainer.optimizer.newton_schulz_dtype == torch.bfloat16

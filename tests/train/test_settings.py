@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanofuse.kernels import newton_schulz
-from nanofuse.model.backends.choice import BACKENDS
 from nanofuse.model.config import Dials
-from nanofuse.model.fp8.products import PROVIDERS
 from nanofuse.model.option import options
-from nanofuse.model.providers import ATTENTION, PRODUCTS
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import EQUILIBRATIONS
 from nanofuse.train.plan import make_plan
@@ -56,7 +53,6 @@ def test_every_default_has_one_owner():
     assert len(names) == len(set(names)) == len(FLAGS)
     assert {f.name for f in dataclasses.fields(Settings)} == set(TITLES)
     assert EQUILIBRATIONS == newton_schulz.EQUILIBRATIONS
-    assert ATTENTION == tuple(BACKENDS) and PRODUCTS == tuple(PROVIDERS)
 
 
 def test_every_flag_reaches_its_part_and_unknown_ones_none():

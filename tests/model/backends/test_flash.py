@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from nanofuse.model.backends.choice import BACKENDS, forward_and_backward, select_attention
+from nanofuse.model.backends.choice import forward_and_backward, select_attention
 from nanofuse.model.backends.flash import (
     FlashAttention4,
     TransformerEngineAttention,
@@ -15,6 +15,7 @@ from nanofuse.model.backends.flash import (
     _te_layout,
 )
 from nanofuse.model.backends.torch_backends import SDPAttention, window_mask
+from nanofuse.model.providers import ATTENTION, Need, choices
 
 
 def fused_inputs(
@@ -178,11 +179,16 @@ def test_te_is_asked_for_cudnn_and_the_window(monkeypatch):
     }
 
 
+def need(backend):
+    """What a bf16 model on this GPU asks for."""
+    return Need(backend, "cuda", torch.cuda.get_device_capability(), ("bf16",))
+
+
 def on_gpu(name, deterministic=False):
     """The backend named `name`; skips the test if its library is missing or does not support this
     GPU."""
     try:
-        return select_attention(name, "cuda", deterministic)[0]
+        return select_attention(name, need("fused"), deterministic).made
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -197,7 +203,7 @@ def fresh_compiler():
 
 WINDOWS = pytest.mark.parametrize("window", [128, 512, 4096])
 LENGTHS = pytest.mark.parametrize("seq_len", [384, 1024])
-ALL = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])
+ALL = pytest.mark.parametrize("name", [name for name in choices(ATTENTION)[1:] if name != "sdpa"])
 
 
 def gpu_inputs(seq_len, kv_heads):
@@ -261,9 +267,9 @@ def test_deterministic_gives_the_same_bits(fresh_compiler, name, window, kv_head
 @pytest.mark.cuda
 def test_deterministic_sdpa_and_auto(fresh_compiler):
     tensors = gpu_inputs(1024, 2)
-    backend, why = select_attention("auto", "cuda", deterministic=True, compiled=True)
-    print(why)
-    assert backend.deterministic and "agrees with SDPA to 0.0" in why
+    chosen = select_attention("auto", need("compile"), deterministic=True)
+    print(chosen.why)
+    assert chosen.made.deterministic and "agrees with SDPA to 0.0" in chosen.why
     for window in (128, 4096):
         first, other = (
             forward_and_backward(SDPAttention(True), tensors, window, torch.bfloat16)

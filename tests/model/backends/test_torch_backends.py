@@ -3,15 +3,17 @@ import re
 import sys
 import types
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nanofuse.model.backends import choice as attention
-from nanofuse.model.backends.choice import BACKENDS, select_attention
+from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.backends.flash import FlashAttention4
 from nanofuse.model.backends.torch_backends import FlexAttention, SDPAttention
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.providers import Need
 
 
 def longhand(q, k, v, window):
@@ -78,23 +80,27 @@ def longhand_flash(q, k, v, causal, window_size, deterministic):
     return SDPAttention()(q, k, v, window_size[0] % 2**31), None
 
 
+CPU = Need("eager", "cpu", (0, 0), ("fp32",))
+HOPPER = Need("fused", "cuda", (9, 0), ("bf16",))
+COMPILED = replace(HOPPER, backend="compile")
+
+
 @pytest.fixture
 def hopper(monkeypatch):
-    """Makes torch report a Hopper GPU (the self-check runs on the CPU) and hides all attention
-    libraries; hopper(f) installs f as flash_attn_interface.flash_attn_func."""
+    """Runs the self-check on the CPU and hides all attention libraries; hopper(f) installs f as
+    flash_attn_interface.flash_attn_func."""
     check = attention.self_check
     monkeypatch.setattr(
         attention, "self_check", lambda backend, device, config: check(backend, "cpu", config)
     )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     parts = ("flash_attn_interface", "flash_attn", "transformer_engine")
     for name in {n for n in sys.modules if n.split(".")[0] in parts} | set(parts):
         monkeypatch.setitem(sys.modules, name, None)
 
-    def no_compiler(self):
+    def no_compiler(self, deterministic):
         raise OSError("gone\nand more")
 
-    monkeypatch.setattr(FlexAttention, "load", no_compiler)
+    monkeypatch.setattr(FlexAttention, "__init__", no_compiler)
 
     def install_flash_3(function):
         module = types.ModuleType("flash_attn_interface")
@@ -105,23 +111,25 @@ def hopper(monkeypatch):
 
 
 def test_auto_on_a_cpu_is_sdpa():
-    backend, why = select_attention("auto", "cpu")
-    assert backend.name == "sdpa" and why == "auto on cpu"
-    backend, why = select_attention("sdpa", "cuda")
-    assert backend.name == "sdpa" and why == "asked for"
-    assert select_attention("auto", "cpu", deterministic=True)[0].deterministic
+    chosen = select_attention("auto", CPU)
+    assert chosen.name == "sdpa" and chosen.why == "auto on cpu"
+    chosen = select_attention("sdpa", HOPPER)
+    assert chosen.name == "sdpa" and chosen.why == "asked for"
+    assert isinstance(chosen.made, SDPAttention) and not chosen.made.deterministic
+    assert select_attention("auto", CPU, deterministic=True).made.deterministic
 
 
 def test_auto_takes_what_agrees_and_tells_what_does_not_run(hopper):
     hopper(longhand_flash)
-    backend, why = select_attention("auto", "cuda")
-    assert backend.name == "fa3" and re.fullmatch(
-        r"auto on cuda: fa3 agrees with SDPA to 0\.00\d", why
+    chosen = select_attention("auto", HOPPER)
+    assert chosen.name == "fa3" and re.fullmatch(
+        r"auto on cuda: fa3 agrees with SDPA to 0\.00\d", chosen.why
     )
-    backend, why = select_attention("auto", "cuda", compiled=True)
-    assert backend.name == "sdpa" and why.startswith(
-        "auto on cuda: fa3 does not run under torch.compile; fa4 is not installed; te does not run "
-        "under torch.compile; flex: gone; sdpa agrees with SDPA to 0.00"
+    chosen = select_attention("auto", COMPILED)
+    assert chosen.name == "sdpa" and chosen.why.startswith(
+        "auto on cuda: fa3 serves eager and fused, not compile; fa4 is not installed: pip install "
+        "flash-attn-4; te serves eager and fused, not compile; flex: gone; sdpa agrees with SDPA "
+        "to 0.00"
     )
 
 
@@ -135,22 +143,23 @@ def test_auto_takes_what_agrees_and_tells_what_does_not_run(hopper):
 )
 def test_auto_refuses_wrong_values_and_says_where(hopper, break_it, reason):
     hopper(lambda q, *rest, **options: break_it(longhand_flash(q, *rest, **options)[0], q))
-    backend, why = select_attention("auto", "cuda")
-    assert backend.name == "sdpa" and f"fa3: {reason}" in why and "te is not installed" in why
+    chosen = select_attention("auto", HOPPER)
+    assert chosen.name == "sdpa" and f"fa3: {reason}" in chosen.why
+    assert "te is not installed" in chosen.why
 
 
-def test_auto_refuses_a_wrong_window_and_another_gpu(hopper, monkeypatch):
+def test_auto_refuses_a_wrong_window_and_another_gpu(hopper):
     def one_key_less(*tensors, window_size, **options):
         return longhand_flash(*tensors, window_size=(window_size[0] - 1, 0), **options)
 
     hopper(one_key_less)
-    assert "fa3: y of window 512 is off by 0.0" in select_attention("auto", "cuda")[1]
+    assert "fa3: y of window 512 is off by 0.0" in select_attention("auto", HOPPER).why
     hopper(longhand_flash)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    why = select_attention("auto", "cuda")[1]
-    assert "fa3: needs compute capability 9.0, this GPU has 10.0; fa4 is not" in why
+    blackwell = replace(HOPPER, capability=(10, 0))
+    why = select_attention("auto", blackwell).why
+    assert "fa3 needs compute capability 9.0, this GPU has 10.0; fa4 is not" in why
     with pytest.raises(ValueError, match="fa3 needs compute capability 9.0"):
-        select_attention("fa3", "cuda")
+        select_attention("fa3", blackwell)
 
 
 def test_auto_tries_the_sizes_of_the_model(hopper):
@@ -166,11 +175,11 @@ def test_auto_tries_the_sizes_of_the_model(hopper):
     hopper(narrow)
     sizes = {"n_kv_head": 1, "sequence_len": 512}
     small = GPTConfig.from_depth(4, aspect_ratio=32, head_dim=64, **sizes)
-    assert select_attention("auto", "cuda", config=small)[0].name == "fa3"
+    assert select_attention("auto", HOPPER, config=small).name == "fa3"
     assert seen == [(2, 64, 128), (2, 64, -1)]
     large = GPTConfig.from_depth(4, aspect_ratio=32, head_dim=128, **sizes)
-    backend, why = select_attention("auto", "cuda", config=large)
-    assert backend.name == "sdpa" and "fa3: head_dim > 64" in why
+    chosen = select_attention("auto", HOPPER, config=large)
+    assert chosen.name == "sdpa" and "fa3: head_dim > 64" in chosen.why
 
 
 def test_deterministic_reaches_the_library(hopper):
@@ -182,7 +191,7 @@ def test_deterministic_reaches_the_library(hopper):
 
     hopper(record)
     for deterministic in (False, True):
-        backend, _ = select_attention("fa3", "cuda", deterministic)
+        backend = select_attention("fa3", HOPPER, deterministic).made
         y, saved = backend.forward(*inputs(17, 17), 4)
         backend.backward(saved, y)
     assert asked == [False, True]
@@ -198,32 +207,34 @@ def test_deterministic_reaches_the_library(hopper):
 )
 def test_a_missing_library_is_named_with_its_hint(hopper, name, hint):
     with pytest.raises(ValueError, match=f"{name} needs {hint}"):
-        select_attention(name, "cuda")
+        select_attention(name, HOPPER)
     with pytest.raises(ValueError, match=f"{name} needs a CUDA GPU"):
-        select_attention(name, "cpu")
+        select_attention(name, CPU)
 
 
 def test_a_damaged_library_is_told_in_one_line(hopper, monkeypatch):
-    def damaged(self):
+    def damaged(self, deterministic):
         raise OSError("undefined symbol\nand a page of text")
 
-    monkeypatch.setattr(FlashAttention4, "load", damaged)
+    monkeypatch.setattr(FlashAttention4, "__init__", damaged)
     with pytest.raises(ValueError) as caught:
-        select_attention("fa4", "cuda")
+        select_attention("fa4", HOPPER)
     assert "(undefined symbol)" in str(caught.value) and "\n" not in str(caught.value)
-    assert "fa4: undefined symbol; te" in select_attention("auto", "cuda")[1]
+    assert "fa4: undefined symbol; te" in select_attention("auto", HOPPER).why
 
 
 @pytest.mark.parametrize("name", ["fa3", "te"])
 def test_what_the_compiler_cannot_take_in_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} does not run under torch.compile"):
-        select_attention(name, "cuda", compiled=True)
+    with pytest.raises(ValueError, match=f"{name} serves eager and fused, not compile"):
+        select_attention(name, COMPILED)
+    with pytest.raises(ValueError, match=f"{name} takes bf16, not fp32"):
+        select_attention(name, replace(HOPPER, dtypes=("fp32",)))
 
 
 @pytest.mark.parametrize("name", ["flex", "nonsense"])
 def test_what_cannot_run_is_refused(name):
-    with pytest.raises(ValueError, match="flex needs a CUDA GPU|'nonsense' is unknown"):
-        select_attention(name, "cpu")
+    with pytest.raises(ValueError, match="flex needs a CUDA GPU|nonsense is unknown"):
+        select_attention(name, CPU)
 
 
 @pytest.mark.cuda
@@ -240,7 +251,7 @@ def test_flex_equals_sdpa_with_gradients(window, kv_heads):
     q, k, v, upstream = draw(4), draw(kv_heads), draw(kv_heads), draw(4)
 
     def run(name, dtype):
-        backend = BACKENDS[name]()
+        backend = {"flex": FlexAttention, "sdpa": SDPAttention}[name]()
         backend.prepare(2048, [window], "cuda")
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         y = backend(*leaves, window)

@@ -30,9 +30,9 @@ def test_weight_is_cast_to_the_input():
 
 def test_set_fp8_takes_everything_but_the_gates():
     model = GPT(GPTConfig.from_depth(4), device="meta")
-    assert set_fp8(model, "torch") == 4 * 6 + 1
+    assert set_fp8(model, ScaledMatmul) == 4 * 6 + 1
     assert not model.smear_gate.fp8 and not model.transformer.h[3].attn.ve_gate.fp8
-    assert set_fp8(model, "off") == 0
+    assert set_fp8(model, None) == 0
     assert not any(m.fp8 for m in model.modules() if isinstance(m, Linear))
 
 
@@ -40,7 +40,7 @@ def test_set_fp8_takes_everything_but_the_gates():
 def test_fp8_product_and_gradients_are_as_close_as_quantisation_allows():
     x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     linear = make(512, 384, "cuda")
-    linear.fp8 = True
+    linear.fp8 = ScaledMatmul
     upstream = torch.randn(256, 384, device="cuda", dtype=torch.bfloat16)
     y = linear(x)
     y.backward(upstream)
@@ -62,7 +62,7 @@ def test_evaluation_runs_in_bf16():
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     linear = make(256, 256, "cuda")
     plain = linear(x)
-    linear.fp8 = True
+    linear.fp8 = ScaledMatmul
     assert not torch.equal(linear(x), plain)
     assert torch.equal(linear.eval()(x), plain)
 
