@@ -30,10 +30,11 @@ def import_tokenizer(directory, given):
 
 def import_run(args):
     """Make a run of a nanochat checkpoint."""
-    from nanofuse.train.checkpoint import run_dir, save_checkpoint
+    from nanofuse.train.checkpoint import save_checkpoint
     from nanofuse.train.data.tokenizer import FILE_NAME
     from nanofuse.train.files import atomic_folder
     from nanofuse.train.nanochat import from_nanochat
+    from nanofuse.train.run_folder import run_dir
 
     target = run_dir(args.run)
     if target.exists():
@@ -61,17 +62,10 @@ def import_run(args):
 
 def export_run(args):
     """Write a run in nanochat's format."""
-    from nanofuse.train.checkpoint import (
-        MODEL,
-        config_of,
-        find_checkpoint,
-        load_meta,
-        load_tensors,
-        load_tokenizer,
-        run_dir,
-    )
+    from nanofuse.train.checkpoint import config_of, load_tensors, load_tokenizer
     from nanofuse.train.data.tokenizer import FILE_NAME
     from nanofuse.train.nanochat import to_nanochat
+    from nanofuse.train.run_folder import MODEL, find_checkpoint, load_meta, run_dir
 
     directory, target = run_dir(args.run), Path(args.dir)
     folder = find_checkpoint(directory, args.step)

@@ -43,16 +43,10 @@ def load(args):
     import torch
 
     from nanofuse.model.config import ROTARY_LENGTHS
-    from nanofuse.train.checkpoint import (
-        config_of,
-        find_checkpoint,
-        load_meta,
-        load_model,
-        load_tokenizer,
-        run_dir,
-    )
+    from nanofuse.train.checkpoint import config_of, load_model, load_tokenizer
     from nanofuse.train.device import select_device
     from nanofuse.train.memory import check_inference_memory
+    from nanofuse.train.run_folder import find_checkpoint, load_meta, run_dir
 
     device = select_device(args.device_type)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

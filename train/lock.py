@@ -5,10 +5,10 @@ import os
 import socket
 from pathlib import Path
 
-from nanofuse.train.checkpoint import META, STEP_NAME
 from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder, remove_leftovers
+from nanofuse.train.run_folder import META, STEP_NAME
 from nanofuse.train.runlog import METRICS_FILE, trained_steps
 
 try:

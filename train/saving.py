@@ -6,13 +6,14 @@ import traceback
 
 import torch
 
-from nanofuse.train.checkpoint import amend_meta, checkpoints, prune, save_checkpoint
+from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import DEBUG_ENV
 from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.device import device_name
 from nanofuse.train.disk import SaveError
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.files import portable
+from nanofuse.train.run_folder import amend_meta, checkpoints, prune
 from nanofuse.train.runlog import first_line
 from nanofuse.train.signals import Interrupted
 from nanofuse.train.versions import code, versions

@@ -13,19 +13,7 @@ import torch
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import Choice
 from nanofuse.train.assemble import assemble
-from nanofuse.train.checkpoint import (
-    LOADER,
-    MODEL,
-    OPTIM,
-    checkpoints,
-    config_of,
-    find_checkpoint,
-    load_meta,
-    load_tensors,
-    load_tokenizer,
-    load_weights,
-    run_dir,
-)
+from nanofuse.train.checkpoint import config_of, load_tensors, load_tokenizer, load_weights
 from nanofuse.train.clock import process_seconds
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
@@ -43,6 +31,15 @@ from nanofuse.train.loop import Trainer
 from nanofuse.train.memory import check_training_memory
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
 from nanofuse.train.progress import Progress
+from nanofuse.train.run_folder import (
+    LOADER,
+    MODEL,
+    OPTIM,
+    checkpoints,
+    find_checkpoint,
+    load_meta,
+    run_dir,
+)
 from nanofuse.train.runlog import METRICS_FILE, RunLog, cut_back
 from nanofuse.train.saving import Saver, out_of_memory, run_and_save
 from nanofuse.train.schedules import Schedule

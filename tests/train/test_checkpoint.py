@@ -6,22 +6,24 @@ import pytest
 import torch
 
 from nanofuse.train.checkpoint import (
+    load_model,
+    load_tensors,
+    load_tokenizer,
+    load_weights,
+    save_checkpoint,
+)
+from nanofuse.train.data.tokenizer import Tokenizer
+from nanofuse.train.errors import UserError
+from nanofuse.train.run_folder import (
     META,
     MODEL,
     amend_meta,
     checkpoints,
     find_checkpoint,
     load_meta,
-    load_model,
-    load_tensors,
-    load_tokenizer,
-    load_weights,
     prune,
     run_dir,
-    save_checkpoint,
 )
-from nanofuse.train.data.tokenizer import Tokenizer
-from nanofuse.train.errors import UserError
 from tests.helpers import documents, random_model, small_config
 
 

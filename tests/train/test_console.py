@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofuse.train.checkpoint import run_dir
+from nanofuse.train.run_folder import run_dir
 from tests.train.tiny import TINY, losses, records, steps
 
 ROOT = Path(__file__).parent.parent.parent

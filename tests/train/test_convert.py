@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanofuse.train.checkpoint import find_checkpoint, load_model, run_dir
+from nanofuse.train.checkpoint import load_model
 from nanofuse.train.convert import main
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main as run_main
+from nanofuse.train.run_folder import find_checkpoint, run_dir
 from tests.model.reference import reference_logits
 
 CONFIG = {

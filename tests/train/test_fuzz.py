@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from nanofuse.train import convert, generate, run
-from nanofuse.train.checkpoint import run_dir
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data_command
+from nanofuse.train.run_folder import run_dir
 from nanofuse.train.settings import FLAGS, flag_name
 from tests.train.edits import edit_json, edit_tensors
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanofuse.train import convert
-from nanofuse.train.checkpoint import run_dir, save_checkpoint
+from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import run_command
 from nanofuse.train.generate import MAX_SAMPLES, main
+from nanofuse.train.run_folder import run_dir
 from tests.helpers import random_model, small_config
 
 

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from nanofuse.train.checkpoint import checkpoints
 from nanofuse.train.files import LEFTOVER
+from nanofuse.train.run_folder import checkpoints
 from tests.train.forks import Forks
 from tests.train.tiny import TINY, assert_same_run, strangers
 

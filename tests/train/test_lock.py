@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from nanofuse.train.bpb import Validation
-from nanofuse.train.checkpoint import run_dir
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.lock import LOCK_FILE, RunLock, Taken
 from nanofuse.train.loop import Trainer
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import run_dir
 from tests.train.tiny import TINY, losses, records, steps, strangers
 
 HOLDER = """

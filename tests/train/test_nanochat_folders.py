@@ -10,16 +10,11 @@ import torch
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.train import generate, nanochat
-from nanofuse.train.checkpoint import (
-    find_checkpoint,
-    load_model,
-    load_tokenizer,
-    run_dir,
-    save_checkpoint,
-)
+from nanofuse.train.checkpoint import load_model, load_tokenizer, save_checkpoint
 from nanofuse.train.convert import main
 from nanofuse.train.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from nanofuse.train.errors import UserError
+from nanofuse.train.run_folder import find_checkpoint, run_dir
 from tests.helpers import documents, random_model, small_config
 from tests.model.reference import reference_logits
 

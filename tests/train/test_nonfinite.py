@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nanofuse.model import fused
-from nanofuse.train.checkpoint import find_checkpoint, load_meta, load_tensors, run_dir
+from nanofuse.train.checkpoint import load_tensors
 from nanofuse.train.errors import UserError
 from nanofuse.train.loop import Trainer
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import find_checkpoint, load_meta, run_dir
 
 SMALL = (
     "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 64 --device-batch-size 2 "

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from nanofuse.train.checkpoint import find_checkpoint, load_meta, run_dir
 from nanofuse.train.data.corpus import open_corpus
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import find_checkpoint, load_meta, run_dir
 from nanofuse.train.start import find_tokenizer
 
 SMALL = (

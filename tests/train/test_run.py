@@ -23,17 +23,7 @@ import torch
 from nanofuse.model.engine import Sampling, generate
 from nanofuse.train import generate as generate_command
 from nanofuse.train import start as start_module
-from nanofuse.train.checkpoint import (
-    MODEL,
-    OPTIM,
-    checkpoints,
-    find_checkpoint,
-    load_meta,
-    load_model,
-    load_tensors,
-    load_tokenizer,
-    run_dir,
-)
+from nanofuse.train.checkpoint import load_model, load_tensors, load_tokenizer
 from nanofuse.train.command import LOADED
 from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.loader import Packing, packed_batches
@@ -41,6 +31,7 @@ from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.device import select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import MODEL, OPTIM, checkpoints, find_checkpoint, load_meta, run_dir
 from nanofuse.train.settings import FLAGS
 from nanofuse.train.start import process_seconds
 from nanofuse.train.versions import code

@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from nanofuse.train.checkpoint import checkpoints, load_meta, run_dir
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import remove_folder
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import checkpoints, load_meta, run_dir
 from nanofuse.train.runlog import RunLog, cut_back
 from tests.train.tiny import TINY, losses, records
 

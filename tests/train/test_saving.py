@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanofuse.train.checkpoint import LOADER, MODEL, OPTIM, load_meta, load_tensors, run_dir
+from nanofuse.train.checkpoint import load_tensors
 from nanofuse.train.disk import check_room, room
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.loop import Trainer
 from nanofuse.train.run import main
+from nanofuse.train.run_folder import LOADER, MODEL, OPTIM, load_meta, run_dir
 from nanofuse.train.signals import Signals
 from tests.train.tiny import TINY, losses, records, steps, strangers
 

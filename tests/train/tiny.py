@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from nanofuse.train.checkpoint import LOADER, MODEL, OPTIM, checkpoints, load_tensors, run_dir
+from nanofuse.train.checkpoint import load_tensors
+from nanofuse.train.run_folder import LOADER, MODEL, OPTIM, checkpoints, run_dir
 
 TINY = (
     "--depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 64 --device-batch-size 2 "

@@ -15,12 +15,12 @@ import tiktoken
 import torch
 
 from nanofuse.train import convert
-from nanofuse.train.checkpoint import run_dir
 from nanofuse.train.command import run_command
 from nanofuse.train.data import pickled as module
 from nanofuse.train.data.pickled import MAX_BYTES, Reader, load_pickled, pickled
 from nanofuse.train.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 from nanofuse.train.errors import UserError
+from nanofuse.train.run_folder import run_dir
 
 TEXTS = ["", "the cat", "naïve 日本語 🎉", "x = 12345\n\n\tif y:", "<|bos|> is text here", " " * 9]
 

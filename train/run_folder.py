@@ -1,0 +1,132 @@
+"""What lies in a run's folder, to be found and read without loading torch.
+
+runs/NAME/tokenizer.json, metrics.jsonl
+runs/NAME/step_000500/model.safetensors, optim.safetensors, loader.safetensors, meta.json
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanofuse.train.errors import UserError
+from nanofuse.train.files import remove_folder, write_text_atomically
+from nanofuse.train.schemas import read_meta
+
+META, MODEL, OPTIM, LOADER = (
+    "meta.json",
+    "model.safetensors",
+    "optim.safetensors",
+    "loader.safetensors",
+)
+RUNS_DIR = Path("runs")
+STEP_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
+
+
+def run_dir(name: str) -> Path:
+    """Folder of a run.
+
+    Raises:
+        UserError: a name that is not a plain folder name.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise UserError(f"--run {name!r} must be letters, digits and . _ + - only")
+    return RUNS_DIR / name
+
+
+def meta_text(meta: Mapping[str, Any]) -> str:
+    """meta.json's content."""
+    return json.dumps(meta, indent=2) + "\n"
+
+
+def amend_meta(folder: Path, values: Mapping[str, Any]) -> None:
+    """Change values of a checkpoint's meta.json."""
+    write_text_atomically(folder / META, meta_text({**load_meta(folder), **values}))
+
+
+def peek(folder: Path) -> dict[str, Any] | None:
+    """meta.json as it is, or None where it cannot be read as JSON."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return meta if isinstance(meta, dict) else None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{file name: SHA-256} that meta.json gives; empty where it gives none, as up to 0.1."""
+    files = (peek(folder) or {}).get("files")
+    return files if isinstance(files, dict) else {}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there."""
+    names = {META, MODEL, *(name for name in digests(folder) if name in (OPTIM, LOADER))}
+    return all((folder / name).is_file() for name in names)
+
+
+def checkpoints(directory: Path | str) -> dict[int, Path]:
+    """{step: folder} of a run's complete checkpoints, ascending; other names are not looked at."""
+    found = {}
+    for path in Path(directory).glob("step_*"):
+        match = STEP_NAME.fullmatch(path.name)
+        if match and is_complete(path):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def prune(directory: Path | str, keep: int) -> list[Path]:
+    """Remove all but the last `keep` checkpoints and the best by validation BPB; returns them."""
+    found = checkpoints(directory)
+    if len(found) <= keep:
+        return []
+    bpbs = {step: (peek(folder) or {}).get("val_bpb") for step, folder in found.items()}
+    known = [(b, step) for step, b in bpbs.items() if isinstance(b, float) and b < math.inf]
+    kept = {*list(found)[-keep:], *(step for _, step in sorted(known)[:1])}
+    doomed = [folder for step, folder in found.items() if step not in kept]
+    for folder in doomed:
+        remove_folder(folder)
+    return doomed
+
+
+def runs_with_checkpoints() -> Iterator[str]:
+    """Names of the runs that have a checkpoint, in order."""
+    for directory in sorted(RUNS_DIR.glob("*")):
+        if checkpoints(directory):
+            yield directory.name
+
+
+def find_checkpoint(directory: Path | str, step: int | None = None) -> Path:
+    """Folder of a run's latest complete checkpoint, the one of the largest number, or of `step`.
+
+    Raises:
+        UserError: the run or the step does not exist.
+    """
+    found = checkpoints(directory)
+    if not found:
+        there = ", ".join(runs_with_checkpoints()) or "none"
+        raise UserError(f"no checkpoint in {directory}; runs that have one: {there}")
+    if step is None:
+        return found[max(found)]
+    if step not in found:
+        names = ", ".join(map(str, found))
+        raise UserError(f"{directory} has no checkpoint of step {step}; there are: {names}")
+    return found[step]
+
+
+def load_meta(folder: Path | str) -> dict[str, Any]:
+    """meta.json of a checkpoint.
+
+    Raises:
+        UserError: missing, damaged or of another format.
+    """
+    path = Path(folder) / META
+    try:
+        return read_meta(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is missing, damaged or of another format ({error}); delete {folder} to use "
+            "the checkpoint before it"
+        ) from None
