@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
-from nanofuse.train import convert, generate, run
+from nanofuse.train import convert, generate, plot, run
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data.pickled import pickled
@@ -76,6 +76,9 @@ DATA_FLAGS = (
     "train-tokenizer --data data --max-chars -1",
     "tokenize --data stdlib", "tokenize --data data --cache off",
     "tokenize --data data --workers 0",
+)  # fmt: skip
+PLOT_FLAGS = (
+    "nowhere", "data", "a a", "a broken", "a --out a.pdf", "a --x hours", "a runs/a/tokenizer.json",
 )  # fmt: skip
 CONFIG_EDITS = (
     ("rope_base", 500000), ("n_layer", 10**6), ("n_layer", 2000), ("n_embd", 2**40),
@@ -255,6 +258,9 @@ def sections():
     yield "A run's files, with `--resume`", list(file_rows())
     yield "train.generate", [(f, said(generate.main, [*SAMPLE, *f.split()])) for f in SAMPLE_FLAGS]
     yield "train.convert", list(nanochat_rows())
+    Path("runs/broken").mkdir()
+    Path("runs/broken/metrics.jsonl").write_text('{"kind": "val", "step": -1}\n')
+    yield "train.plot", [(flags, said(plot.main, flags.split())) for flags in PLOT_FLAGS]
     yield "train.data", [(flags, said(data.main, flags.split())) for flags in DATA_FLAGS]
 
 
