@@ -23,6 +23,7 @@ from nanofuse.train.data.stream import OTHER_DATA, DocumentStream, Tokens, fetch
 from nanofuse.train.errors import UserError
 
 BATCHES_AHEAD = 32
+PIPE_BYTES = 1 << 20  # what Linux allows everybody
 GOING_SECONDS = 60  # for a process to end, with a part of a cache to be written out
 NO_DOCUMENTS = np.zeros((3, 0), np.int64)
 
@@ -269,6 +270,7 @@ class ProcessLoader:
         )
         self.process.start()
         theirs.close()  # so that the pipe ends when the process does
+        _widen(self.pipe)
         self.error = None
 
     def take(self, rows):
@@ -304,6 +306,15 @@ class ProcessLoader:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def _widen(pipe):
+    """Have a pipe hold whole batches, so that taking one need not wait for the other process; on
+    Linux alone, and as far as it may."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _signal_name(number):

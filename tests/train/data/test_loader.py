@@ -123,6 +123,17 @@ def test_a_process_gives_what_a_thread_gives(packing):
     assert all(state.kept[0].tolist() == [0, 1, 2, 3] for _, state in found)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux pipes")
+def test_a_pipe_holds_whole_batches(packing):
+    """A batch of 32 x 2048 tokens is there at once."""
+    import fcntl
+
+    loader = ProcessLoader(packing)
+    size = fcntl.fcntl(loader.pipe.fileno(), fcntl.F_GETPIPE_SZ)
+    loader.close()
+    assert size >= 4 * 32 * 2049 + 3 * 8 * 1127
+
+
 def test_errors_of_a_process_are_raised_here(packing, tokenizer, tmp_path, capsys):
     raw = [b"caf\xe9 and birds", *(text.encode() for text in documents(40))] * 3
     for name in "ab":
