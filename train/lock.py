@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 from nanofuse.train.data.tokenizer import FILE_NAME
@@ -17,6 +18,7 @@ except ImportError:  # not a Unix
     fcntl = None
 
 LOCK_FILE = ".lock"
+GLANCE = 0.05  # seconds; longer than `owner_of` holds a lock
 
 
 class Taken(UserError):
@@ -90,11 +92,15 @@ class RunLock:
             print("run: this system has no file locks; start no second process on this run")
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # by `owner_of`, perhaps
+                time.sleep(GLANCE)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(handle, 300).decode("utf-8", "replace").strip() or "a process"
             raise Taken(
-                f"--run {directory.name}: {owner} is training it; wait for it, or end it first"
+                f"--run {directory.name}: {_named(handle)} is training it; wait for it, or end it "
+                "first"
             ) from None
         except OSError as error:  # such as some network file systems
             print(f"run: {directory} cannot be locked ({error.strerror}); start no second process")
@@ -160,6 +166,33 @@ class RunLock:
             with contextlib.suppress(OSError):
                 path.rmdir()
         self.made = []
+
+
+def owner_of(directory):
+    """Words for the process that trains in a folder, "process 12 on host"; None: there is none.
+
+    Nothing is written, and nobody is kept from the lock for more than an instant. Where the system
+    or the file system has no locks, a process that was killed cannot be told from one that runs.
+    """
+    try:
+        handle = os.open(directory / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        return _named(handle)
+    except OSError:
+        return _named(handle)
+    finally:
+        os.close(handle)
+
+
+def _named(handle):
+    """The process that an open lock file names."""
+    return os.read(handle, 300).decode("utf-8", "replace").strip() or "a process"
 
 
 def _same_file(handle, path):
