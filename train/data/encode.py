@@ -264,8 +264,9 @@ def fill_cache(corpus, tokenizer, cache, threads=None, progress=None):
             if is_complete(shard):
                 progress(corpus.num_groups(shard))
                 continue
-            writer = cache.writer(shard)
-            try:
+            with contextlib.ExitStack() as failed:
+                writer = cache.writer(shard)
+                failed.callback(writer.close)
                 if cached := cache.open(shard):
                     with contextlib.closing(cached), contextlib.suppress(ValueError):
                         writer.copy_from(cached)  # up to what is damaged
@@ -278,12 +279,10 @@ def fill_cache(corpus, tokenizer, cache, threads=None, progress=None):
                         writer.append(group)
                         num_tokens += len(group.tokens)
                         progress(1)
-            except BaseException:
-                writer.close()
-                raise
-            if closing is not None:
-                closing.result()
-            closing = disk.submit(put, writer, shard)
+                if closing is not None:
+                    closing.result()
+                closing = disk.submit(put, writer, shard)
+                failed.pop_all()
             num_shards += 1
         if closing is not None:
             closing.result()

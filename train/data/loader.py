@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 
 import numpy as np
 from tqdm import tqdm
@@ -271,6 +272,8 @@ class ProcessLoader:
         self.process.start()
         theirs.close()  # so that the pipe ends when the process does
         _widen(self.pipe)
+        # multiprocessing waits for it at exit, and by then it must have been told
+        self.told = Finalize(self, self.pipe.close, exitpriority=0)
         self.error = None
 
     def take(self, rows):
@@ -301,7 +304,7 @@ class ProcessLoader:
 
     def close(self):
         """End the process."""
-        self.pipe.close()
+        self.told()
         self.process.join(GOING_SECONDS)
         if self.process.is_alive():
             self.process.kill()
@@ -344,7 +347,9 @@ def _serve(pipe, packing, state):
                 rows, s = item
                 fields = s.reading, s.unit, s.document, s.documents, s.num_read, s.epoch_size
                 send("batch", fields, rows)
-        except OSError:
+        except OSError:  # nobody reads them
+            pass
+        finally:
             gone.set()
             with contextlib.suppress(queue.Empty):
                 while True:

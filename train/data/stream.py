@@ -98,16 +98,22 @@ class Tokens:
         Raises:
             OSError: nothing can be written.
         """
-        cached = self.cache.open(shard) if group else None
-        if group and (cached is None or cached.num_groups != group):
+        if not group:
+            return self.cache.writer(shard)
+        if (cached := self.cache.open(shard)) is None:
             return None
-        writer = self.cache.writer(shard)
-        if cached:
+        with contextlib.closing(cached):
+            if cached.num_groups != group:
+                return None
+            writer = self.cache.writer(shard)
             try:
                 writer.copy_from(cached)
-            except (OSError, ValueError):
+            except OSError:
                 writer.close(keep=False)
                 raise
+            except ValueError:  # damaged, and gone: what lies before the damage stays
+                writer.close()
+                return None
         return writer
 
     def rows(self, shard, group, rows):
@@ -160,6 +166,7 @@ class DocumentStream:
 
     def __iter__(self):
         first, row, text = self.unit, self.row, False
+        whole = not first and not row  # whether the epoch is read from its start
         for epoch in itertools.count(self.epoch):
             if epoch and not self.epoch_size and self.num_read is not None:
                 self.epoch_size = self.num_read
@@ -172,10 +179,10 @@ class DocumentStream:
                             self.num_read += len(piece.keys)
                         yield piece
                     row = 0
-            if not text and not first:
+            if whole and not text:
                 name = self.tokens.corpus.name
                 raise UserError(f"{self.split} documents of {name} hold no text")
-            first = 0
+            first, whole = 0, True
 
     def _groups(self, first):
         """(unit, TokenGroup, mapped) of the units from `first` to the end of the epoch."""

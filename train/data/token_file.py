@@ -132,7 +132,8 @@ class CacheWriter:
     Args:
         target: the cache's path.
         facts: what it belongs to.
-        shard: path of the shard, which must stay as it is.
+        shard: path of the shard.
+        expected: its signature, which it must keep.
         size: bytes that the cache may take, about.
 
     Attributes:
@@ -142,9 +143,8 @@ class CacheWriter:
         OSError: as TokenCache.writer.
     """
 
-    def __init__(self, target, facts, shard, size):
-        self.target, self.facts, self.shard = target, facts, shard
-        self.signature = signature(shard)
+    def __init__(self, target, facts, shard, expected, size):
+        self.target, self.facts, self.shard, self.signature = target, facts, shard, expected
         self.num_groups, self.failed = 0, False
         self.dtype = np.dtype(facts["dtype"])
         self._check_space(size)

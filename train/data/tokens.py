@@ -126,6 +126,9 @@ class TokenCache:
         try:
             if not self._files(shard):
                 return None
+            size, *_ = signature(self.corpus.shard_path(shard))
+            if size != self.corpus.signatures[shard][0]:
+                return None  # another shard, of which the corpus knows nothing
             facts = self._facts(shard)
             self._remove_stale(shard, facts)
             return CachedShard(self._file(shard, facts), facts)
@@ -139,14 +142,14 @@ class TokenCache:
             OSError: the folder cannot be written to, too little of its disk is free (ENOSPC), or
                 the shard is another than when the corpus was opened.
         """
-        path = self.corpus.shard_path(shard)
+        path, expected = self.corpus.shard_path(shard), self.corpus.signatures[shard]
         facts = self._facts(shard)
-        if signature(path) != self.corpus.signatures[shard]:
+        if signature(path) != expected:
             raise OSError(errno.ESTALE, "has changed since the start", str(path))
         folder = self.where(shard)
         os.makedirs(folder, exist_ok=True)
         remove_leftovers(folder)
         self._remove_stale(shard, facts)
         target = self._file(shard, facts)
-        size = int(BYTES_A_SHARD_BYTE * path.stat().st_size * self.dtype.itemsize / 2)
-        return CacheWriter(target, facts, path, size)
+        size = int(BYTES_A_SHARD_BYTE * expected[0] * self.dtype.itemsize / 2)
+        return CacheWriter(target, facts, path, expected, size)

@@ -173,20 +173,23 @@ def test_a_process_outlives_signals_and_its_death_is_named(packing):
     loader.close()
 
 
-def test_it_ends_when_its_parent_is_killed(data_dir, tokenizer):
+CHILD = """
+import os, signal, numpy as np
+from nanofuse.train.data.corpus import ParquetCorpus
+from nanofuse.train.data.loader import Packing, ProcessLoader
+from nanofuse.train.data.tokenizer import Tokenizer
+if __name__ == "__main__":
+    corpus = ParquetCorpus("{}")
+    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    loader = ProcessLoader(Packing(corpus, "train", tokenizer, 1, 64))
+    loader.take(np.empty((1, 65), np.int32))
+"""
+
+
+def test_it_ends_when_its_parent_is_killed(data_dir):
     """Though nobody told it."""
-    code = (
-        "import os, signal, numpy as np\n"
-        "from nanofuse.train.data.corpus import ParquetCorpus\n"
-        "from nanofuse.train.data.loader import Packing, ProcessLoader\n"
-        "from nanofuse.train.data.tokenizer import Tokenizer\n"
-        "if __name__ == '__main__':\n"
-        f"    corpus = ParquetCorpus({str(data_dir)!r})\n"
-        "    tokenizer = Tokenizer.load(corpus.tokenizer_path)\n"
-        "    loader = ProcessLoader(Packing(corpus, 'train', tokenizer, 1, 64))\n"
-        "    loader.take(np.empty((1, 65), np.int32))\n"
-        "    print(loader.process.pid, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    code = CHILD.format(data_dir) + (
+        "    print(loader.process.pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid, deadline = int(done.stdout), time.monotonic() + 20
@@ -200,6 +203,13 @@ def test_it_ends_when_its_parent_is_killed(data_dir, tokenizer):
                 return
         time.sleep(0.05)
     pytest.fail("it still runs")
+
+
+def test_an_exit_without_close_does_not_wait_for_the_process(data_dir):
+    """Which does not listen to the signal that multiprocessing sends at exit."""
+    code = CHILD.format(data_dir) + "    print('end')\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 def test_closing_ends_the_thread(packing):

@@ -165,6 +165,22 @@ def test_a_damaged_cache_is_made_anew(folder, tokenizer):
     assert [tokens_of(piece) for piece, _ in found] == one
 
 
+def test_damage_before_the_first_unit_ends_nothing(folder, tokenizer):
+    """What lies there is copied into a longer cache, though nobody reads it."""
+    at = {"unit": 1, "row": 0}
+    expected = list(map(tokens_of, next(zip(*streamed(folder, tokenizer, 3, **at), strict=True))))
+    list(streamed(folder, tokenizer, 3, cache=True))  # two row groups of three
+    (path,) = (folder / ".tokens").iterdir()
+    cached = TokenCache(ParquetCorpus(folder), tokenizer).open(0)
+    first, content = cached.group(0).tokens.tobytes(), bytearray(path.read_bytes())
+    assert cached.num_groups == 2
+    content[content.index(first)] ^= 1
+    path.write_bytes(content)
+    found = streamed(folder, tokenizer, 3, cache=True, say=pytest.fail, **at)
+    assert [tokens_of(piece) for piece, _ in found] == expected
+    assert not list((folder / ".tokens").iterdir())
+
+
 def test_damage_comes_after_what_lies_before_it(tmp_path, tokenizer):
     texts = [f"{i} " + "birds sang loudly over hills " * 9 for i in range(40)]
     for name in "ab":
@@ -186,6 +202,16 @@ def test_a_split_without_text_is_refused(tmp_path, tokenizer):
         write(tmp_path / f"{name}.parquet", ["", None] * 9)
     with pytest.raises(UserError, match="train documents of .* hold no text"):
         list(streamed(tmp_path, tokenizer, 3))
+
+
+@pytest.mark.parametrize("row", [40, 95])
+def test_text_before_the_first_row_counts(tmp_path, tokenizer, row):
+    """All that is left of the epoch is empty, or nothing is; the unit is the only one."""
+    write(tmp_path / "a.parquet", ["birds sang"] * 40 + [""] * 60)
+    corpus = ParquetCorpus(tmp_path / "a.parquet")
+    stream = DocumentStream(Tokens(corpus, tokenizer), "train", ROW, row=row)
+    with contextlib.closing(iter(stream)) as pieces:
+        assert any(max(piece.lengths) > 1 for piece in itertools.islice(pieces, 2))
 
 
 def test_one_file_gives_its_part_only(tmp_path, tokenizer):
