@@ -1,5 +1,7 @@
 """Small models and texts for the tests."""
 
+from itertools import chain
+
 import torch
 
 from nanofuse.model.config import GPTConfig
@@ -18,6 +20,18 @@ def documents(count, seed=0, longest=60):
     return [
         " ".join(WORDS[draw(len(WORDS))] for _ in range(1 + draw(longest))) for _ in range(count)
     ]
+
+
+def units_of(corpus, split):
+    """Documents of each unit of a split, nulls left out."""
+    for shard, group, low, high in corpus.units[split]:
+        (texts,) = corpus.read_groups(shard, group, 1)
+        yield [text for text in texts[low:high] if text is not None]
+
+
+def texts_of(corpus, split):
+    """Documents of a split."""
+    return list(chain.from_iterable(units_of(corpus, split)))
 
 
 def small_config(**fields):

@@ -6,6 +6,7 @@ order, as (shard, row group, first row, end or None); it never changes between r
 """
 
 import hashlib
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -202,22 +203,14 @@ class ParquetCorpus:
         index, group, _, _ = self.units[split][unit]
         return {"shard": self.shards[index].name, "row_group": group}
 
-    def spans(self, split, first=0):
-        """(unit, count) of the reads that cover a split's units from `first`, in order."""
-        units = self.units[split]
-        while first < len(units):
-            shard, count = units[first][0], 1
-            most = min(self.groups_a_read(shard), len(units) - first)
-            while count < most and units[first + count][0] == shard:
-                count += 1
-            yield first, count
-            first += count
-
     def _open(self, index):
         """The ParquetFile of a shard, kept until another shard is asked for."""
         if self.opened[0] != index:
             file = open_shard(self.shards[index], self.text_column)
-            if file.metadata.num_row_groups != self.row_groups[index]:
+            size, *_ = signature(self.shards[index])
+            found = size, file.metadata.num_rows, file.metadata.num_row_groups
+            known = self.signatures[index][0], self.documents[index], self.row_groups[index]
+            if found != known:
                 raise UserError(f"shard {self.shards[index]} has changed since the start")
             self.opened = index, file
         return self.opened[1]
@@ -264,28 +257,6 @@ class ParquetCorpus:
                 f"({first_line(error)}); copy the shard anew from where it came"
             ) from None
 
-    def read_span(self, split, first, count):
-        """Documents of `count` units of one shard from unit `first`: a list of str for each.
-
-        Raises:
-            UserError: names the row group that cannot be read.
-        """
-        units = self.units[split][first : first + count]
-        shard, group, _, _ = units[0]
-        groups = self.read_groups(shard, group, count)
-        return [
-            [text for text in texts[low:high] if text is not None]
-            for texts, (_, _, low, high) in zip(groups, units, strict=True)
-        ]
-
-    def read(self, split, unit):
-        """Documents of one unit.
-
-        Raises:
-            UserError: the row group cannot be read.
-        """
-        return self.read_span(split, unit, 1)[0]
-
     def head(self):
         """Iterator of the training documents, read HEAD_DOCUMENTS at a time, whatever the size of
         row groups: for those who want the first ones only.
@@ -293,12 +264,11 @@ class ParquetCorpus:
         Raises:
             UserError: they cannot be read.
         """
-        for first, count in self.spans("train"):
-            index, _, _, high = self.units["train"][first]
-            groups = [group for _, group, _, _ in self.units["train"][first : first + count]]
+        for index, units in itertools.groupby(self.units["train"], lambda unit: unit[0]):
+            _, groups, _, (high, *_) = zip(*units, strict=True)
             file = open_shard(self.shards[index], self.text_column, STREAM_BYTES)
             batches = file.iter_batches(
-                HEAD_DOCUMENTS, row_groups=groups, columns=[self.text_column]
+                HEAD_DOCUMENTS, row_groups=list(groups), columns=[self.text_column]
             )
             rows = replaced = 0
             try:

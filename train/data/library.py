@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import sysconfig
-from itertools import chain
 from pathlib import Path
 
 from nanofuse.train.data.shards import SPLITS
@@ -79,33 +78,22 @@ class StdlibCorpus:
 
     def read_groups(self, shard, first, count):
         """Documents of `count` groups from `first`: a list of str for each."""
-        split = SPLITS[shard]
-        return [self.read(split, group) for group in range(first, first + count)]
+        files, size = self.files[SPLITS[shard]], self.GROUP_FILES
+        starts = range(first * size, (first + count) * size, size)
+        return [list(self._documents(files[start : start + size])) for start in starts]
 
-    def read(self, split, unit):
-        """Documents of one unit; bytes that are not UTF-8 become U+FFFD."""
-        files = self.files[split][unit * self.GROUP_FILES : (unit + 1) * self.GROUP_FILES]
-        documents = []
+    def _documents(self, files):
+        """Documents of files; bytes that are not UTF-8 become U+FFFD."""
         for path in files:
             try:
                 text = path.read_text(encoding="utf-8", errors="replace")
             except OSError:
                 continue
-            documents += split_text(text, self.DOCUMENT_CHARS)
-        return documents
-
-    def spans(self, split, first=0):
-        """(unit, count) of the reads that cover a split's units from `first`: one unit each."""
-        return ((unit, 1) for unit in range(first, self.num_units(split)))
-
-    def read_span(self, split, first, count):
-        """Documents of `count` units from unit `first`: a list of str for each."""
-        return [self.read(split, unit) for unit in range(first, first + count)]
+            yield from split_text(text, self.DOCUMENT_CHARS)
 
     def head(self):
         """Iterator of the training documents."""
-        units = (self.read("train", unit) for unit in range(self.num_units("train")))
-        return chain.from_iterable(units)
+        return self._documents(self.files["train"])
 
     def tell_replaced(self):
         """None: nothing is said of the library's files in other encodings."""

@@ -10,17 +10,13 @@ import pytest
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.library import split_text
 from nanofuse.train.errors import UserError
-from tests.helpers import documents
-
-
-def all_texts(corpus, split):
-    return [t for unit in range(corpus.num_units(split)) for t in corpus.read(split, unit)]
+from tests.helpers import documents, texts_of, units_of
 
 
 def test_last_shard_validates(data_dir):
     corpus = ParquetCorpus(data_dir)
-    assert all_texts(corpus, "train") == documents(90, seed=1) + documents(70, seed=2)
-    assert all_texts(corpus, "val") == documents(60, seed=3)
+    assert texts_of(corpus, "train") == documents(90, seed=1) + documents(70, seed=2)
+    assert texts_of(corpus, "val") == documents(60, seed=3)
     assert corpus.num_units("train") == 4 + 3 and corpus.documents == [90, 70, 60]
     assert corpus.describe("train", 4) == {"shard": "shard_00001.parquet", "row_group": 0}
 
@@ -39,7 +35,7 @@ def test_a_damaged_row_group_is_named(data_dir):
     path.write_bytes(bytes(content))
     corpus = ParquetCorpus(data_dir)
     with pytest.raises(UserError, match=r"row group 0 of shard .*shard_00000\.parquet is damaged"):
-        corpus.read("train", 0)
+        corpus.read_groups(0, 0, 1)
 
 
 def test_missing_and_empty_directories(tmp_path, data_dir):
@@ -62,7 +58,7 @@ def test_stdlib_is_split_deterministically():
     assert len(val) == round(0.02 * (len(train) + len(val)))
     assert not any("test" in path.parts or "site-packages" in path.parts for path in train | val)
     assert {"argparse.py", "topics.py"} <= {path.name for path in train | val}
-    assert sum(map(len, all_texts(a, "train"))) > 5_000_000
+    assert sum(map(len, texts_of(a, "train"))) > 5_000_000
 
 
 @pytest.mark.parametrize(
@@ -83,7 +79,8 @@ def test_groups_of_the_library_are_its_units():
         assert corpus.units[split] == [(shard, group, 0, None) for group in range(count)]
         assert corpus.num_units(split) == count == -(-len(corpus.files[split]) // 16)
         assert corpus.shard_path(shard) is None
-        assert corpus.read_groups(shard, count - 1, 1) == [corpus.read(split, count - 1)]
+        assert corpus.read_groups(shard, 0, count) == list(units_of(corpus, split))
+    assert list(corpus.head()) == texts_of(corpus, "train")
 
 
 def test_text_is_cut_at_blank_lines_first():
@@ -93,7 +90,7 @@ def test_text_is_cut_at_blank_lines_first():
 
 def test_stdlib_documents_are_short_and_lose_nothing():
     corpus = StdlibCorpus()
-    texts = corpus.read("train", 0)
+    (texts,) = corpus.read_groups(0, 0, 1)
     files = [p.read_text(errors="replace") for p in corpus.files["train"][:16]]
     assert "".join(texts) == "".join(files)
     assert len(texts) > len(files) and sum(map(len, texts)) / len(texts) < 2000
@@ -128,9 +125,9 @@ def test_unreadable_files_of_the_library_are_left_out(tmp_path, monkeypatch):
     (library / "folder.py").mkdir()
     corpus = StdlibCorpus()
     assert corpus.fingerprint == whole.fingerprint and "40 files" in corpus.name
-    texts = all_texts(corpus, "train")
+    texts = texts_of(corpus, "train")
     (corpus.files["train"][0]).unlink()  # later on
-    assert 0 < len(all_texts(corpus, "train")) < len(texts)
+    assert 0 < len(texts_of(corpus, "train")) < len(texts)
     assert corpus.fingerprint == whole.fingerprint
 
 
@@ -142,7 +139,7 @@ def test_last_row_groups_of_one_file_validate(tmp_path):
     texts = documents(400)
     write(tmp_path / "all.parquet", texts, row_group_size=10)
     corpus = open_corpus(str(tmp_path / "all.parquet"))
-    assert all_texts(corpus, "train") == texts[:380] and all_texts(corpus, "val") == texts[380:]
+    assert texts_of(corpus, "train") == texts[:380] and texts_of(corpus, "val") == texts[380:]
     assert corpus.validation == "its last 2 of 40 row groups validate"
     assert corpus.tokenizer_path == tmp_path / "all.parquet.tokenizer.json"
     assert corpus.describe("val", 0) == {"shard": "all.parquet", "row_group": 38}
@@ -154,8 +151,8 @@ def test_last_rows_of_a_single_row_group_validate(tmp_path, count):
     write(tmp_path / "all.parquet", texts)
     corpus = ParquetCorpus(tmp_path / "all.parquet")
     num_val = max(1, count // 20)
-    assert all_texts(corpus, "train") == list(corpus.head()) == texts[:-num_val]
-    assert all_texts(corpus, "val") == texts[-num_val:]
+    assert texts_of(corpus, "train") == list(corpus.head()) == texts[:-num_val]
+    assert texts_of(corpus, "val") == texts[-num_val:]
     assert corpus.validation == f"its last {num_val} documents validate"
 
 
@@ -213,24 +210,19 @@ def test_no_home(work_dir, monkeypatch):
         open_corpus("~nobody/data")
 
 
-def test_reads_cover_every_unit_once_and_stay_in_a_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanofuse.train.data.corpus.READ_DOCUMENTS", 1000)
-    for index, (count, size) in enumerate([(2500, 1), (30, 7), (5000, 2500), (1500, 1), (9, 3)]):
+def test_the_first_documents_are_those_of_the_shards_in_order(tmp_path):
+    """Row groups of all sizes, none, nulls and shards without rows among them."""
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(tmp_path / "shard_0.parquet", schema) as writer:
+        for texts in (["a", None], [], [None] * 3, documents(150)):
+            writer.write_table(pa.table({"text": pa.array(texts, pa.string())}))
+    for index, (count, size) in enumerate([(0, 1), (200, 1), (300, 140), (9, 3)], 1):
         write(
             tmp_path / f"shard_{index}.parquet", documents(count, seed=index), row_group_size=size
         )
     corpus = ParquetCorpus(tmp_path)
-    spans = list(corpus.spans("train"))
-    covered = [unit for first, count in spans for unit in range(first, first + count)]
-    assert covered == list(range(corpus.num_units("train")))
-    assert [count for _, count in spans] == [1000, 1000, 500, 5, 1, 1, 1000, 500]
-    assert list(corpus.spans("train", 2499)) == [(2499, 1), *spans[3:]]
-    assert list(corpus.spans("val")) == [(0, 3)] and not list(corpus.spans("val", 3))
-    for first, count in spans:
-        shards = {corpus.describe("train", u)["shard"] for u in range(first, first + count)}
-        assert len(shards) == 1
-    together = [docs for first, count in spans for docs in corpus.read_span("train", first, count)]
-    assert together == [corpus.read("train", u) for u in range(corpus.num_units("train"))]
+    assert list(corpus.head()) == texts_of(corpus, "train")
+    assert len(texts_of(corpus, "train")) == 151 + 200 + 300
 
 
 def test_row_groups_are_read_whole(tmp_path):
@@ -240,7 +232,7 @@ def test_row_groups_are_read_whole(tmp_path):
     corpus = ParquetCorpus(tmp_path / "one.parquet")
     assert corpus.units == {"train": [(0, 0, 0, 6)], "val": [(0, 0, 6, None)]}
     assert corpus.read_groups(0, 0, 1) == [texts]
-    assert corpus.read("train", 0) == ["a", "", "b", "c"] and corpus.read("val", 0) == [""]
+    assert texts_of(corpus, "train") == ["a", "", "b", "c"] and texts_of(corpus, "val") == [""]
     write(tmp_path / "val.parquet", texts, row_group_size=2)
     write(tmp_path / "test.parquet", texts, row_group_size=7)
     corpus = ParquetCorpus(tmp_path)
@@ -258,7 +250,7 @@ def test_large_row_groups_are_read_alone(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", texts, row_group_size=1, compression="none")
     corpus = ParquetCorpus(tmp_path)
-    assert {count for _, count in corpus.spans("train")} == {6, 2}  # 8 MiB of 24
+    assert corpus.groups_a_read(0) == 6  # 8 MiB of 24
 
 
 def test_footers_are_parsed_once_for_neighbouring_units(tmp_path, monkeypatch):
@@ -268,7 +260,7 @@ def test_footers_are_parsed_once_for_neighbouring_units(tmp_path, monkeypatch):
     opened = []
     open_file = pq.ParquetFile
     monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: opened.append(a) or open_file(*a, **k))
-    all_texts(corpus, "train")
+    texts_of(corpus, "train")
     assert len(opened) == 1
 
 
@@ -276,9 +268,10 @@ def test_a_shard_that_changed_since_the_start_is_refused(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", documents(50), row_group_size=10)
     corpus = ParquetCorpus(tmp_path)
-    write(tmp_path / "a.parquet", documents(50), row_group_size=5)
-    with pytest.raises(UserError, match=r"a\.parquet has changed since the start"):
-        corpus.read("train", 0)
+    for texts, size in ((documents(50), 5), (documents(50, seed=1), 10), (documents(49), 10)):
+        write(tmp_path / "a.parquet", texts, row_group_size=size)
+        with pytest.raises(UserError, match=r"a\.parquet has changed since the start"):
+            corpus.read_groups(0, 0, 1)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(UserError, match=r"a\.parquet is gone"):
-        corpus.read("train", 0)
+        corpus.read_groups(0, 0, 1)

@@ -12,7 +12,7 @@ from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus
 from nanofuse.train.data.shards import decode_texts, natural_key
 from nanofuse.train.errors import UserError
-from tests.helpers import documents
+from tests.helpers import documents, texts_of, units_of
 
 TEXTS = ["the cat", "naïve 日本語 🎉", None, "", "the cat", "rain\n\n\tfell"]
 
@@ -31,8 +31,7 @@ def shards(folder, names, **options):
 
 def first_texts(corpus, split):
     """Names of the shards of a split, in order, as they were written into them."""
-    texts = (corpus.read(split, unit)[0] for unit in range(corpus.num_units(split)))
-    return list(texts)
+    return [texts[0] for texts in units_of(corpus, split)]
 
 
 def test_dot_files_are_not_looked_at(data_dir):
@@ -160,8 +159,8 @@ def test_every_type_of_text_is_read(tmp_path, kind):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", as_type(TEXTS, kind), row_group_size=2)
     corpus = ParquetCorpus(tmp_path)
-    texts = [text for docs in corpus.read_span("train", 0, 3) for text in docs]
-    assert texts == list(corpus.head()) == [text for text in TEXTS if text is not None]
+    expected = [text for text in TEXTS if text is not None]
+    assert texts_of(corpus, "train") == list(corpus.head()) == expected
     assert corpus.read_groups(0, 0, 3) == [TEXTS[i : i + 2] for i in (0, 2, 4)]
     assert corpus.tell_replaced() is None
 
@@ -192,13 +191,12 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_once(tmp_path, kind):
     corpus = ParquetCorpus(tmp_path)
     expected = [raw.decode(errors="replace") for raw in BAD if raw is not None]
     for _ in range(2):  # as in two epochs, and by the tokenizer before
-        texts = [text for docs in corpus.read_span("train", 0, 3) for text in docs]
-        assert texts == expected
+        assert texts_of(corpus, "train") == expected
     line = corpus.tell_replaced()
     assert "3 training documents" in line and "UTF-8" in line and "U+FFFD" in line
-    corpus.read("val", 0)
+    corpus.read_groups(1, 0, 1)
     assert "1 validation documents" in corpus.tell_replaced()
-    corpus.read_span("val", 1, 2)
+    corpus.read_groups(1, 1, 2)
     assert corpus.tell_replaced() is None
 
 
@@ -208,11 +206,10 @@ def test_a_row_counts_for_its_own_split(tmp_path):
     raw[3] = raw[5] = raw[-1] = b"\xff"
     write(tmp_path / "a.parquet", pa.array(raw, pa.binary()))
     corpus = ParquetCorpus(tmp_path / "a.parquet")
-    corpus.read("train", 0)
-    corpus.read("val", 0)
+    corpus.read_groups(0, 0, 1)
     line = corpus.tell_replaced()
     assert "2 training documents and 1 validation documents" in line
-    corpus.read("val", 0)
+    corpus.read_groups(0, 0, 1)
     assert corpus.tell_replaced() is None
 
 
@@ -341,10 +338,11 @@ def test_a_flipped_bit_is_found_where_pages_have_checksums(tmp_path):
     with pytest.raises(
         UserError, match=r"row group (\d) of shard .*a\.parquet is damaged"
     ) as error:
-        corpus.read_span("train", 0, corpus.num_units("train"))
+        corpus.read_groups(0, 0, 6)
     assert "CRC" in str(error.value) and "delete" not in str(error.value)
     group = int(re.search(r"row group (\d)", str(error.value))[1])
     for unit in set(range(6)) - {group}:
-        assert corpus.read("train", unit) == texts[50 * unit : 50 * unit + 50]
+        assert corpus.read_groups(0, unit, 1) == [texts[50 * unit : 50 * unit + 50]]
     write(tmp_path / "a.parquet", texts, **plain)
-    assert ParquetCorpus(tmp_path).read("train", 0) == texts[:50]  # without checksums, as before
+    corpus = ParquetCorpus(tmp_path)  # without checksums, as before
+    assert corpus.read_groups(0, 0, 1) == [texts[:50]]
