@@ -2,11 +2,14 @@
 
 import torch
 
+from nanofuse.bench.cases.case import BIGRAM_FACTOR, D16, ROWS, TINY
+from nanofuse.bench.cases.optim import adamw_case
 from nanofuse.bench.checks import relative_error
-from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
-from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_ref, adamw_schedule
+from nanofuse.bench.harness import ON_GPU, compiled, measure_case, op_benchmark
+from nanofuse.kernels.adamw import AdamWHyper, adamw_ref
 
-VOCAB, WIDTH, BIGRAM_ROWS = (32768, 1024, 163840) if ON_GPU else (16, 16, 32)
+VOCAB = (D16 if ON_GPU else TINY).vocab
+BIGRAM_ROWS = BIGRAM_FACTOR * VOCAB
 BF16, FP32 = torch.bfloat16, torch.float32
 TENSORS = [  # (rows, dtype, AdamWHyper)
     (VOCAB, FP32, AdamWHyper(0.008, 0.8, 0.96, 1e-10, 0.01)),
@@ -16,19 +19,6 @@ TENSORS = [  # (rows, dtype, AdamWHyper)
 ]
 BOUND = 1e-3 if ON_GPU else 0.01  # bf16's rounding: the interpreter truncates
 HYPERS = [hyper for *_, hyper in TENSORS]
-
-
-def state(device):
-    """Parameters, gradients and zero moments."""
-    generator = torch.Generator(device).manual_seed(0)
-    params, grads = (
-        [
-            torch.randn(rows, WIDTH, device=device, generator=generator).to(dtype)
-            for rows, dtype, _ in TENSORS
-        ]
-        for _ in range(2)
-    )
-    return params, grads, *([torch.zeros_like(p) for p in params] for _ in range(2))
 
 
 def reference_step(lists, update, lr, step):
@@ -41,9 +31,8 @@ def reference_step(lists, update, lr, step):
     torch._foreach_zero_(lists[1])
 
 
-def fused_adamw(device):
+def fused_adamw(params, grads, *moments):
     """A step of torch.optim.AdamW(fused=True) on the same tensors, which clears the gradients."""
-    params, grads, *_ = state(device)
     groups = []
     for param, grad, hyper in zip(params, grads, HYPERS, strict=True):
         param.requires_grad_().grad = grad
@@ -63,21 +52,16 @@ def fused_adamw(device):
 
 @op_benchmark
 def bench_adamw(benchmark, device):
-    lists, twin = state(device), state(device)
+    case, *others = (adamw_case(ROWS, device, TENSORS) for _ in range(3))
+    twin, third = (other.args for other in others)
     numbers = torch.tensor(1.0), torch.tensor(1.0)
-    tensors, schedule = AdamWTensors(*lists, HYPERS), adamw_schedule(1.0, 1, device)
-    adamw(tensors, schedule, clear_grad=True)
+    case.run()
     reference_step(twin, adamw_ref, *numbers)
-    for ours, theirs in zip(lists, twin, strict=True):
+    for ours, theirs in zip(case.args, twin, strict=True):
         assert all(relative_error(a, b) < BOUND for a, b in zip(ours, theirs, strict=True))
-    measure(
-        benchmark,
-        lambda: adamw(tensors, schedule, clear_grad=True),
-        bytes_moved=sum(8 * p.numel() * p.element_size() for p in lists[0]),
-        alternatives={
-            "eager": lambda: reference_step(twin, adamw_ref, *numbers),
-            "compile": lambda: reference_step(twin, compiled(adamw_ref), *numbers),
-            "torch_fused": fused_adamw(device),
-        },
-        shape=f"{sum(p.numel() for p in lists[0]):,} parameters",
-    )
+    alternatives = {
+        "eager": lambda: reference_step(twin, adamw_ref, *numbers),
+        "compile": lambda: reference_step(twin, compiled(adamw_ref), *numbers),
+        "torch_fused": fused_adamw(*third),
+    }
+    measure_case(benchmark, case, alternatives)

@@ -9,21 +9,19 @@ from functools import partial
 import pytest
 import torch
 
+from nanofuse.bench.cases import mlp
+from nanofuse.bench.cases.case import ROWS
 from nanofuse.bench.checks import relative_error
-from nanofuse.bench.harness import CAST_ERROR, ON_GPU, compiled, measure, op_benchmark
-from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.bench.harness import CAST_ERROR, ON_GPU, compiled, measure_case, op_benchmark
 from nanofuse.kernels.linear_relu_squared import (
-    linear_relu_squared_bwd,
     linear_relu_squared_bwd_ref,
-    linear_relu_squared_fwd,
     linear_relu_squared_ref,
 )
-from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from nanofuse.model.providers import PRODUCTS
 
-M, K, N = (65536, 1024, 4096) if ON_GPU else (64, 32, 48)
 PLAIN = torch.bfloat16 if ON_GPU else torch.float32  # the interpreter's products of bf16 are wrong
+PASSES = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
 def providers():
@@ -39,92 +37,50 @@ def providers():
     return found
 
 
-def operand(device, bound, dtype, *shape, factor=1.0):
-    """A random FP8Operand."""
-    x = factor * torch.randn(shape, device=device)
-    return quantize(x, Scaling.from_bound(bound, dtype, device))
-
-
-def forward_case(device):
-    """The fused op, its unfused alternative, which takes a provider of products, and the fp32
-    reference."""
-    x = operand(device, 6.0, E4M3, M, K)
-    w = operand(device, 6 / K**0.5, E4M3, N, K, factor=K**-0.5)
-    scaling = Scaling.from_bound(36.0, E4M3, device)
-
-    def unfused(gemm):
-        return relu_squared_fwd(gemm.forward(x, w), scaling, want_plain=False)[1]
-
-    fused = partial(linear_relu_squared_fwd, x, w, scaling)
-    reference = partial(linear_relu_squared_ref, x.dequantize(), w.dequantize())
-    return fused, unfused, reference
-
-
-def backward_case(device):
-    dz = operand(device, 6.0, E5M2, M, K)
-    v = operand(device, 6 / K**0.5, E4M3, K, N, factor=K**-0.5)
-    h = torch.randn(M, N, device=device).bfloat16()
-    _, y = relu_squared_fwd(h, Scaling.from_bound(36.0, E4M3, device), want_plain=False)
-    scaling = Scaling.from_bound(60.0, E5M2, device)
-
-    def unfused(gemm):
-        return relu_squared_bwd(gemm.input_grad(dz, v), h, scaling, want_plain=False)[1]
-
-    fused = partial(linear_relu_squared_bwd, dz, v, y, scaling)
-    tensors = [x.dequantize() for x in (dz, v, y)]
-    return fused, unfused, partial(linear_relu_squared_bwd_ref, *tensors)
-
-
-def bf16_case(device, backward):
-    """In bf16 (fp32 on a CPU): the fused op, a GEMM followed by a kernel, and the reference, for
-    torch.compile to fuse."""
-    x, h = (torch.randn(M, n, device=device).to(PLAIN) for n in (K, N))
-    w = torch.randn((K, N) if backward else (N, K), device=device) / K**0.5
-    w, y = w.to(PLAIN), h.relu().square()
-
-    def unfused():
-        if backward:
-            return relu_squared_bwd(x @ w, h)[0]
-        return relu_squared_fwd(x @ w.t())[0]
-
+def unfused(case, gemm, backward):
+    """What a provider of products computes, and then the relu_squared kernel."""
     if backward:
-        op, reference = linear_relu_squared_bwd, linear_relu_squared_bwd_ref
-        return partial(op, x, w, y), unfused, partial(reference, x, w, y)
-    op, reference = linear_relu_squared_fwd, linear_relu_squared_ref
-    return partial(op, x, w), unfused, partial(reference, x, w)
+        dz, v, _, scaling, h = case.args
+        return relu_squared_bwd(gemm.input_grad(dz, v), h, scaling, want_plain=False)[1]
+    x, w, scaling = case.args
+    return relu_squared_fwd(gemm.forward(x, w), scaling, want_plain=False)[1]
 
 
 @op_benchmark
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@PASSES
 def bench_linear_relu_squared(benchmark, device, backward):
-    op, unfused, reference = (backward_case if backward else forward_case)(device)
-    alternatives = {name: partial(unfused, gemm) for name, gemm in providers().items()}
-    exact = reference()
+    make = mlp.linear_relu_squared_bwd_case if backward else mlp.linear_relu_squared_case
+    case = make(ROWS, device)
+    reference = linear_relu_squared_bwd_ref if backward else linear_relu_squared_ref
+    operands = case.args[: 3 if backward else 2]
+    exact = reference(*(x.dequantize() for x in operands))
+    alternatives = {
+        name: partial(unfused, case, gemm, backward) for name, gemm in providers().items()
+    }
     bound = 0.08 if backward else 0.04  # e5m2 rounds to 2^-3, e4m3 to 2^-4
-    for run in (op, *alternatives.values()):
+    for run in (case.run, *alternatives.values()):
         assert relative_error(run().dequantize(), exact) < CAST_ERROR * bound
     del exact
-    measure(
-        benchmark,
-        op,
-        # operands; what is written in two layouts; y, which backward reads
-        bytes_moved=(M + N) * K + (3 if backward else 2) * M * N,
-        flops=2 * M * N * K,
-        alternatives=alternatives,
-        shape=(M, K, N),
-    )
+    measure_case(benchmark, case, alternatives)
 
 
 @op_benchmark
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@PASSES
 def bench_linear_relu_squared_bf16(benchmark, device, backward):
-    op, unfused, reference = bf16_case(device, backward)
-    assert relative_error(op(), unfused()) < 0.01  # twice the rounding of bf16, and of h
-    measure(
-        benchmark,
-        op,
-        bytes_moved=2 * (M + N) * K + (4 if backward else 2) * M * N,
-        flops=2 * M * N * K,
-        alternatives={"product and kernel": unfused, "compile": compiled(reference)},
-        shape=(M, K, N),
-    )
+    """In bf16 (fp32 on a CPU): a GEMM followed by a kernel, and torch.compile, beside it."""
+    if backward:
+        case = mlp.linear_relu_squared_bwd_bf16_case(ROWS, device, PLAIN)
+        dz, v, y, h = case.args
+        reference = partial(linear_relu_squared_bwd_ref, dz, v, y)
+    else:
+        case = mlp.linear_relu_squared_bf16_case(ROWS, device, PLAIN)
+        x, w = case.args
+        reference = partial(linear_relu_squared_ref, x, w)
+
+    def two_kernels():
+        return relu_squared_bwd(dz @ v, h)[0] if backward else relu_squared_fwd(x @ w.t())[0]
+
+    # twice the rounding of bf16, and of h
+    assert relative_error(case.run(), two_kernels()) < 0.01
+    alternatives = {"product and kernel": two_kernels, "compile": compiled(reference)}
+    measure_case(benchmark, case, alternatives)

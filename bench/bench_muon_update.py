@@ -1,26 +1,34 @@
 """muon_update and the whole optimiser step at depth 16, with AdamW for lm_head and the tables."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
-from nanofuse.bench.bench_adamw import BIGRAM_ROWS, BOUND, VOCAB, WIDTH
-from nanofuse.bench.bench_newton_schulz import iteration_flops
+from nanofuse.bench.bench_adamw import BIGRAM_ROWS, BOUND, VOCAB
+from nanofuse.bench.cases.optim import (
+    APPLY_BYTES,
+    BETA2,
+    MOMENTUM_BYTES,
+    NUMBERS,
+    fp8_copies,
+    iteration_flops,
+    squares_of,
+    state,
+)
 from nanofuse.bench.checks import relative_error
 from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
 from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
-from nanofuse.kernels.common.fp8 import E4M3, Scaling
+from nanofuse.kernels.common.fp8 import E4M3
 from nanofuse.kernels.muon_momentum import muon_momentum
 from nanofuse.kernels.muon_update import (
-    WeightCopies,
     muon_apply,
     muon_factors,
     muon_hyper,
     muon_update,
     muon_update_ref,
     reduce_variance_ref,
-    second_moment_shape,
 )
 from nanofuse.kernels.newton_schulz import (
     compute_dtype,
@@ -31,36 +39,18 @@ from nanofuse.kernels.newton_schulz import (
 from nanofuse.train.optim.config import ADAMW_EPS, OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 
-LAYERS = 16 if ON_GPU else 2
+LAYERS, WIDTH = (16, 1024) if ON_GPU else (2, 16)
 SHAPES = [
     (4 * LAYERS, WIDTH, WIDTH),
     (LAYERS, 4 * WIDTH, WIDTH),
     (LAYERS, WIDTH, 4 * WIDTH),
 ]
 COMPUTE = torch.bfloat16 if ON_GPU else torch.float32  # of the references' products
-NUMBERS = 0.02, 0.95, 0.1  # learning rate, momentum, weight decay
-BETA2 = 0.9
 
 
 def pass_bytes(shape):
-    """Bytes that muon_momentum and muon_apply move: fp32 gradients, which are cleared, a 16-bit
-    compute dtype, and FP8 copies of the weights."""
-    n, rows, cols = shape
-    return n * rows * cols * ((4 + 8 + 2 + 4) + (2 + 8 + 1 + 1))
-
-
-def state(shape, device, seed=0):
-    """Parameter, gradient, momentum and second moment of a stack."""
-    generator = torch.Generator(device).manual_seed(seed)
-    param, grad = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
-    second = torch.zeros(second_moment_shape(shape), device=device)
-    return param.mul_(0.02), grad, torch.zeros_like(param), second
-
-
-def fp8_copies(shape, device):
-    n = shape[0]
-    scaling = Scaling(E4M3, *(torch.full((n,), x, device=device) for x in (448.0, 1 / 448.0, 0.0)))
-    return WeightCopies.empty(shape, device, scaling=scaling)
+    """Bytes that muon_momentum and muon_apply move."""
+    return math.prod(shape) * (MOMENTUM_BYTES + APPLY_BYTES)
 
 
 def passes(param, grad, momentum, second, hyper, squares, weights):
@@ -70,12 +60,6 @@ def passes(param, grad, momentum, second, hyper, squares, weights):
     initial_scale(z, norms)
     factors = muon_factors(squares, second, param.shape, BETA2, True)
     muon_apply(param, z, factors, hyper, weights)
-
-
-def squares_of(grad, momentum, hyper):
-    """The `squares` argument of `passes`; grad and momentum are not changed."""
-    z = muon_momentum(grad, momentum.clone(), hyper, torch.float32)[0]
-    return z.square().sum(-1 if z.size(1) >= z.size(2) else -2)
 
 
 def passes_ref(param, grad, momentum_buffer, second, lr, momentum, weight_decay):

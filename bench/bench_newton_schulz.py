@@ -1,29 +1,15 @@
 """newton_schulz: the stacks of a depth-16 model, one by one and together."""
 
 import pytest
-import torch
 
+from nanofuse.bench.cases.optim import newton_schulz_case
 from nanofuse.bench.checks import assert_accurate
-from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark
-from nanofuse.kernels.newton_schulz import (
-    GRAM_ASPECT,
-    POLAR_EXPRESS,
-    newton_schulz,
-    newton_schulz_ref,
-)
+from nanofuse.bench.harness import ON_GPU, compiled, measure_case, op_benchmark
+from nanofuse.kernels.newton_schulz import POLAR_EXPRESS, newton_schulz, newton_schulz_ref
 
 D16 = [(64, 1024, 1024), (16, 4096, 1024), (16, 1024, 4096)]
 TINY = [(2, 16, 16), (1, 32, 8), (1, 8, 32)]
 SETS = [[shape] for shape in D16] + [D16] if ON_GPU else [[shape] for shape in TINY]
-
-
-def iteration_flops(shape):
-    """FLOPs of the iteration's GEMMs, plain or Gram, with symmetric results at half cost."""
-    n, *sides = shape
-    small, large = sorted(sides)
-    if large >= GRAM_ASPECT * small:
-        return n * (6 * small**2 * large + 14 * small**3)
-    return n * len(POLAR_EXPRESS) * (3 * small**2 * large + small**3)
 
 
 def library():
@@ -40,7 +26,8 @@ def library():
 @op_benchmark
 @pytest.mark.parametrize("shapes", SETS, ids=str)
 def bench_newton_schulz(benchmark, device, shapes):
-    stacks = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
+    case = newton_schulz_case(device, shapes)
+    (stacks,) = case.args
     for x in (stack[:2] for stack in stacks):
         truth = newton_schulz_ref(x.double())
         assert_accurate("newton_schulz", newton_schulz(x), newton_schulz_ref(x), truth)
@@ -49,11 +36,4 @@ def bench_newton_schulz(benchmark, device, shapes):
         return lambda: [function(x) for x in stacks]
 
     functions = {"eager": newton_schulz_ref, "compile": compiled(newton_schulz_ref), **library()}
-    measure(
-        benchmark,
-        run(newton_schulz),
-        bytes_moved=sum(x.numel() for x in stacks) * (2 + 4),
-        flops=sum(iteration_flops(shape) for shape in shapes),
-        alternatives={name: run(function) for name, function in functions.items()},
-        shape=shapes,
-    )
+    measure_case(benchmark, case, {name: run(function) for name, function in functions.items()})

@@ -1,35 +1,34 @@
 """quantize: bf16 to FP8, row-major and transposed, of attention outputs and MLP activations."""
 
 import pytest
-import torch
 
+from nanofuse.bench.cases.case import ROWS
+from nanofuse.bench.cases.stream import quantize_case
 from nanofuse.bench.checks import fp8_steps, relative_error
-from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from nanofuse.kernels.common.fp8 import E4M3, Scaling
-from nanofuse.kernels.quantize import quantize
-
-SHAPES = [(65536, 1024), (65536, 4096)] if ON_GPU else [(64, 128)]
+from nanofuse.bench.harness import (
+    ON_GPU,
+    compiled,
+    measure_case,
+    op_benchmark,
+    quantize_both_layouts,
+)
+from nanofuse.kernels.common.fp8 import E4M3
 
 
 @op_benchmark
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_quantize(benchmark, device, shape):
-    x = torch.randn(shape, device=device).bfloat16()
-    scaling = Scaling.from_bound(x.abs().max().item(), E4M3, device)
+@pytest.mark.parametrize("factor", [1, 4], ids=["C", "4C"])
+def bench_quantize(benchmark, device, factor):
+    case = quantize_case(ROWS, device, factor)
+    x, _ = case.args
     expected, transposed, inverse_scale = quantize_both_layouts(x, E4M3)
-    operand = quantize(x, scaling)
+    operand = case.run()
     if ON_GPU:
         assert fp8_steps(operand.data, expected).max() <= 1
         assert fp8_steps(operand.transposed, transposed).max() <= 1
     else:  # the interpreter truncates
         assert relative_error(operand.dequantize(), expected.float() * inverse_scale) < 0.1
-    measure(
-        benchmark,
-        lambda: quantize(x, scaling),
-        bytes_moved=x.numel() * (2 + 1 + 1),
-        alternatives={
-            "eager": lambda: quantize_both_layouts(x, E4M3),
-            "compile": lambda: compiled(quantize_both_layouts)(x, E4M3),
-        },
-        shape=shape,
-    )
+    alternatives = {
+        "eager": lambda: quantize_both_layouts(x, E4M3),
+        "compile": lambda: compiled(quantize_both_layouts)(x, E4M3),
+    }
+    measure_case(benchmark, case, alternatives)

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
+from nanofuse.bench.cases.case import ROWS
+from nanofuse.bench.cases.mlp import relu_squared_bwd_case, relu_squared_case
 from nanofuse.bench.checks import assert_fp8, relative_error
-from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
-from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd, relu_squared_ref
-
-SHAPE = (65536, 4096) if ON_GPU else (64, 128)
+from nanofuse.bench.harness import (
+    ON_GPU,
+    compiled,
+    measure_case,
+    op_benchmark,
+    quantize_both_layouts,
+)
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
+from nanofuse.kernels.relu_squared import relu_squared_ref
 
 
 def forward_ref(x):
@@ -24,25 +30,19 @@ def backward_ref(dy, x):
 @op_benchmark
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def bench_relu_squared(benchmark, device, backward):
-    x, dy = (torch.randn(SHAPE, device=device).bfloat16() for _ in range(2))
-    args, reference, kernel, dtype = (x,), forward_ref, relu_squared_fwd, E4M3
-    if backward:
-        args, reference, kernel, dtype = (dy, x), backward_ref, relu_squared_bwd, E5M2
-    exact = 2 * x.float().relu() * dy.float() if backward else relu_squared_ref(x.float())
-    scaling = Scaling.from_bound(exact.abs().max().item(), dtype, device)
-    operand = kernel(*args, scaling, want_plain=False)[1]
+    case = (relu_squared_bwd_case if backward else relu_squared_case)(ROWS, device)
+    *args, scaling = case.args
+    reference = backward_ref if backward else forward_ref
+    x = args[-1].float()
+    exact = 2 * x.relu() * args[0].float() if backward else relu_squared_ref(x)
+    operand = case.run()[1]
     if ON_GPU:
         assert_fp8("relu_squared", operand, exact, scaling)
     else:  # the interpreter truncates
         assert relative_error(operand.dequantize(), exact) < 0.2
-    del exact, operand
-    measure(
-        benchmark,
-        lambda: kernel(*args, scaling, want_plain=False),
-        bytes_moved=x.numel() * (6 if backward else 4),
-        alternatives={
-            "eager": lambda: reference(*args),
-            "compile": lambda: compiled(reference)(*args),
-        },
-        shape=SHAPE,
-    )
+    del exact, operand, x
+    alternatives = {
+        "eager": lambda: reference(*args),
+        "compile": lambda: compiled(reference)(*args),
+    }
+    measure_case(benchmark, case, alternatives)

@@ -7,61 +7,28 @@ alternative computes the same, with dynamic FP8 scales and a separate transposed
 
 import torch
 
+from nanofuse.bench.cases.case import ROWS
+from nanofuse.bench.cases.stream import (
+    residual_bwd_case,
+    residual_gradients_case,
+    residual_mix_fwd_case,
+    residual_norm_fwd_case,
+)
 from nanofuse.bench.checks import relative_error
 from nanofuse.bench.harness import (
     CAST_ERROR,
-    ON_GPU,
     compiled,
-    measure,
+    measure_case,
     median_seconds,
     op_benchmark,
     quantize_both_layouts,
-    zipf_tokens,
 )
-from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows, bigram_rows_ref
-from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
+from nanofuse.kernels.bigram_rows import bigram_embedding_ref, bigram_rows
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
-from nanofuse.kernels.residual_gradients import residual_gradients, residual_gradients_ref
-from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd, residual_mix_ref
-
-LAYERS, ROWS, T, WIDTH, VOCAB = (16, 32, 2048, 1024, 32768) if ON_GPU else (2, 2, 8, 32, 50)
-N = ROWS * T
-UNIT = N * WIDTH * 2  # bytes of one bf16 activation
-
-
-class Inputs:
-    """Random tensors of one layer in one micro-step of `rows` rows of `length` tokens."""
-
-    def __init__(self, device, rows=ROWS, length=T):
-        def randn(*shape):
-            return torch.randn(*shape, device=device).bfloat16()
-
-        n = rows * length
-        self.tokens = zipf_tokens((rows, length), VOCAB, device)
-        self.table = randn(5 * VOCAB, WIDTH)
-        self.x, self.x0, self.branch, self.h, self.stream = (randn(n, WIDTH) for _ in range(5))
-        self.resid, self.x0_lambda, self.bigram = (
-            torch.tensor([v], device=device) for v in (1.1, 0.2, 0.05)
-        )
-        self.e4m3 = Scaling.from_bound(WIDTH**0.5, E4M3, device)
-        self.e5m2 = Scaling.from_bound(40.0, E5M2, device)
-        distinct = bigram_rows_ref(self.tokens, self.table.size(0)).unique().numel()
-        self.row_bytes = distinct * WIDTH * 2  # each row read once
-        self.rows = bigram_rows(self.tokens, self.table.size(0)).view(-1)
-
-    def opening(self, table=True):
-        """The kernel that opens a block, with or without the bigram term."""
-        return residual_mix_fwd(
-            self.x,
-            self.branch,
-            self.x0,
-            ((self.rows, self.table, self.bigram),) if table else (),
-            resid_lambda=self.resid,
-            x0_lambda=self.x0_lambda,
-            scaling=self.e4m3,
-            want_normed=False,
-        )
+from nanofuse.kernels.residual_gradients import residual_gradients_ref
+from nanofuse.kernels.residual_mix import residual_mix_ref
 
 
 def opening_ref(x, branch, x0, tokens, table, resid, x0_lambda, bigram):
@@ -95,75 +62,50 @@ def assert_close(got, expected, bound=0.01):
     assert relative_error(got, expected) < CAST_ERROR * bound
 
 
-@op_benchmark
-def bench_block_opening(benchmark, device):
-    i = Inputs(device)
-    args = (i.x, i.branch, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram)
-    y, (q, _, inverse_scale) = opening_ref(*args)
-    got, _, _, operand = i.opening()
+def forward(benchmark, case, reference, *args):
+    """Check and time a mix with norm and quantisation."""
+    y, (q, _, inverse_scale) = reference(*args)
+    got, _, _, operand = case.run()
     assert_close(got, y)
     assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
-    measure(
-        benchmark,
-        i.opening,
-        bytes_moved=5 * UNIT + i.row_bytes,  # x, branch, x0 in; y, FP8 twice out; table rows
-        alternatives=alternatives(opening_ref, *args),
-        shape=(N, WIDTH),
-    )
+    measure_case(benchmark, case, alternatives(reference, *args))
+
+
+@op_benchmark
+def bench_block_opening(benchmark, device):
+    case = residual_mix_fwd_case(ROWS, device)
+    (i,) = case.args
+    args = i.x, i.branch, i.x0, i.tokens, i.table, i.resid, i.x0_lambda, i.bigram
+    forward(benchmark, case, opening_ref, *args)
 
 
 @op_benchmark
 def bench_middle_norm(benchmark, device):
-    i = Inputs(device)
-
-    def op():
-        return residual_mix_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
-
-    y, (q, _, inverse_scale) = middle_ref(i.x, i.branch)
-    got, _, _, operand = op()
-    assert_close(got, y)
-    assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
-    measure(
-        benchmark,
-        op,
-        bytes_moved=4 * UNIT,
-        alternatives=alternatives(middle_ref, i.x, i.branch),
-        shape=(N, WIDTH),
-    )
+    case = residual_norm_fwd_case(ROWS, device)
+    (i,) = case.args
+    forward(benchmark, case, middle_ref, i.x, i.branch)
 
 
-def backward_case(benchmark, i, x, resid):
-    rstd = i.branch.float().square().mean(dim=-1).add(2.0**-23).rsqrt()
-    args = (i.h, i.branch, rstd, i.stream, x, resid)
-
-    def op():
-        return residual_mix_bwd(
-            i.h, i.branch, rstd, i.stream, x=x, resid_lambda=resid, scaling=i.e5m2
-        )
-
+def backward(benchmark, case):
+    i, options = case.args
+    x, resid = (options.get(name) for name in ("x", "resid_lambda"))
+    args = i.h, i.branch, i.rstd, i.stream, x, resid
     grad, grad_resid_lambda, (q, _, inverse_scale) = backward_ref(*args)
-    got, got_resid_lambda, operand = op()
+    got, got_resid_lambda, operand = case.run()
     assert_close(got, grad)
     assert x is None or abs(got_resid_lambda - grad_resid_lambda) < 1.0
     assert_close(operand.dequantize(), q.float() * inverse_scale, 0.1)
-    measure(
-        benchmark,
-        op,
-        bytes_moved=5 * UNIT,  # h, y, stream in; gradient, FP8 twice out
-        alternatives=alternatives(backward_ref, *args),
-        shape=(N, WIDTH),
-    )
+    measure_case(benchmark, case, alternatives(backward_ref, *args))
 
 
 @op_benchmark
 def bench_block_opening_backward(benchmark, device):
-    i = Inputs(device)
-    backward_case(benchmark, i, i.branch, i.resid)  # sum(g * x) follows from sum(g * y)
+    backward(benchmark, residual_bwd_case(ROWS, device, opening=True))
 
 
 @op_benchmark
 def bench_middle_norm_backward(benchmark, device):
-    backward_case(benchmark, Inputs(device), None, None)
+    backward(benchmark, residual_bwd_case(ROWS, device, opening=False))
 
 
 def all_layers_ref(grads, x0, x0_lambdas, tokens, table, bigram_lambdas):
@@ -179,43 +121,32 @@ def flat(gradients):
 
 @op_benchmark
 def bench_residual_gradients(benchmark, device):
-    i = Inputs(device)
-    grads = torch.randn(LAYERS, N, WIDTH, device=device, dtype=torch.bfloat16)
-    lambdas = [torch.rand(LAYERS, device=device) for _ in range(2)]
-
-    def op(table=True):
-        if not table:
-            return residual_gradients(grads, i.x0, lambdas[0])
-        return residual_gradients(grads, i.x0, lambdas[0], ((i.rows, i.table, lambdas[1]),))
-
+    case = residual_gradients_case(ROWS, device)
+    i, grads, lambdas = case.args
     low = [v.bfloat16() for v in lambdas]
     args = (grads, i.x0, low[0], i.tokens, i.table, low[1])
     expected = all_layers_ref(*args)
-    for got, want in zip(flat(op()), flat(expected), strict=True):
+    for got, want in zip(flat(case.run()), flat(expected), strict=True):
         assert_close(got, want, 0.05)
-    info = measure(
-        benchmark,
-        op,
-        bytes_moved=(LAYERS + 3) * UNIT + i.row_bytes,
-        alternatives=alternatives(all_layers_ref, *args),
-        shape=(LAYERS, N, WIDTH),
-    )
+    info = measure_case(benchmark, case, alternatives(all_layers_ref, *args))
     if "us" in info:
-        benchmark.extra_info["bigram_path_ms"] = bigram_path(i, info["us"] * 1e-6, op)
+        path = bigram_path(i, grads.size(0), info["us"] * 1e-6, case.run)
+        benchmark.extra_info["bigram_path_ms"] = path
 
 
-def bigram_path(i, with_bigram, gradients):
+def bigram_path(i, layers, with_bigram, gradients):
     """Milliseconds per micro-step that the bigram term costs: the difference between the kernels
     with and without it, and the table's gradient.
 
     Args:
-        i: Inputs.
+        i: cases.stream.Layer.
+        layers: of the model.
         with_bigram: seconds of gradients().
         gradients: residual_gradients with the bigram term; gradients(False) without.
     """
     table_grad = torch.zeros_like(i.table)
     _, _, [(grad_e, _)] = gradients()
-    forward = LAYERS * (median_seconds(i.opening) - median_seconds(lambda: i.opening(False)))
+    forward = layers * (median_seconds(i.opening) - median_seconds(lambda: i.opening(False)))
     backward = with_bigram - median_seconds(lambda: gradients(False))
 
     def table_gradient():

@@ -9,29 +9,29 @@ from functools import partial
 import pytest
 import torch
 
+from nanofuse.bench.cases.case import D16, ROWS, TINY, rows_of_tokens
+from nanofuse.bench.cases.stream import rotary_qk_norm_bwd_case, rotary_qk_norm_case
 from nanofuse.bench.checks import assert_accurate, relative_error
 from nanofuse.bench.harness import (
     CAST_ERROR,
     ON_GPU,
     compiled,
-    measure,
+    measure_case,
     op_benchmark,
     quantize_both_layouts,
-    zipf_tokens,
 )
-from nanofuse.kernels.common.fp8 import E5M2, Scaling
+from nanofuse.kernels.common.fp8 import E5M2
 from nanofuse.kernels.rotary_qk_norm import (
     QK_GAIN,
     VALUE_GATE_SCALE,
-    rotary_qk_norm_bwd,
-    rotary_qk_norm_fwd,
     rotary_qk_norm_ref,
     rotary_ref,
-    rotary_table,
     value_gate_ref,
 )
 
-B, T, H, D, VOCAB = (32, 2048, 8, 128, 32768) if ON_GPU else (1, 16, 2, 32, 5)
+B, T = rows_of_tokens(ROWS)
+H, D = (D16 if ON_GPU else TINY).heads, (D16 if ON_GPU else TINY).head_dim
+BOUND = 20.0  # of the gradients, for their FP8 scale
 
 
 def forward_ref(
@@ -84,68 +84,40 @@ def backward_ref(*args):
     return quantize_both_layouts(g_qkv, E5M2), g_gate, g_values
 
 
-class Case:
-    """Random inputs on a device; `value`: with a value embedding."""
-
-    def __init__(self, device, value):
-        randn = partial(torch.randn, device=device, dtype=torch.bfloat16)
-        self.qkv = randn(B * T, 3 * H * D)
-        self.grads = [randn(B * T, H * D) for _ in range(3)]
-        self.args = [None, None, None, *rotary_table(T, D, 100_000, device)]
-        if value:
-            tokens = zipf_tokens((B * T,), VOCAB, device)
-            self.args[:3] = tokens, randn(VOCAB, H * D), randn(B * T, H)
-        self.distinct = self.args[0].unique().numel() if value else 0  # rows of the table
-
-
 @op_benchmark
 @pytest.mark.parametrize("value", [False, True], ids=["plain", "value"])
 def bench_rotary_qk_norm(benchmark, device, value):
-    case = Case(device, value)
-    qkv = case.qkv.clone()
-    reference = partial(forward_ref, case.qkv, *case.args)
-    rotary_qk_norm_fwd(qkv, *case.args, T, H)
-    double = [x if x is None or not x.is_floating_point() else x.double() for x in case.args]
-    results = [x.view(B, T, H, D) for x in qkv.chunk(3, dim=1)]
-    truth = forward_ref(case.qkv.double(), *double)
+    case = rotary_qk_norm_case(ROWS, device, value)
+    buffer, *args, _ = case.args
+    qkv = buffer.clone()
+    reference = partial(forward_ref, qkv, *args)
+    case.run()  # in place; timed again on its own result
+    double = [x if x is None or not x.is_floating_point() else x.double() for x in args]
+    results = [x.view(B, T, H, D) for x in buffer.chunk(3, dim=1)]
+    truth = forward_ref(qkv.double(), *double)
     for name, *three in zip("qkv", results, reference(), truth, strict=True):
         assert_accurate(name, *three)
     del truth, double
-    measure(
-        benchmark,
-        partial(rotary_qk_norm_fwd, qkv, *case.args, T, H),  # again on its own result
-        bytes_moved=2 * H * D * (B * T * (6 if value else 4) + case.distinct),
-        alternatives={
-            "eager": reference,
-            "compile": lambda: compiled(forward_ref)(case.qkv, *case.args),
-        },
-        shape=(B * T, H, D),
-    )
+    alternatives = {"eager": reference, "compile": lambda: compiled(forward_ref)(qkv, *args)}
+    measure_case(benchmark, case, alternatives)
 
 
 @op_benchmark
 @pytest.mark.parametrize("value", [False, True], ids=["plain", "value"])
 def bench_rotary_qk_norm_bwd(benchmark, device, value):
-    case = Case(device, value)
-    rstd = rotary_qk_norm_fwd(case.qkv, *case.args, T, H)
-    args = (case.grads, case.qkv, rstd, *case.args)
+    case = rotary_qk_norm_bwd_case(ROWS, device, value, BOUND)
+    *args, _, scaling = case.args
     exact, g_gate, g_values = gradients_ref(*args)
-    scaling = Scaling.from_bound(exact.abs().max().item(), E5M2, device)
-    op = partial(rotary_qk_norm_bwd, *case.grads, *args[1:], T, scaling=scaling, want_plain=False)
-    _, operand, *others = op()
+    assert exact.abs().max() < BOUND
+    _, operand, *others = case.run()
     rounded = (exact * scaling.scale).to(E5M2).float() * scaling.inverse_scale
     error = relative_error(operand.dequantize(), exact)
     assert error < 1.01 * CAST_ERROR * relative_error(rounded, exact)
     if value:
         torch.testing.assert_close(others, [g_gate, g_values], rtol=1e-2, atol=1e-2)
     del exact, rounded, operand, others
-    measure(
-        benchmark,
-        op,
-        bytes_moved=2 * H * D * (B * T * (9 if value else 8) + case.distinct),
-        alternatives={
-            "eager": lambda: backward_ref(*args),
-            "compile": lambda: compiled(backward_ref)(*args),
-        },
-        shape=(B * T, H, D),
-    )
+    alternatives = {
+        "eager": lambda: backward_ref(*args),
+        "compile": lambda: compiled(backward_ref)(*args),
+    }
+    measure_case(benchmark, case, alternatives)

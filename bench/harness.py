@@ -119,6 +119,12 @@ def quantize_both_layouts(
     return q, q.t().contiguous(), inverse_scale
 
 
+def measure_case(benchmark, case, alternatives=None):
+    """As `measure`, of a bench.cases.case.Case that was already checked."""
+    work = case.bytes_moved, case.flops
+    return measure(benchmark, case.run, *work, alternatives=alternatives, shape=case.shape)
+
+
 def measure(
     benchmark,
     op,

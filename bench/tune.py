@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from nanofuse.bench.bench_residual_mix import N as ROWS
-from nanofuse.bench.cases.tiles import CASES, WARM_ROWS
+from nanofuse.bench.cases.case import ROWS, sizes
+from nanofuse.bench.cases.tiles import CASES, TUNED, WARM_ROWS
 from nanofuse.bench.harness import median_seconds
 from nanofuse.kernels.common import tuning
 from nanofuse.train.command import CommandParser, run_command
@@ -56,7 +56,13 @@ def tune(op):
         raise SystemExit(f"no candidate of {op} runs")
     seconds, config, share = best
     print(f"{op}: {config} {1e6 * seconds:.1f} us {100 * share:.0f} %", flush=True)
-    return {"config": asdict(config), "us": round(1e6 * seconds, 1), "rows": ROWS}
+    return {
+        "config": asdict(config),
+        "us": round(1e6 * seconds, 1),
+        "share": round(share, 3),
+        "rows": ROWS,
+        "width": sizes(DEVICE).width,
+    }
 
 
 def _read(path):
@@ -75,15 +81,15 @@ def main():
     parser = CommandParser(
         prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("ops", nargs="*", default=[], help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("ops", nargs="*", default=[], help=f"of {', '.join(TUNED)}; default all")
     parser.add_argument("--out", type=Path, default=tuning.TUNED)
     args = parser.parse_args()
-    unknown = sorted(set(args.ops) - set(CASES))
+    unknown = sorted(set(args.ops) - set(TUNED))
     if unknown or not torch.cuda.is_available():
         parser.error(f"unknown op {unknown[0]!r}" if unknown else "tuning needs a CUDA GPU")
-    ops = args.ops or list(CASES)
+    ops = args.ops or list(TUNED)
     table = _read(args.out)
-    jobs = [(op, index) for op in ops for index in range(len(CASES[op][1]))]
+    jobs = [(op, index) for op in ops for index in range(len(TUNED[op]))]
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
         for message in filter(None, pool.map(warm, jobs)):
             print(message)

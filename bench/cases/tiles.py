@@ -1,9 +1,15 @@
-"""Candidate launch configurations of every op, and the table of cases that bench.tune times."""
+"""The cases of all ops: what makes one, and the launch configurations that bench.tune tries for it.
+
+A case is made for a number of rows (positions, or rows of all matrices together), so that the tuner
+can compile candidates on a few, and for a device: on a CPU, for Triton's interpreter, all sizes are
+tiny. bench.tune times those with candidates, bench.first_call calls all, the benches take the rest
+of their inputs, and the bytes and FLOPs, from the same functions.
+"""
 
 import itertools
 from functools import partial
 
-from nanofuse.bench.cases import inputs
+from nanofuse.bench.cases import mlp, optim, stream, tables
 from nanofuse.kernels.adamw import AdamWConfig
 from nanofuse.kernels.common.tuning import Tile
 from nanofuse.kernels.gradient_squares import SquaresConfig
@@ -72,38 +78,42 @@ HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
     for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))
 ]
-CASES = {  # op: (function of inputs.py, candidates)
-    "quantize": (inputs.quantize_case, ELEMENTWISE),
-    "residual_mix_fwd": (inputs.residual_mix_fwd_case, NORMS_FORWARD),
-    "residual_norm_fwd": (inputs.residual_norm_fwd_case, NORMS_FORWARD),
-    "residual_mix_bwd": (partial(inputs.norm_backward_case, opening=True), NORMS_BACKWARD),
-    "residual_norm_bwd": (partial(inputs.norm_backward_case, opening=False), NORMS_BACKWARD),
+CASES = {  # name in tuned.json: (function of rows and device, candidates)
+    "quantize": (stream.quantize_case, ELEMENTWISE),
+    "residual_mix_fwd": (stream.residual_mix_fwd_case, NORMS_FORWARD),
+    "residual_norm_fwd": (stream.residual_norm_fwd_case, NORMS_FORWARD),
+    "residual_mix_bwd": (partial(stream.residual_bwd_case, opening=True), NORMS_BACKWARD),
+    "residual_norm_bwd": (partial(stream.residual_bwd_case, opening=False), NORMS_BACKWARD),
     "residual_gradients": (
-        inputs.residual_gradients_case,
+        stream.residual_gradients_case,
         [
             Config(positions, 16, registers)
             for positions in (4, 8, 16, 32)
             for registers in (None, 168, 128)
         ],
     ),
-    "embed_smear": (inputs.embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
-    "relu_squared": (inputs.relu_squared_case, ELEMENTWISE),
-    "relu_squared_bwd": (inputs.relu_squared_bwd_case, ELEMENTWISE),
-    "linear_relu_squared": (inputs.linear_relu_squared_case, LINEAR),
-    "linear_relu_squared_bwd": (inputs.linear_relu_squared_bwd_case, LINEAR),
-    "linear_relu_squared_bf16": (inputs.linear_relu_squared_bf16_case, LINEAR_BF16),
-    "linear_relu_squared_bwd_bf16": (inputs.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
-    "rotary_qk_norm": (inputs.rotary_qk_norm_case, HEAD_TILES),
+    "resid_lambda_grad": (
+        stream.resid_lambda_grad_case,
+        tiles((128,), (128,), (4, 8), (2, 3, 4)) + tiles((128,), (256,), (8,), (2, 3)),
+    ),
+    "embed_smear": (stream.embed_smear_case, tiles((1, 2, 4), (0,), (2, 4))),
+    "relu_squared": (mlp.relu_squared_case, ELEMENTWISE),
+    "relu_squared_bwd": (mlp.relu_squared_bwd_case, ELEMENTWISE),
+    "linear_relu_squared": (mlp.linear_relu_squared_case, LINEAR),
+    "linear_relu_squared_bwd": (mlp.linear_relu_squared_bwd_case, LINEAR),
+    "linear_relu_squared_bf16": (mlp.linear_relu_squared_bf16_case, LINEAR_BF16),
+    "linear_relu_squared_bwd_bf16": (mlp.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
+    "rotary_qk_norm": (stream.rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (
-        inputs.rotary_qk_norm_bwd_case,
+        stream.rotary_qk_norm_bwd_case,
         HEAD_TILES[6:] + [HeadTile(64, heads, 8, stages) for heads in (4, 8) for stages in (1, 2)],
     ),
     "softcap_cross_entropy_fwd": (
-        inputs.softcap_cross_entropy_fwd_case,
+        mlp.softcap_cross_entropy_fwd_case,
         tiles((1,), (2048, 4096, 8192), (4, 8)) + tiles((1,), (16384,), (16,)),
     ),
     "softcap_cross_entropy_bwd": (
-        inputs.softcap_cross_entropy_bwd_case,
+        mlp.softcap_cross_entropy_bwd_case,
         [
             LossTile(rows, cols, blocks, 256, warps, registers)
             for rows, cols, blocks, warps, registers in (
@@ -119,26 +129,43 @@ CASES = {  # op: (function of inputs.py, candidates)
         ],
     ),
     "embedding_grad": (
-        inputs.embedding_grad_case,
+        tables.embedding_grad_case,
         tiles((16, 32, 64), (256,), (1,)) + tiles((16, 32), (512,), (2,)),
     ),
+    "embedding_grad_spans": (
+        tables.embedding_grad_case,
+        tiles((32, 64, 128), (64, 128), (2, 4)),
+    ),
     "gradient_squares": (
-        inputs.gradient_squares_case,
+        optim.gradient_squares_case,
         [
             SquaresConfig(block, warps)
             for block, warps in ((8192, 4), (16384, 4), (16384, 8), (32768, 8), (65536, 8))
         ],
     ),
     "adamw": (
-        inputs.adamw_case,
+        optim.adamw_case,
         [
             AdamWConfig(block, warps)
             for block, warps in ((4096, 4), (8192, 4), (8192, 8), (16384, 8))
         ],
     ),
-    "muon_momentum": (inputs.muon_momentum_case, tiles((1024,), (4096,), (4, 8, 16))),
-    "muon_apply": (inputs.muon_apply_case, ELEMENTWISE),
-    "symmetric_matmul": (inputs.symmetric_matmul_case, MATMUL),
-    "symmetric_matmul_transposed": (inputs.symmetric_matmul_transposed_case, MATMUL),
-    "batched_matmul": (inputs.batched_matmul_case, MATMUL + [MatmulTile(256, 128, 64, 8, 4)]),
+    "muon_momentum": (optim.muon_momentum_case, tiles((1024,), (4096,), (4, 8, 16))),
+    "muon_apply": (optim.muon_apply_case, ELEMENTWISE),
+    "symmetric_matmul": (optim.symmetric_matmul_case, MATMUL),
+    "symmetric_matmul_transposed": (optim.symmetric_matmul_transposed_case, MATMUL),
+    "newton_schulz_unit_rows": (
+        optim.unit_rows_case,
+        tiles((1,), (2048, 4096, 8192), (2, 4, 8)),
+    ),
+    "newton_schulz_rescale": (
+        optim.rescale_case,
+        tiles((1,), (4096, 8192, 16384), (4, 8)),
+    ),
+    "batched_matmul": (optim.batched_matmul_case, MATMUL + [MatmulTile(256, 128, 64, 8, 4)]),
+    # without launch configurations of their own
+    "bigram_rows": (tables.bigram_rows_case, ()),
+    "gate_logits": (stream.gate_logits_case, ()),
+    "gate_logits_bwd": (stream.gate_logits_bwd_case, ()),
 }
+TUNED = {op: candidates for op, (_, candidates) in CASES.items() if candidates}

@@ -1,8 +1,9 @@
 """Launch configurations as data: a default per op in its file, tuned ones per GPU in tuned.json.
 
-tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "rows": of the timed
-case}}; `python -m bench.tune` writes it. A GPU without an entry gets the defaults, which are the
-winners of an H200 or an H100. Nothing is tuned at start-up.
+tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "share": of the roof,
+"rows" and "width" of the timed case}}; `python -m bench.tune` writes it. Entries from before
+2026-11-28 have no share. A GPU without an entry gets the defaults, which are the winners of an H200
+or an H100. Nothing is tuned at start-up.
 """
 
 import contextlib
