@@ -37,7 +37,8 @@ from nanofuse.kernels.softcap_cross_entropy import (
     softcap_cross_entropy_bwd,
     softcap_cross_entropy_fwd,
 )
-from nanofuse.model.fp8.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
+from nanofuse.model.fp8.operands import Operands
+from nanofuse.model.fp8.scaling import DelayedScaling, Unscaled
 from nanofuse.model.fp8.weights import Weights
 from nanofuse.model.fused_layer import ACTIVATIONS, EVALUATION, GRADIENTS, FusedLayer, Precision
 from nanofuse.model.graphs import GraphedPass
@@ -103,8 +104,8 @@ class FusedGPT(nn.Module):
     Called like the GPT: fused(tokens, targets, reduction). In training mode with gradients enabled
     it returns the mean loss, whose backward() accumulates every parameter's gradient into .grad.
     These .grad tensors are allocated here once; clear them in place. Otherwise it evaluates, with
-    plain products in the activations' dtype. After every change of the weights `refresh` must be
-    called.
+    plain products in the activations' dtype. Between passes the weights may change in place, which
+    torch counts; a kernel that writes them reports it by torch.autograd.graph.increment_version.
 
     Args:
         model: GPT; its matrices become views of the stacks of model.fp8.weights.Weights.
@@ -140,8 +141,8 @@ class FusedGPT(nn.Module):
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
         self.precision = Precision(gemm, scaling, norm_scaling)
         self.layers = [FusedLayer(model, i, w) for i, w in enumerate(self.weights.layers)]
-        self.updates = 0
-        self.refresh()
+        self.operands = Operands(self.weights, scaling)
+        self.operands.follow()
 
     def describe(self):
         """One line for the log: which kernels run, and which do not and why."""
@@ -155,49 +156,12 @@ class FusedGPT(nn.Module):
             off.append("bigram lookup (dense model)")
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"
 
-    @torch.no_grad()
-    def refresh(
-        self,
-        take=None,  # (1,) fp32
-    ):
-        """After the weights changed: update the FP8 scales and rewrite the weights' operands.
-        `take` is 0 where the optimiser left the step out (DelayedScaling.update)."""
-        if self.updates:
-            self.precision.scaling.update(take)
-        self._make_operands()
-        self.updates += 1
-
-    def _make_operands(self):
-        scaling = self.precision.scaling
-        # holds for the weights' operands here, and for the micro-steps until the next refresh
-        scaling.calibrate(self.updates < CALIBRATED_STEPS)
-        self.weights.refresh(scaling)
-
     def fp8_clipped(self):
         """How many times a tensor exceeded its FP8 range in an optimiser step and was clipped, over
         all tensors and the steps of this process; None without FP8. Synchronises with the GPU."""
+        self.operands.follow()  # counts those of the latest step
         clipped = self.precision.scaling.clipped
         return None if clipped is None else clipped.item()
-
-    def scaling_state(self):
-        """The state of the FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
-        tensors = self.precision.scaling.state_dict()
-        return tensors and {**tensors, "updates": torch.tensor(self.updates)}
-
-    @torch.no_grad()
-    def load_scaling_state(
-        self,
-        tensors,  # {name: tensor} from `scaling_state`
-    ):
-        """Restore the FP8 scales and rewrite the operands of the weights, which must have been
-        loaded before. Without tensors, or without FP8, start with fresh scales."""
-        if not tensors or not self.precision.gemm.fp8:
-            self.updates = 0
-            return self.refresh()
-        self.precision.scaling.load_state_dict(tensors)
-        self.updates = int(tensors["updates"]) - 1
-        self._make_operands()
-        self.updates += 1
 
     def forward(
         self,
@@ -214,9 +178,11 @@ class FusedGPT(nn.Module):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
+        self.operands.follow()
         if self.training and torch.is_grad_enabled():
             if reduction == "none":
                 raise ValueError("the fused training pass gives the mean loss only")
+            self.operands.recorded = True
             if self.graphed is None and self._may_record():
                 self.graphed = GraphedPass(self, tokens, targets)
             one_pass = self if self.graphed is None else self.graphed
@@ -230,8 +196,7 @@ class FusedGPT(nn.Module):
     def _may_record(self):
         """Whether to record CUDA graphs now: every kernel has run (so that it is compiled) in this
         process, and FP8 calibration, which runs kernels twice, is over."""
-        settled = not self.precision.gemm.fp8 or self.updates > CALIBRATED_STEPS
-        return self.graphs and self.ran and settled
+        return self.graphs and self.ran and self.operands.settled
 
     @torch.no_grad()
     def loss(

@@ -38,6 +38,7 @@ from nanofuse.model.providers import PRODUCTS, find
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.state import training_state
 from tests.helpers import random_model
 from tests.interpreter import interpreter_casts_exactly
 
@@ -117,7 +118,7 @@ def train(name, model, weights, optimizer, steps):
         optimizer.zero_grad()
     for parameter, p in weights.named_parameters():
         digests[f"{name}/weights/{parameter}"] = digest(p)
-    for key, tensor in optimizer.state_dict().items():
+    for key, tensor in training_state(model, optimizer).items():
         digests[f"{name}/state/{key}"] = digest(tensor)
     model.eval()
     digests[f"{name}/evaluation"] = digest(model(*batch(config, 99), reduction="none"))

@@ -77,6 +77,7 @@ def assemble(
         with naming_flags("--backend fused: "):
             model = FusedGPT(raw_model, fp8.made, graphs)
         optimizer = FusedMuonAdamW(model, optim, lr_scale)
+        model.operands.taken = optimizer.watch.ok
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
     else:

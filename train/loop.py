@@ -28,6 +28,7 @@ from nanofuse.train.saving import Saver
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import Settings
 from nanofuse.train.signals import Interrupted, Signals
+from nanofuse.train.state import training_state
 
 RATES_HINT = (
     "--resume from the checkpoint before it, with a lower --matrix-lr, --embedding-lr, "
@@ -216,7 +217,7 @@ class Trainer:
             self.progress.step,
             self.meta(),
             self.raw_model,
-            self.optimizer.state_dict(),
+            training_state(self.model, self.optimizer),
             {name: torch.from_numpy(array) for name, array in self.state.to_arrays().items()},
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")

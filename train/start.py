@@ -52,6 +52,7 @@ from nanofuse.train.settings import (
     resolve_resumed,
 )
 from nanofuse.train.signals import Interrupted, Signals
+from nanofuse.train.state import load_training_state, training_state
 
 
 def take_new_folder(settings, lock):
@@ -292,7 +293,8 @@ def build_trainer(start, started, signals=None):
     state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
-        built.optimizer.load_state_dict(load_tensors(folder / OPTIM), meta["optimizer_steps"])
+        saved = load_tensors(folder / OPTIM)
+        load_training_state(built.model, built.optimizer, saved, meta["optimizer_steps"])
         state = restore_state(meta["loader"], load_tensors(folder / LOADER))
         try:
             progress = Progress(**meta["progress"])
@@ -310,7 +312,8 @@ def build_trainer(start, started, signals=None):
     saver = Saver(
         start.lock, log, start.tokenizer, reports.keep, progress.step if start.checkpoint else None
     )
-    needed = size_of(built.raw_model.state_dict(), built.optimizer.state_dict())
+    beside = training_state(built.model, built.optimizer)
+    needed = size_of(built.raw_model.state_dict(), beside)
     for line in (*built.facts, room(needed, directory)):
         log.print(line)
     loader = DeviceLoader(start.packing, machine.device, state)

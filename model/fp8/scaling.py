@@ -38,9 +38,11 @@ class DelayedScaling:
     def __init__(self, dtypes, device):
         count = len(dtypes)
         self.fp8_max = torch.tensor([torch.finfo(d).max for d in dtypes.values()], device=device)
-        self.history = torch.zeros(HISTORY, count, device=device)
-        self.scale, self.inverse_scale = (torch.ones(count, SLOT, device=device) for _ in range(2))
-        self.amax = torch.zeros(count, SLOT, device=device)
+        self.history = torch.empty(HISTORY, count, device=device)
+        self.scale, self.inverse_scale, self.amax = (
+            torch.empty(count, SLOT, device=device) for _ in range(3)
+        )
+        self.reset()
         self.clipped = torch.zeros((), dtype=torch.int64, device=device)
         self.calibrating = False
         self._index = {name: i for i, name in enumerate(dtypes)}
@@ -48,6 +50,17 @@ class DelayedScaling:
             name: Scaling(dtype, *(x[i, :1] for x in (self.scale, self.inverse_scale, self.amax)))
             for i, (name, dtype) in enumerate(dtypes.items())
         }
+
+    def reset(self):
+        """Scales of 1, without history: as in the beginning."""
+        for x in (self.history, self.amax):
+            x.zero_()
+        for x in (self.scale, self.inverse_scale):
+            x.fill_(1.0)
+
+    def forget(self):
+        """Drop the maxima recorded since the last update."""
+        self.amax.zero_()
 
     def calibrate(self, on):
         """Switch calibration on or off: whether `produce` derives each scale from its tensor."""
@@ -77,7 +90,7 @@ class DelayedScaling:
         if take is not None:
             history = torch.where(take != 0, history, self.history)
         self.history.copy_(history)
-        self.amax.zero_()
+        self.forget()
         self._rescale(slice(None), self.history.amax(dim=0))
 
     def _rescale(
@@ -95,10 +108,14 @@ class DelayedScaling:
         """The tensors that a checkpoint stores, {name: tensor}."""
         return {"history": self.history, "scale": self.scale, "inverse_scale": self.inverse_scale}
 
-    def load_state_dict(self, tensors):
+    def load_state_dict(
+        self,
+        tensors,  # {name: tensor} of `state_dict`
+    ):
+        """Restore the scales, in place; maxima recorded so far are forgotten."""
         for name, mine in self.state_dict().items():
             mine.copy_(tensors[name])
-        self.amax.zero_()
+        self.forget()
 
 
 class Unscaled:
@@ -109,6 +126,12 @@ class Unscaled:
 
     def calibrate(self, on):
         """Nothing to calibrate."""
+
+    def reset(self):
+        """Nothing to reset."""
+
+    def forget(self):
+        """Nothing to forget."""
 
     def produce(self, name, run):
         return run(None)

@@ -101,6 +101,7 @@ class Weights:
         head = model.lm_head.weight
         head.grad = torch.zeros_like(head)
         self.lm_head = LinearWeight("lm_head", head.detach(), head.grad, self.dtype)
+        self._matrices = [head, *(p for params, _, _ in self.stacks for p in params)]
 
     def _add(
         self,
@@ -124,7 +125,6 @@ class Weights:
         """{name: dtype} of the weights' FP8 operands."""
         return {weight.name: E4M3 for weight in self.all()}
 
-    def refresh(self, scaling):
-        """Rewrite every operand, after the masters changed."""
-        for weight in self.all():
-            weight.refresh(scaling)
+    def version(self):
+        """A number that grows with every change in place of one of the matrices."""
+        return sum(p._version for p in self._matrices)

@@ -1,8 +1,8 @@
 """The combined optimiser on the kernels, for a FusedGPT: what train/optim/muon_adamw.py computes.
 
 Muon updates the stacks of model.weights in place, AdamW all other tensors in one launch per pair of
-dtypes; both clear the gradients as they read them, and the operands of the matrix products are made
-anew at the end. State has the names and shapes of MuonAdamW's, so checkpoints serve both.
+dtypes; both clear the gradients as they read them. State has the names and shapes of MuonAdamW's,
+so checkpoints serve both.
 """
 
 import torch
@@ -14,15 +14,12 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
 from nanofuse.train.optim.watch import GradientWatch
 
-FP8_PREFIX = "fp8."
-
 
 class FusedMuonAdamW:
     """Muon + AdamW over the parameters of a FusedGPT.
 
     Args:
-        fused: model.fused.FusedGPT; its operands are made when the optimiser takes a step or
-            loads a state.
+        fused: model.fused.FusedGPT.
         config: train.optim.config.OptimConfig.
         lr_scale: the batch's factor on learning rates, of all groups that it scales.
     """
@@ -45,6 +42,7 @@ class FusedMuonAdamW:
             params, [p.grad for p in params], *zip(*self.adamw_state.values(), strict=True), hypers
         )
         named = dict(model.named_parameters())
+        self.parameters = list(named.values())
         self.watch = GradientWatch(named, self.device)
         self.squares = GradientSquares([p.grad for p in named.values()])
         self.muon_state = []  # of each stack: momentum (N, R, C) and second moment
@@ -86,7 +84,7 @@ class FusedMuonAdamW:
                 muon_update(stacked, grads.contiguous(), *state, hyper, *options, take=take)
                 values.copy_(stacked)
                 grads.zero_()
-        self.fused.refresh(take)
+        torch.autograd.graph.increment_version(self.parameters)  # kernels and views wrote them
 
     def zero_grad(self):
         """Nothing to do: `step` clears the gradients while it reads them."""
@@ -109,16 +107,14 @@ class FusedMuonAdamW:
 
     def state_dict(self):
         """All state as a flat {name: tensor}; step_count travels in the checkpoint's meta."""
-        state = {
+        return {
             name: torch.stack(x) if isinstance(x, list) else x
             for name, x in self._tensors().items()
         }
-        scales = self.fused.scaling_state()
-        return state | {f"{FP8_PREFIX}{name}": x for name, x in scales.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors, step_count):
-        """Restore what state_dict gave, here or in MuonAdamW. The weights must be loaded before.
+        """Restore what state_dict gave, here or in MuonAdamW.
 
         Raises:
             UserError: names or shapes of another model.
@@ -128,11 +124,6 @@ class FusedMuonAdamW:
             shape = (len(x), *x[0].shape) if isinstance(x, list) else x.shape
             if name not in tensors or tensors[name].shape != shape:
                 raise UserError(f"optimiser state {name!r} is missing or of another shape")
-        prefix = len(FP8_PREFIX)
-        scales = {n[prefix:]: x for n, x in tensors.items() if n.startswith(FP8_PREFIX)}
-        for name, x in self.fused.scaling_state().items() if scales else ():
-            if name not in scales or scales[name].shape != x.shape:
-                raise UserError(f"optimiser state 'fp8.{name}' is missing or of another shape")
         for name, x in mine.items():
             if isinstance(x, list):
                 for view, value in zip(x, tensors[name], strict=True):
@@ -140,4 +131,3 @@ class FusedMuonAdamW:
             else:
                 x.copy_(tensors[name])
         self.step_count = step_count
-        self.fused.load_scaling_state(scales)

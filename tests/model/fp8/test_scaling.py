@@ -14,11 +14,20 @@ def scaling():
     return DelayedScaling({"a": E4M3, "b": E5M2}, "cpu")
 
 
-def seen(scaling, **peaks):
-    """One optimiser step in which kernels recorded these amax values."""
+def record(scaling, **peaks):
+    """Kernels that see these maxima: they raise an amax, NaN above all, and never lower it."""
+
+    def raise_to(peak):
+        return lambda s: s.amax.copy_(torch.maximum(s.amax, torch.tensor(peak)))
+
     for name, peak in peaks.items():
-        scaling.produce(name, lambda s, peak=peak: s.amax.fill_(peak))
-    scaling.update()
+        scaling.produce(name, raise_to(peak))
+
+
+def seen(scaling, take=None, **peaks):
+    """One optimiser step in which kernels recorded these maxima."""
+    record(scaling, **peaks)
+    scaling.update(take)
 
 
 def current(scaling, name):
@@ -68,7 +77,7 @@ def test_calibration_scales_from_the_tensor_itself(scaling):
 
     def run(s):
         runs.append(s.scale.item())
-        s.amax.fill_(4.0)
+        s.amax.clamp_min_(4.0)
 
     scaling.calibrate(True)
     scaling.produce("a", run)
@@ -81,10 +90,50 @@ def test_calibration_scales_from_the_tensor_itself(scaling):
 def test_state_goes_around(scaling):
     seen(scaling, a=2.0, b=3.0)
     other = DelayedScaling({"a": E4M3, "b": E5M2}, "cpu")
+    seen(other, a=50.0)
+    record(other, a=70.0)  # of a step that the state does not know
     other.load_state_dict({name: x.clone() for name, x in scaling.state_dict().items()})
+    assert not other.amax.any()
+    for x in (scaling, other):
+        seen(x, a=1.0)
+    for name, x in scaling.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name]), name
+
+
+def test_maxima_of_one_step_do_not_reach_the_next(scaling):
+    seen(scaling, a=8.0, b=2.0)
+    assert not scaling.amax.any()
     seen(scaling, a=1.0)
-    seen(other, a=1.0)
-    assert torch.equal(scaling.scale, other.scale)
+    assert scaling.history[:2].tolist() == [[1.0, 0.0], [8.0, 2.0]]
+
+
+def test_a_step_left_out_leaves_nothing_behind(scaling):
+    seen(scaling, a=3.0, b=3.0)
+    before = [x.clone() for x in scaling.state_dict().values()]
+    for peak in (5.0, float("nan"), float("inf")):
+        seen(scaling, torch.zeros(1), a=peak, b=peak)
+        after = scaling.state_dict().values()
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        assert not scaling.amax.any()
+    seen(scaling, torch.ones(1), a=5.0, b=5.0)
+    assert (scaling.history[0] == 5.0).all() and (scaling.history[1] == 3.0).all()
+
+
+def test_reset_is_the_beginning(scaling):
+    seen(scaling, a=3.0, b=3.0)
+    record(scaling, a=4.0)
+    scaling.reset()
+    fresh = DelayedScaling({"a": E4M3, "b": E5M2}, "cpu")
+    for name, x in fresh.state_dict().items():
+        assert torch.equal(scaling.state_dict()[name], x), name
+    assert not scaling.amax.any()
+
+
+def test_what_is_forgotten_does_not_count(scaling):
+    record(scaling, a=9.0)
+    scaling.forget()
+    seen(scaling, a=2.0)
+    assert scaling.history[0].tolist() == [2.0, 0.0]
 
 
 def test_what_goes_beyond_its_scale_is_counted(scaling):

@@ -1,0 +1,91 @@
+"""The weights' operands and the FP8 scales, kept in step with weights that others change.
+
+Whoever changes the weights, an optimiser or a checkpoint, says nothing here. torch counts the
+in-place changes of every tensor, kernels report theirs (torch.autograd.graph.increment_version),
+and `follow`, called before each pass, makes the operands anew where a count has moved. A change
+after a training pass is an optimiser's step, in which the scales are updated first.
+"""
+
+import torch
+
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+
+
+class Operands:
+    """Makes the operands of `weights` under `scaling`, and makes them anew when the weights change.
+
+    Args:
+        weights: model.fp8.weights.Weights.
+        scaling: DelayedScaling or Unscaled.
+
+    Attributes:
+        steps: optimiser steps that the scales have followed.
+        recorded: whether a training pass has run since, and recorded maxima.
+        taken: (1,) fp32 on the device, where the optimiser writes 0 when it leaves a step out, so
+            that the step's maxima, which may not be numbers, stay out of the scales; None: it
+            takes every step.
+    """
+
+    def __init__(self, weights, scaling):
+        self.weights, self.scaling = weights, scaling
+        self.steps, self.recorded, self.taken = 0, False, None
+        self._version = None  # of the weights that the operands were made of
+
+    @property
+    def settled(self):
+        """Whether no scale is calibrated any more, and no kernel runs twice for one."""
+        return self.steps >= CALIBRATED_STEPS or not self.scaling.state_dict()
+
+    @torch.no_grad()
+    def follow(self):
+        """Make what is older than the weights anew, in place; waits for nothing."""
+        version = self.weights.version()
+        if version == self._version:
+            return
+        if self.recorded:
+            self.scaling.update(self.taken)
+            self.steps += 1
+        else:
+            self.scaling.forget()
+        self._version, self.recorded = version, False
+        # holds for the weights' operands here, and for the first micro-step that follows
+        self.scaling.calibrate(self.steps < CALIBRATED_STEPS)
+        for weight in self.weights.all():
+            weight.refresh(self.scaling)
+
+    def state_dict(self):
+        """The state of the FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""
+        self.follow()
+        tensors = self.scaling.state_dict()
+        return tensors and {**tensors, "updates": torch.tensor(self.steps + 1)}
+
+    def check(
+        self,
+        tensors,  # {name: tensor}
+    ):
+        """Raise ValueError for tensors that `load_state_dict` cannot take."""
+        if not tensors:
+            return
+        mine = self.scaling.state_dict()
+        shapes = {name: x.shape for name, x in mine.items()} | ({"updates": ()} if mine else {})
+        for name, shape in shapes.items():
+            if name not in tensors or tensors[name].shape != shape:
+                raise ValueError(f"FP8 scale {name!r} is missing or of another shape")
+
+    @torch.no_grad()
+    def load_state_dict(
+        self,
+        tensors,  # {name: tensor}
+    ):
+        """Restore what `state_dict` gave, before or after the weights are loaded. Without tensors,
+        or without FP8, start with fresh scales.
+
+        Raises:
+            ValueError: a tensor is missing or of another shape; nothing has changed.
+        """
+        self.check(tensors)
+        self.scaling.reset()
+        self.steps, self.recorded, self._version = 0, False, None
+        if tensors and self.scaling.state_dict():
+            self.scaling.load_state_dict(tensors)
+            self.steps = int(tensors["updates"]) - 1
