@@ -19,7 +19,7 @@ from nanofuse.bench.cases.optim import (
 )
 from nanofuse.bench.checks import relative_error
 from nanofuse.bench.harness import ON_GPU, compiled, measure, op_benchmark, quantize_both_layouts
-from nanofuse.kernels.adamw import AdamWHyper, AdamWTensors, adamw, adamw_schedule
+from nanofuse.kernels.adamw import AdamWTensors, adamw, adamw_schedule
 from nanofuse.kernels.common.fp8 import E4M3
 from nanofuse.kernels.muon_momentum import muon_momentum
 from nanofuse.kernels.muon_update import (
@@ -36,8 +36,9 @@ from nanofuse.kernels.newton_schulz import (
     initial_scale,
     muon_plus_ref,
 )
-from nanofuse.train.optim.config import ADAMW_EPS, OptimConfig
+from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.optim.updates import EagerUpdate
 
 LAYERS, WIDTH = (16, 1024) if ON_GPU else (2, 16)
 SHAPES = [
@@ -155,18 +156,17 @@ class KernelStep:
 
     def __init__(self, optimizer, device):
         self.matrices = []  # (param, grad, momentum, second, WeightCopies)
-        for key, params in optimizer.stacks.items():
-            stacks = [torch.stack(x) for x in (params, [p.grad for p in params])]
-            moments = [optimizer.state[f"muon.{key}.{x}"].clone() for x in ("momentum", "second")]
+        for stack in optimizer.stacks:
+            stacks = [x.detach() for x in stack.gather()]
+            moments = stack.momentum.clone(), stack.second.clone()
             weights = fp8_copies(stacks[0].shape, device)
-            self.matrices.append((*(x.detach() for x in stacks), *moments, weights))
-        params, hypers = [], []
-        for _, param, group, lr in optimizer.adamw:
-            params.append(param.detach())
-            hypers.append(AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay))
-        grads = [p.grad.clone() for _, p, *_ in optimizer.adamw]
+            self.matrices.append((*stacks, *moments, weights))
+        tables = optimizer.tables
+        params = [table.param.detach().clone() for table in tables]
+        grads = [table.grad.clone() for table in tables]
         moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-        self.adamw = AdamWTensors([p.clone() for p in params], grads, *moments, hypers)
+        hypers = [table.hyper for table in tables]
+        self.adamw = AdamWTensors(params, grads, *moments, hypers)
         self.schedule = adamw_schedule(1.0, 1, device)
         self.hyper = muon_hyper(optimizer.config.matrix_lr, *NUMBERS[1:], device)
 
@@ -179,9 +179,8 @@ class KernelStep:
 @op_benchmark
 def bench_optimizer_step(benchmark, device):
     parameters = roles(device)
-    optimizer = MuonAdamW(
-        parameters, OptimConfig(), WIDTH, compile=ON_GPU, newton_schulz_dtype=COMPUTE
-    )
+    update = partial(EagerUpdate, compile=ON_GPU, newton_schulz_dtype=COMPUTE)
+    optimizer = MuonAdamW(parameters, OptimConfig(), WIDTH, update=update)
 
     def theirs():
         optimizer.step(momentum=NUMBERS[1], weight_decay=NUMBERS[2])
@@ -190,11 +189,10 @@ def bench_optimizer_step(benchmark, device):
     starts = [param.clone() for param, *_ in op.matrices]
     op()
     theirs()
-    stacks = zip(optimizer.stacks.values(), op.matrices, starts, strict=True)
-    for params, (ours, *_), start in stacks:
-        assert relative_error(ours - start, torch.stack(params) - start) < 0.05
-    for (_, param, *_), (ours, *_) in zip(optimizer.adamw, op.adamw.tensors, strict=True):
-        assert relative_error(ours, param) < BOUND
+    for stack, (ours, *_), start in zip(optimizer.stacks, op.matrices, starts, strict=True):
+        assert relative_error(ours - start, stack.gather()[0] - start) < 0.05
+    for table, (ours, *_) in zip(optimizer.tables, op.adamw.tensors, strict=True):
+        assert relative_error(ours, table.param) < BOUND
     tables = [p for role in parameters if role != "matrices" for _, p in parameters[role]]
     table_bytes = sum(8 * p.numel() * p.element_size() for p in tables)
     measure(

@@ -35,8 +35,8 @@ from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import PRODUCTS, find
+from nanofuse.train.assemble import fused_optimizer
 from nanofuse.train.optim.config import OptimConfig
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.state import training_state
 from tests.helpers import random_model
@@ -136,7 +136,7 @@ def digests():
         for kind, (provider, dtype, steps) in PASSES.items():
             model = make_model(config, dtype)
             fused = FusedGPT(model, products(provider, dtype)).train()
-            optimizer = FusedMuonAdamW(fused, OptimConfig(), lr_scale=0.5)
+            optimizer = fused_optimizer(fused, OptimConfig(), lr_scale=0.5)
             found |= train(f"fused/{kind}/{label}", fused, model, optimizer, steps)
     return found
 

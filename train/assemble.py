@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,8 +13,8 @@ from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import Choice
 from nanofuse.train.device import choosing
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
 from nanofuse.train.settings import naming_flags
 
 
@@ -26,9 +27,24 @@ class Assembled:
 
     model: Callable
     raw_model: GPT
-    optimizer: MuonAdamW | FusedMuonAdamW
+    optimizer: MuonAdamW
     attention: Choice
     facts: list
+
+
+def fused_optimizer(fused, optim, lr_scale=1.0):
+    """The optimiser of a FusedGPT by the kernels. What a step that it leaves out recorded stays out
+    of the scales.
+
+    Args:
+        fused: FusedGPT.
+        optim, lr_scale: as of `assemble`.
+    """
+    roles, width = fused.model.param_roles(), fused.model.config.n_embd
+    stored = fused.weights.stacks
+    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored)
+    fused.operands.taken = optimizer.watch.ok
+    return optimizer
 
 
 def assemble(
@@ -76,15 +92,14 @@ def assemble(
         graphs = cuda_graphs and machine.device.type == "cuda"
         with naming_flags("--backend fused: "):
             model = FusedGPT(raw_model, fp8.made, graphs)
-        optimizer = FusedMuonAdamW(model, optim, lr_scale)
-        model.operands.taken = optimizer.watch.ok
+        optimizer = fused_optimizer(model, optim, lr_scale)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
     else:
         products = set_fp8(raw_model, fp8.made.linear)
-        optimizer = MuonAdamW(
-            raw_model.param_roles(), optim, config.n_embd, lr_scale, compiled, machine.dtype
-        )
+        update = partial(EagerUpdate, compile=compiled, newton_schulz_dtype=machine.dtype)
+        roles = raw_model.param_roles()
+        optimizer = MuonAdamW(roles, optim, config.n_embd, lr_scale, update)
         model = raw_model
         if compiled:
             mode = None if compile_mode == "default" else compile_mode

@@ -17,7 +17,6 @@ from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.errors import UserError
 from nanofuse.train.figures import window_figures
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.watch import NAMED
 from nanofuse.train.plan import Plan
@@ -57,7 +56,7 @@ class Trainer:
 
     model: Callable
     raw_model: GPT
-    optimizer: MuonAdamW | FusedMuonAdamW
+    optimizer: MuonAdamW
     schedule: Schedule
     settings: Settings
     plan: Plan

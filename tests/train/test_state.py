@@ -8,9 +8,9 @@ from nanofuse.kernels.common.fp8 import FP8Operand
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
+from nanofuse.train.assemble import fused_optimizer
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.state import load_training_state, training_state
 from tests.helpers import random_model
@@ -25,7 +25,7 @@ def make(kind, seed=0):
     if kind == "eager":
         return model, model, MuonAdamW(model.param_roles(), OptimConfig(), config.n_embd)
     fused = FusedGPT(model, TorchGemm() if kind == "fp8" else PlainGemm())
-    return fused, model, FusedMuonAdamW(fused, OptimConfig())
+    return fused, model, fused_optimizer(fused, OptimConfig())
 
 
 def step(called, model, optimizer, seed=0):

@@ -1,18 +1,79 @@
 """The combined optimiser: Muon for the matrices inside the blocks, AdamW for everything else.
 
-Matrices of one shape are stacked and updated together; the state is kept per stack (Muon) and per
-tensor (AdamW). The update formulas are kernels/muon_update.py and kernels/adamw.py.
+`MuonAdamW` owns what both need: the groups, their hyperparameters, the state and its names in a
+checkpoint, the watch over the gradients, the count of steps. How the numbers are computed is an
+update's business (updates.py), which sees `Table`s and `Stack`s and no model.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from nanofuse.kernels.adamw import adamw_ref
-from nanofuse.kernels.muon_update import muon_update_ref, second_moment_shape
+from nanofuse.kernels.adamw import AdamWHyper
+from nanofuse.kernels.muon_update import second_moment_shape
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
+from nanofuse.train.optim.updates import EagerUpdate, Numbers
 from nanofuse.train.optim.watch import GradientWatch
 
-RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
+
+@dataclass(frozen=True)
+class Table:
+    """A tensor that AdamW updates, with its moments and an AdamWHyper."""
+
+    name: str
+    param: torch.Tensor
+    exp_avg: torch.Tensor  # param's shape
+    exp_avg_sq: torch.Tensor  # param's shape
+    hyper: AdamWHyper
+
+    @property
+    def grad(self):
+        return self.param.grad
+
+
+class Stack:
+    """N matrices of one shape that Muon updates together, with their momentum and second moment.
+
+    Args:
+        params: parameters (R, C), in the order of the stack.
+        values, grads: (N, R, C), where parameters and gradients are views of one tensor each.
+    """
+
+    def __init__(self, params, values=None, grads=None):
+        self.params, self._values, self._grads = params, values, grads
+        shape = (len(params), *params[0].shape)
+        self.momentum = params[0].new_zeros(shape, requires_grad=False)
+        self.second = params[0].new_zeros(second_moment_shape(shape), requires_grad=False)
+
+    @property
+    def in_place(self):
+        """Whether `gather` gives the matrices and gradients themselves. They may lie apart, as
+        autograd leaves them, or between each other, as q, k and v of grouped heads."""
+        return self._values is not None and self._values.is_contiguous()
+
+    def gather(self):
+        """Matrices and gradients, (N, R, C) each, contiguous: themselves or copies."""
+        if self._values is None:
+            return torch.stack(self.params), torch.stack([p.grad for p in self.params])
+        return self._values.contiguous(), self._grads.contiguous()
+
+    def scatter(
+        self,
+        values,  # (N, R, C), of `gather`, updated
+    ):
+        """Write the updated matrices back where they were copied from."""
+        if self._values is None:
+            torch._foreach_copy_(self.params, list(values.unbind()))
+        elif not self.in_place:
+            self._values.copy_(values)
+
+    def clear(self):
+        """Set the gradients to zero where they lie."""
+        if self._grads is None:
+            torch._foreach_zero_([p.grad for p in self.params])
+        else:
+            self._grads.zero_()
 
 
 class MuonAdamW:
@@ -23,53 +84,42 @@ class MuonAdamW:
         config: OptimConfig.
         width: C of the model, for the width scaling of AdamW's learning rates.
         lr_scale: the batch's factor on learning rates, of all groups that it scales.
-        compile: run the updates through torch.compile.
-        newton_schulz_dtype: dtype of Muon's matrix products.
+        update: update(tables, stacks, parameters, config) makes an update of updates.py.
+        stored: [(parameters, matrices (N, R, C), gradients (N, R, C))] of matrices that lie
+            together, Weights.stacks; None: those of one shape are stacked for each step.
+
+    Attributes:
+        step_count: steps so far; it travels in the checkpoint's meta.
+        watch: GradientWatch of every step's gradients.
+        tables, stacks: the Tables and Stacks.
     """
 
-    def __init__(
-        self,
-        roles,
-        config,
-        width,
-        lr_scale=1.0,
-        compile=False,
-        newton_schulz_dtype=torch.float32,
-    ):
+    def __init__(self, roles, config, width, lr_scale=1.0, update=EagerUpdate, stored=None):
         self.config, self.lr_scale = config, lr_scale
-        self.newton_schulz_dtype = newton_schulz_dtype
         self.step_count = 0
-        self.adamw = [
-            (name, p, group, group.lr_at(width, lr_scale))
-            for role, group in config.adamw_groups().items()
-            for name, p in roles.get(role, [])
-        ]
-        self.stacks = {}  # "RxC" -> parameters of that shape, in model order
-        for _, p in roles["matrices"]:
-            self.stacks.setdefault(f"{p.size(0)}x{p.size(1)}", []).append(p)
-        self.parameters = dict(member for members in roles.values() for member in members)
-        device = next(iter(self.parameters.values())).device
-        self.watch = GradientWatch(self.parameters, device)
-        self.state = {}
-        for name, p, *_ in self.adamw:
-            self.state[f"{name}.exp_avg"] = torch.zeros_like(p, requires_grad=False)
-            self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
-        for key, params in self.stacks.items():
-            shape = (len(params), *params[0].shape)
-            moment = second_moment_shape(shape)
-            self.state[f"muon.{key}.momentum"] = params[0].new_zeros(shape, requires_grad=False)
-            self.state[f"muon.{key}.second"] = params[0].new_zeros(moment, requires_grad=False)
-        self._adamw_update, self._muon_update = adamw_ref, muon_update_ref
-        if compile:
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            self._adamw_update = torch.compile(adamw_ref, dynamic=False, fullgraph=True)
-            self._muon_update = torch.compile(muon_update_ref, dynamic=False, fullgraph=True)
+        self.tables = []
+        for role, group in config.adamw_groups().items():
+            lr = group.lr_at(width, lr_scale)
+            hyper = AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay)
+            for name, p in roles.get(role, []):
+                moments = [torch.zeros_like(p, requires_grad=False) for _ in range(2)]
+                self.tables.append(Table(name, p, *moments, hyper))
+        self.matrices = [p for _, p in roles["matrices"]]
+        if stored is None:
+            by_shape = {}
+            for p in self.matrices:
+                by_shape.setdefault(p.shape, []).append(p)
+            stored = [(params,) for params in by_shape.values()]
+        self.stacks = [Stack(*each) for each in stored]
+        named = dict(member for members in roles.values() for member in members)
+        self.parameters = list(named.values())
+        self.watch = GradientWatch(named, self.parameters[0].device)
+        self.update = update(self.tables, self.stacks, self.parameters, config)
 
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):
-        """Update every parameter from its .grad. A step whose gradients are not all finite changes
-        nothing on a CPU, and on a GPU where config.on_nonfinite is "skip", which waits for the
-        device; `watch` has seen it.
+        """Update every parameter from its .grad. `watch` has seen a step whose gradients are not
+        all finite; the update says where such a step changes nothing else.
 
         Args:
             lr_mult: the schedule's multiplier on every learning rate.
@@ -77,63 +127,55 @@ class MuonAdamW:
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
         self.step_count += 1
-        grads = [p.grad for p in self.parameters.values()]
-        norms = torch._foreach_norm(grads, dtype=torch.promote_types(torch.float32, grads[0].dtype))
-        self.watch.take(torch.stack(norms).square(), self.step_count)
-        waits = self.watch.ok.device.type == "cpu" or self.config.on_nonfinite == "skip"
-        if waits and not self.watch.ok.item():
-            return
-        # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
-        count = torch.tensor(float(self.step_count))
-        for name, p, group, lr in self.adamw:
-            self._adamw_update(
-                p,
-                p.grad,
-                self.state[f"{name}.exp_avg"],
-                self.state[f"{name}.exp_avg_sq"],
-                torch.tensor(lr * lr_mult),
-                *group.betas,
-                ADAMW_EPS,
-                group.weight_decay,
-                count,
-            )
+        self.watch.take(self.update.squares(), self.step_count)
         matrix_lr = self.config.matrix_lr * self.lr_scale * lr_mult
-        scalars = [torch.tensor(x) for x in (matrix_lr, momentum)]
-        for key, params in self.stacks.items():
-            stacked = torch.stack(params)  # (N, R, C)
-            self._muon_update(
-                stacked,
-                torch.stack([p.grad for p in params]),
-                self.state[f"muon.{key}.momentum"],
-                self.state[f"muon.{key}.second"],
-                *scalars,
-                torch.tensor(weight_decay),
-                self.config.muon_beta2,
-                self.config.muon_eq,
-                self.config.muon_plus,
-                self.newton_schulz_dtype,
-            )
-            torch._foreach_copy_(params, list(stacked.unbind()))
+        numbers = Numbers(self.step_count, lr_mult, matrix_lr, momentum, weight_decay)
+        self.update(numbers, self.watch.ok)
+        # kernels and views have written the parameters, which torch has not seen
+        torch.autograd.graph.increment_version(self.parameters)
 
     def zero_grad(self):
-        """Drop every gradient."""
-        for p in [p for _, p, *_ in self.adamw] + [p for ps in self.stacks.values() for p in ps]:
-            p.grad = None
+        """Drop every gradient, unless the update has cleared it where it lies."""
+        if not self.update.clears:
+            for p in self.parameters:
+                p.grad = None
+
+    def _tensors(self):
+        """The state by name, {name: tensor or [views of its matrices]}: "lm_head.weight.exp_avg",
+        and "muon.RxC.momentum" of all matrices of a shape in the model's order."""
+        named = {}
+        for table in self.tables:
+            named[f"{table.name}.exp_avg"] = table.exp_avg
+            named[f"{table.name}.exp_avg_sq"] = table.exp_avg_sq
+        place = {p: (stack, i) for stack in self.stacks for i, p in enumerate(stack.params)}
+        for p in self.matrices:
+            stack, i = place[p]
+            key = f"muon.{p.size(0)}x{p.size(1)}"
+            named.setdefault(f"{key}.momentum", []).append(stack.momentum[i])
+            named.setdefault(f"{key}.second", []).append(stack.second[i])
+        return named
 
     def state_dict(self):
-        """All state as a flat {name: tensor}; step_count travels in the checkpoint's meta."""
-        return dict(self.state)
+        """All state as a flat {name: tensor}, whatever the update."""
+        tensors = self._tensors().items()
+        return {name: torch.stack(x) if isinstance(x, list) else x for name, x in tensors}
 
     @torch.no_grad()
     def load_state_dict(self, tensors, step_count):
-        """Restore what state_dict gave.
+        """Restore what `state_dict` gave, of any update.
 
         Raises:
-            UserError: names or shapes of another model.
+            UserError: names or shapes of another model; nothing has changed.
         """
-        for name, mine in self.state.items():
-            if name not in tensors or tensors[name].shape != mine.shape:
+        mine = self._tensors()
+        for name, x in mine.items():
+            shape = (len(x), *x[0].shape) if isinstance(x, list) else x.shape
+            if name not in tensors or tensors[name].shape != shape:
                 raise UserError(f"optimiser state {name!r} is missing or of another shape")
-        for name, mine in self.state.items():
-            mine.copy_(tensors[name])
+        for name, x in mine.items():
+            if isinstance(x, list):
+                for view, value in zip(x, tensors[name], strict=True):
+                    view.copy_(value)
+            else:
+                x.copy_(tensors[name])
         self.step_count = step_count

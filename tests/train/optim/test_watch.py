@@ -8,8 +8,8 @@ from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.train.assemble import fused_optimizer
 from nanofuse.train.optim.config import OptimConfig
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.watch import GradientWatch
 from tests.helpers import random_model
@@ -28,7 +28,7 @@ def make(kind, **fields):
         return model, MuonAdamW(model.param_roles(), optim, config.n_embd)
     twin = GPT(config, torch.float32, device=DEVICE)
     twin.load_state_dict(model.state_dict())
-    return twin, FusedMuonAdamW(FusedGPT(twin, PlainGemm()), optim)
+    return twin, fused_optimizer(FusedGPT(twin, PlainGemm()), optim)
 
 
 def give_gradients(model, seed, bad=None, value=float("nan")):

@@ -1,4 +1,4 @@
-"""FusedMuonAdamW against MuonAdamW: the same update, the same state, interchangeable."""
+"""The kernels' update against the eager one: the same numbers, the same state, interchangeable."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.train.assemble import fused_optimizer
 from nanofuse.train.optim.config import OptimConfig
-from nanofuse.train.optim.fused_muon_adamw import FusedMuonAdamW
 from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
 from tests.helpers import random_model
 from tests.train.optim.against_reference import LR_SCALE, assert_steps_of_the_reference
 
@@ -21,7 +22,7 @@ NUMBERS = [(1.0, 0.9, 0.2), (0.5, 0.95, 0.1)]  # lr_mult, momentum, weight decay
 
 
 def twins(**fields):
-    """The same random weights twice: (GPT, MuonAdamW) and (FusedGPT, FusedMuonAdamW)."""
+    """The same random weights twice: (GPT, eager MuonAdamW) and (FusedGPT, its MuonAdamW)."""
     sizes = {"sequence_len": 32, "vocab_size": 128, "bigram_embed_factor": 3}
     config = GPTConfig.from_depth(2, 16, 16, **{**sizes, **fields})
     truth = random_model(config, torch.float32, device=DEVICE)
@@ -29,7 +30,7 @@ def twins(**fields):
     model.load_state_dict(truth.state_dict())
     fused = FusedGPT(model, PlainGemm())
     plain = MuonAdamW(truth.param_roles(), OptimConfig(), config.n_embd, lr_scale=0.5)
-    return (truth, plain), (fused, FusedMuonAdamW(fused, OptimConfig(), lr_scale=0.5))
+    return (truth, plain), (fused, fused_optimizer(fused, OptimConfig(), lr_scale=0.5))
 
 
 def give_gradients(truth, model, seed):
@@ -89,7 +90,7 @@ def test_steps_are_those_of_the_reference(muon_eq, muon_plus, shift, positions):
     """Every group, with every tensor's gradients from zero to 1e4."""
     _, (fused, _) = twins()
     config = OptimConfig(muon_eq=muon_eq, muon_plus=muon_plus)
-    optimizer = FusedMuonAdamW(fused, config, LR_SCALE)
+    optimizer = fused_optimizer(fused, config, LR_SCALE)
     arguments = shift, positions, CHANGE_ERROR, DEVICE
     assert_steps_of_the_reference(fused.model, optimizer, *arguments)
 
@@ -108,3 +109,33 @@ def test_state_moves_between_both(fields):
     plain.step(*NUMBERS[1])
     assert_same_weights(truth, other)
     assert_same_weights(truth, again.model)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}], ids=str)
+def test_each_update_takes_matrices_as_they_lie(fields):
+    """Apart, together, and between each other; where it clears gradients they are zero."""
+    (truth, plain), (fused, _) = twins(**fields)
+    (_, _), (again, _) = twins(**fields)
+    width = truth.config.n_embd
+    roles, config = fused.model.param_roles(), OptimConfig()
+    in_place = MuonAdamW(roles, config, width, 0.5, EagerUpdate, fused.weights.stacks)
+    apart = MuonAdamW(again.model.param_roles(), config, width, 0.5, KernelUpdate)
+    steps(truth, plain, fused, in_place, 1)
+    give_gradients(truth, again.model, 0)
+    apart.step(*NUMBERS[0])
+    apart.zero_grad()
+    assert_same_weights(truth, fused.model)
+    assert_same_weights(truth, again.model)
+    assert all(p.grad is None for p in fused.model.parameters())
+    assert not any(p.grad.any() for p in again.model.parameters())
+
+
+def test_torch_hears_of_every_change():
+    """By kernels and through views; operands that follow the weights rely on it."""
+    (truth, plain), (fused, ours) = twins(n_kv_head=1)
+    for model, optimizer in ((truth, plain), (fused.model, ours)):
+        before = [p._version for p in model.parameters()]
+        give_gradients(truth, fused.model, 0)
+        optimizer.step(*NUMBERS[0])
+        after = [p._version for p in model.parameters()]
+        assert all(a > b for a, b in zip(after, before, strict=True))

@@ -1,0 +1,120 @@
+"""How MuonAdamW's numbers are computed: in torch, eager or compiled, or by the kernels.
+
+An update is made of the optimiser's tables, stacks and parameters. `squares` gives the sums of
+squares of all gradients, and a call takes one step; both leave it to the optimiser what the tensors
+are, whose they are and what they are called. The formulas are those of kernels/adamw.py and
+kernels/muon_update.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanofuse.kernels.adamw import AdamWTensors, adamw, adamw_ref, adamw_schedule
+from nanofuse.kernels.gradient_squares import GradientSquares
+from nanofuse.kernels.muon_update import muon_hyper, muon_update, muon_update_ref
+
+RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A step's: its count from 1 on, the multiplier of AdamW's rates, Muon's rate, momentum and
+    decay."""
+
+    step: int
+    lr_mult: float
+    matrix_lr: float
+    momentum: float
+    weight_decay: float
+
+
+class EagerUpdate:
+    """The reference: torch's ops, for gradients as autograd leaves them.
+
+    A step that is not to be taken changes nothing on a CPU, and on a GPU where on_nonfinite is
+    "skip", which waits for the device.
+
+    Args:
+        tables, stacks, parameters, config: MuonAdamW's.
+        compile: run the formulas through torch.compile.
+        newton_schulz_dtype: dtype of Muon's matrix products.
+    """
+
+    clears = False  # gradients are dropped, and autograd makes new ones
+
+    def __init__(
+        self, tables, stacks, parameters, config, compile=False, newton_schulz_dtype=torch.float32
+    ):
+        self.tables, self.stacks, self.parameters = tables, stacks, parameters
+        self.options = config.muon_beta2, config.muon_eq, config.muon_plus, newton_schulz_dtype
+        self.waits = parameters[0].device.type == "cpu" or config.on_nonfinite == "skip"
+        self.adamw, self.muon = adamw_ref, muon_update_ref
+        if compile:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            self.adamw = torch.compile(adamw_ref, dynamic=False, fullgraph=True)
+            self.muon = torch.compile(muon_update_ref, dynamic=False, fullgraph=True)
+
+    def squares(self):
+        """Sum of squares of each parameter's gradient, (T,)."""
+        grads = [p.grad for p in self.parameters]
+        dtype = torch.promote_types(torch.float32, grads[0].dtype)
+        return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square()
+
+    def __call__(
+        self,
+        numbers,
+        take,  # (1,) fp32, 0 where the step is to be left out
+    ):
+        if self.waits and not take.item():
+            return
+        # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
+        step = torch.tensor(float(numbers.step))
+        for x in self.tables:
+            h, lr = x.hyper, torch.tensor(x.hyper.lr * numbers.lr_mult)
+            constants = h.beta1, h.beta2, h.eps, h.weight_decay
+            self.adamw(x.param, x.grad, x.exp_avg, x.exp_avg_sq, lr, *constants, step)
+        rates = numbers.matrix_lr, numbers.momentum, numbers.weight_decay
+        rates = [torch.tensor(x) for x in rates]
+        for stack in self.stacks:
+            values, grads = stack.gather()
+            self.muon(values, grads, stack.momentum, stack.second, *rates, *self.options)
+            stack.scatter(values)
+
+
+class KernelUpdate:
+    """The kernels: one launch of AdamW per pair of dtypes, Muon on whole stacks in place.
+
+    Gradients are tensors that stay where they are, and are cleared as they are read. A step that is
+    not to be taken changes nothing else, which is decided on the device.
+
+    Args:
+        tables, stacks, parameters, config: MuonAdamW's.
+    """
+
+    clears = True
+
+    def __init__(self, tables, stacks, parameters, config):
+        self.stacks = stacks
+        self.options = config.muon_beta2, config.muon_eq, config.muon_plus
+        self.device = parameters[0].device
+        fields = [(x.param, x.grad, x.exp_avg, x.exp_avg_sq, x.hyper) for x in tables]
+        self.tensors = AdamWTensors(*zip(*fields, strict=True))
+        self.squares = GradientSquares([p.grad for p in parameters])
+
+    def __call__(
+        self,
+        numbers,
+        take,  # (1,) fp32, 0 where the step is to be left out
+    ):
+        schedule = adamw_schedule(numbers.lr_mult, numbers.step, self.device)
+        adamw(self.tensors, schedule, clear_grad=True, take=take)
+        rates = numbers.matrix_lr, numbers.momentum, numbers.weight_decay
+        hyper = muon_hyper(*rates, self.device)
+        for stack in self.stacks:
+            values, grads = stack.gather()
+            tensors, clear = (values, grads, stack.momentum, stack.second), stack.in_place
+            muon_update(*tensors, hyper, *self.options, clear_grad=clear, take=take)
+            if not clear:
+                stack.scatter(values)
+                stack.clear()
