@@ -105,3 +105,17 @@ def test_damage_is_named_and_nothing_changes():
             load_training_state(other[0], other[2], damaged, 1)
     after = everything(*other)
     assert other[2].step_count == 0 and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_maxima_of_a_step_left_out_do_not_reach_the_scales():
+    """From the watch over the gradients to the scales, as assembled."""
+    called, model, optimizer = make("fp8")
+    step(called, model, optimizer)
+    before = everything(called, model, optimizer)
+    called.operands.recorded = True
+    called.precision.scaling.amax.fill_(float("inf"))
+    model.x0_lambdas.grad.fill_(float("nan"))
+    optimizer.step(1.0, 0.9, 0.1)
+    after = everything(called, model, optimizer)
+    assert not torch.equal(before.pop("fp8.updates"), after["fp8.updates"])
+    assert all(torch.equal(x, after[name]) for name, x in before.items())

@@ -1,1 +1,1 @@
-"""Muon and AdamW: configuration, the eager optimiser and the one on the kernels."""
+"""Muon and AdamW: configuration, the optimiser, and how its updates are computed."""
