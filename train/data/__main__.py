@@ -29,19 +29,19 @@ def open_data(args):
     return open_corpus(args.data, args.text_column or TEXT_COLUMN, args.val_shard or "")
 
 
-def open_cache(args, corpus):
+def tokenizer_and_cache(args, corpus):
     """(Tokenizer, TokenCache) of a command's flags.
 
     Raises:
         UserError: there is no tokenizer, or --cache is off.
     """
     from nanofuse.train.data.tokenizer import Tokenizer
-    from nanofuse.train.data.tokens import TokenCache
+    from nanofuse.train.data.tokens import open_cache
 
     if args.cache == "off":
         raise UserError("--cache off: this command needs a cache; name a folder, or drop the flag")
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
-    return tokenizer, TokenCache(corpus, tokenizer, args.cache)
+    return tokenizer, open_cache(corpus, tokenizer, args.cache or "")
 
 
 def cached_words(cache, corpus, shard):
@@ -73,7 +73,7 @@ def info(args):
         print(f"{split}: {count:,} {what}{validates}")
     if parquet:
         tokenizer = corpus.tokenizer_path
-        cache = open_cache(args, corpus)[1] if tokenizer.exists() else None
+        cache = tokenizer_and_cache(args, corpus)[1] if tokenizer.exists() else None
         for shard, path in enumerate(corpus.shards):
             sizes = f"{corpus.documents[shard]:>9,} documents  {path.stat().st_size:>13,} bytes"
             words = cached_words(cache, corpus, shard) if cache else ""
@@ -123,7 +123,7 @@ def tokenize(args):
     corpus = open_data(args)
     if corpus.tokenizer_path is None:
         raise UserError("the standard library has no shards to tokenize; name some with --data")
-    tokenizer, cache = open_cache(args, corpus)
+    tokenizer, cache = tokenizer_and_cache(args, corpus)
     total, began = sum(map(corpus.num_groups, used_shards(corpus))), time.perf_counter()
     with tqdm(total=total, unit=" row groups", disable=None, leave=False) as bar:
         shards, tokens = fill_cache(corpus, tokenizer, cache, args.workers, bar.update)

@@ -211,7 +211,10 @@ class ParquetCorpus:
             found = size, file.metadata.num_rows, file.metadata.num_row_groups
             known = self.signatures[index][0], self.documents[index], self.row_groups[index]
             if found != known:
-                raise UserError(f"shard {self.shards[index]} has changed since the start")
+                raise UserError(
+                    f"shard {self.shards[index]} has changed since the start; put the old one "
+                    "back, or start a new run"
+                )
             self.opened = index, file
         return self.opened[1]
 

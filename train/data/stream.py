@@ -29,7 +29,6 @@ class Tokens:
     def __init__(self, corpus, tokenizer, cache=None, say=print, encoders=None):
         self.corpus, self.tokenizer, self.cache, self.say = corpus, tokenizer, cache, say
         self.encoders = encoders
-        self.keeps = cache is not None
 
     def groups(self, shard, first, end):
         """Iterator of (TokenGroup, whether it lies in a mapped file) of row groups first to end.
@@ -62,9 +61,11 @@ class Tokens:
 
         def give_up(error):
             nonlocal writer
-            if self.keeps:
-                path, self.keeps = self.cache.where(shard), False
+            if self.cache.keeps:
+                path, self.cache.keeps = self.cache.where(shard), False
                 reason = error.strerror or str(error)
+                if error.filename == str(self.corpus.shard_path(shard)):
+                    reason = f"{self.corpus.shard_path(shard).name} {reason}"
                 self.say(f"tokens: not kept in {path} ({reason}); every pass tokenises anew")
             if writer:
                 writer.close(keep=False)
@@ -77,7 +78,7 @@ class Tokens:
                 except OSError as error:
                     give_up(error)
 
-        if self.keeps and self.corpus.shard_path(shard) is not None:
+        if self.cache and self.cache.keeps and self.corpus.shard_path(shard) is not None:
             try:
                 writer = self._writer(shard, group)
             except OSError as error:

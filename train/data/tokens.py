@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanofuse.train.data.shards import signature
 from nanofuse.train.data.token_file import PARTIAL, CachedShard, CacheWriter, host
+from nanofuse.train.errors import UserError
 from nanofuse.train.files import sha256_of
 
 FORMAT = "nanofuse-tokens-1"
@@ -58,10 +59,18 @@ def remove_leftovers(folder):
 
 def open_cache(corpus, tokenizer, folder=""):
     """The TokenCache that --cache asks for: in a folder, by default beside the shards; None for
-    "off" or a corpus without shards."""
+    "off" or a corpus without shards.
+
+    Raises:
+        UserError: `~` stands for no folder that the system knows.
+    """
     if folder == "off" or corpus.shard_path(0) is None:
         return None
-    return TokenCache(corpus, tokenizer, folder or None)
+    try:
+        directory = Path(folder).expanduser() if folder else None
+    except RuntimeError:
+        raise UserError(f"--cache {folder}: no home folder is known for it") from None
+    return TokenCache(corpus, tokenizer, directory)
 
 
 class TokenCache:
@@ -71,12 +80,16 @@ class TokenCache:
         corpus: train.data.corpus.ParquetCorpus or StdlibCorpus, which has no shards to cache.
         tokenizer: train.data.tokenizer.Tokenizer.
         directory: folder that holds one folder per data folder; None: `.tokens` beside the shards.
+
+    Attributes:
+        keeps: whether a stream still writes into it; False once one could not.
     """
 
     def __init__(self, corpus, tokenizer, directory=None):
         self.corpus, self.dtype = corpus, tokenizer.dtype
         self.tokenizer = tokenizer.fingerprint
         self.directory = None if directory is None else Path(directory)
+        self.keeps = True
 
     def where(self, shard):
         """The folder that a shard's cache is in."""

@@ -152,6 +152,13 @@ def test_what_cannot_be_cached_is_said_once(folder, tokenizer, monkeypatch):
     assert [tokens_of(piece) for piece, _ in found] == one + one
     assert len(said) == 1 and "No space left on device" in said[0] and ".tokens" in said[0]
     assert not list((folder / ".tokens").iterdir())
+    corpus = ParquetCorpus(folder)
+    cache = TokenCache(corpus, tokenizer)
+    for split in ("train", "val", "val"):  # as of a run and its evaluations
+        stream = DocumentStream(Tokens(corpus, tokenizer, cache, said.append), split, ROW)
+        with contextlib.closing(iter(stream)) as pieces:
+            next(pieces)
+    assert len(said) == 2 and not cache.keeps
 
 
 def test_a_damaged_cache_is_made_anew(folder, tokenizer):

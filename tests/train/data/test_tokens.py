@@ -19,7 +19,8 @@ from nanofuse.train.data import token_file as module
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.token_file import CachedShard, TokenGroup
 from nanofuse.train.data.tokenizer import Tokenizer
-from nanofuse.train.data.tokens import TokenCache
+from nanofuse.train.data.tokens import TokenCache, open_cache
+from nanofuse.train.errors import UserError
 from tests.helpers import documents
 
 TEXTS = ["the cat", None, "", "naïve 日本語 🎉", "rain <|bos|> fell", None, "birds " * 50]
@@ -203,6 +204,15 @@ def test_a_folder_of_caches_keeps_data_folders_apart(tmp_path, data_dir, tokeniz
     assert all(same(cache.open(0), encode(cache.corpus, tokenizer)) for cache in caches)
     assert not (data_dir / ".tokens").exists()
     assert TokenCache(StdlibCorpus(), tokenizer).open(0) is None
+
+
+def test_where_the_flag_has_it(corpus, tokenizer, work_dir):
+    assert open_cache(corpus, tokenizer, "off") is None
+    assert open_cache(corpus, tokenizer).where(0) == corpus.directory / ".tokens"
+    assert open_cache(corpus, tokenizer, "here").where(0).parts[0] == "here"
+    assert open_cache(corpus, tokenizer, "~/x").where(0).parent == work_dir.parent / "x"
+    with pytest.raises(UserError, match="--cache ~nobody-here/x: no home"):
+        open_cache(corpus, tokenizer, "~nobody-here/x")
 
 
 def test_a_flipped_bit_is_found(corpus, tokenizer, cache):
