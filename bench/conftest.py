@@ -6,11 +6,12 @@ import subprocess
 import pytest
 import torch
 
-from nanofuse.bench.harness import MAX_ROUNDS, copy_ceiling, listed, matmul_ceiling
+from nanofuse.bench.harness import MAX_ROUNDS, listed
 from nanofuse.bench.report import step_table
 from nanofuse.bench.training import STEP_ROWS
 from nanofuse.model.providers import PRODUCTS, choices
 from nanofuse.train.device import device_name, select_device
+from nanofuse.train.gpu import copy_ceiling, matmul_ceiling, nvidia_smi
 
 
 def pytest_addoption(parser):
@@ -44,15 +45,6 @@ def pytest_configure(config):
     for fp8 in providers:
         if fp8 not in choices(PRODUCTS):
             raise pytest.UsageError(f"--fp8 {fp8}: choose from {', '.join(choices(PRODUCTS))}")
-
-
-def _clocks():
-    """SM and memory clock and power limit as nvidia-smi reads them now; None without it."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _commit():
@@ -94,7 +86,7 @@ def same_inputs():
 def record_machine(benchmark, machine_info):
     benchmark.extra_info.update(machine_info)
     yield
-    benchmark.extra_info["clocks"] = _clocks()
+    benchmark.extra_info["clocks"] = nvidia_smi("clocks.sm", "clocks.mem", "power.limit")
 
 
 def _row(bench):

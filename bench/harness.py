@@ -2,10 +2,10 @@
 
 A benchmark builds the op and its alternatives as functions without arguments, asserts that they
 agree, and calls `measure`. pytest-benchmark runs the rounds of the op itself; the alternatives get
-medians by the same method. Times are intervals between CUDA events: a large fill before each launch
-flushes the L2 cache and hides the launch overhead. On a CPU the same benchmarks run on tiny shapes
-in Triton's interpreter, so that a call that no longer matches its op's signature fails there too;
-their times mean nothing, and the alternatives are only called, not timed.
+medians by the same method. Times are intervals between CUDA events, with a cold L2 cache
+(train/gpu.py). On a CPU the same benchmarks run on tiny shapes in Triton's interpreter, so that a
+call that no longer matches its op's signature fails there too; their times mean nothing, and the
+alternatives are only called, not timed.
 """
 
 import functools
@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from nanofuse.kernels.quantize import quantize_ref
+from nanofuse.train.gpu import copy_ceiling, gpu_seconds, matmul_ceiling
 
-FLUSH_BYTES = 1 << 30  # many times the L2 cache; filling it also hides 0.2 ms of launch overhead
 ZIPF_OFFSET = 2.7  # of the Zipf-Mandelbrot law
 MAX_ROUNDS = 10**6
 ON_GPU = torch.cuda.is_available()
@@ -44,29 +44,18 @@ class OpClock:
 
     def timed(self, function):
         """Call `function` and return its seconds."""
-        if not ON_GPU:
+        if ON_GPU:
+            seconds = gpu_seconds(function)
+        else:
             start = time.perf_counter()
             function()
             seconds = time.perf_counter() - start
-        else:
-            _flush_buffer().zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) * 1e-3
         self.now += seconds
         return seconds
 
 
 CLOCK = OpClock()
 op_benchmark = pytest.mark.benchmark(timer=CLOCK, disable_gc=True)
-
-
-@functools.cache
-def _flush_buffer():
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
 @functools.cache
@@ -80,25 +69,6 @@ def median_seconds(function, rounds=ALTERNATIVE_ROUNDS):
     for _ in range(2):
         function()
     return statistics.median(CLOCK.timed(function) for _ in range(rounds))
-
-
-@functools.cache
-def copy_ceiling():
-    """Measured copy bandwidth of this GPU in bytes/s, read + written; None on a CPU."""
-    if not ON_GPU:
-        return None
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
-
-
-@functools.cache
-def matmul_ceiling():
-    """Measured FLOP/s of an 8192^3 bf16 product by cuBLAS; None on a CPU."""
-    if not ON_GPU:
-        return None
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return 2 * 8192**3 / median_seconds(lambda: a @ b)
 
 
 def zipf_tokens(shape, vocab_size, device, seed=0):

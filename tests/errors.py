@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
-from nanofuse.train import convert, generate, plot, run
+from nanofuse.train import convert, doctor, generate, plot, run, runs
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data.pickled import pickled
@@ -261,6 +261,9 @@ def sections():
     Path("runs/broken").mkdir()
     Path("runs/broken/metrics.jsonl").write_text('{"kind": "val", "step": -1}\n')
     yield "train.plot", [(flags, said(plot.main, flags.split())) for flags in PLOT_FLAGS]
+    yield "train.runs", [("all", said(runs.main, ["all"]))]
+    asked = ("--data nowhere", "--data empty", "--data=", "--fast")
+    yield "train.doctor", [(flags, said(doctor.main, flags.split())) for flags in asked]
     yield "train.data", [(flags, said(data.main, flags.split())) for flags in DATA_FLAGS]
 
 

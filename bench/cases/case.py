@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from nanofuse.bench.harness import ON_GPU, copy_ceiling, matmul_ceiling
+from nanofuse.bench.harness import ON_GPU
 from nanofuse.kernels.common.fp8 import FP8Operand
+from nanofuse.train.gpu import copy_ceiling, matmul_ceiling
 
 SEQUENCE = 2048 if ON_GPU else 16  # tokens of a sequence, at most
 ROWS = 65536 if ON_GPU else 32  # positions of a micro-step

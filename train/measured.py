@@ -1,0 +1,39 @@
+"""What was measured on known GPUs, by the name that the driver gives them (records/)."""
+
+from dataclasses import dataclass
+
+STEP_TOKENS = 524288  # of a measured step
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that a GPU reaches: copies in bytes/s, read + written; products of 8192^3 in FLOP/s."""
+
+    copy: float
+    bf16: float
+    fp8: float | None
+    records: str
+
+
+CEILINGS = {
+    "NVIDIA H200": Ceilings(4254e9, 792e12, 1296e12, "2026-11-28-watch, 2026-11-22-baseline"),
+    "NVIDIA H100 80GB HBM3": Ceilings(3000e9, 800e12, None, "2026-11-25-depths"),
+}
+
+# Milliseconds of a step by depth, of --backend fused with FlashAttention 4 and FP8 by Transformer
+# Engine ("te") or bf16 ("off"), and the record of each.
+STEPS = {
+    ("NVIDIA H200", "te"): ({4: 104.9, 8: 273.8, 16: 1113.3}, "2026-11-28-house"),
+    ("NVIDIA H200", "off"): ({16: 1555.7}, "2026-11-28-house"),
+    ("NVIDIA H100 80GB HBM3", "te"): (
+        {4: 116.2, 12: 606.5, 16: 1155.2, 20: 1962.5},
+        "2026-11-25-depths",
+    ),
+    ("NVIDIA H100 80GB HBM3", "off"): ({16: 1578.3}, "2026-11-25-depths"),
+}
+
+
+def measured_step(gpu: str, depth: int, fp8: str, attention: str) -> tuple[float, str] | None:
+    """(milliseconds of a step, its record) with these providers, or None: not measured."""
+    times, record = STEPS.get((gpu, fp8), ({}, ""))
+    return (times[depth], record) if attention == "fa4" and depth in times else None
