@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 
 import numpy as np
@@ -26,6 +27,8 @@ from nanofuse.train.errors import UserError
 BATCHES_AHEAD = 32
 PIPE_BYTES = 1 << 20  # what Linux allows everybody
 GOING_SECONDS = 60  # for a process to end, with a part of a cache to be written out
+# The training process decides what they mean.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 NO_DOCUMENTS = np.zeros((3, 0), np.int64)
 
 
@@ -269,7 +272,8 @@ class ProcessLoader:
         self.process = context.Process(
             target=_serve, args=(theirs, packing, state), name="loader", daemon=True
         )
-        self.process.start()
+        with _holding_signals():
+            self.process.start()
         theirs.close()  # so that the pipe ends when the process does
         _widen(self.pipe)
         # multiprocessing waits for it at exit, and by then it must have been told
@@ -327,11 +331,24 @@ def _signal_name(number):
         return f"signal {number}"
 
 
+@contextlib.contextmanager
+def _holding_signals():
+    """A process that is started within it does not get SIGNALS; this one gets them afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let them through where it is not there yet
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe, packing, state):
     """The loader's process: send batches until nobody reads them any more."""
-    for number in ("SIGINT", "SIGTERM", "SIGHUP"):  # the training process decides what they mean
-        if hasattr(signal, number):
-            signal.signal(getattr(signal, number), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     lock = threading.Lock()  # lines may come from other threads
     ahead = queue.Queue(BATCHES_AHEAD)
 

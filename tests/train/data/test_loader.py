@@ -161,9 +161,11 @@ def test_errors_of_a_process_are_raised_here(packing, tokenizer, tmp_path, capsy
 def test_a_process_outlives_signals_and_its_death_is_named(packing):
     loader = ProcessLoader(packing)
     rows = np.empty((3, 65), np.int32)
-    loader.take(rows)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(loader.process.pid, number)
+    for seconds in (0, 0.1, 0.3):  # while it starts, too
+        time.sleep(seconds)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(loader.process.pid, number)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     for _ in range(100):
         loader.take(rows)
     loader.process.kill()
