@@ -14,7 +14,7 @@ ALLOWED["train"] = ALLOWED["model"] | {"train"}
 ALLOWED["bench"] = ALLOWED["train"] | {"bench"}
 COMMANDS = {"train.run", "train.generate", "train.convert", "train.data.__main__"}
 COMMANDS |= {"train.plot", "train.runs", "train.doctor"}
-COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call"}
+COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call", "bench.ops_page"}
 
 
 def imports(path):

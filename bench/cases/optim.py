@@ -163,21 +163,26 @@ def newton_schulz_case(device, shapes):
 
 def symmetric_matmul_case(rows, device):
     gram = symmetric_matmul(matrices(rows, device))
-
-    def run():
-        return symmetric_matmul(gram, factor=2.0, addend=gram, beta=-2.0, diagonal=4.0)
-
-    return Case(run, tuple(gram.shape), gram, flops=gram.numel() * gram.size(2))
+    options = {"factor": 2.0, "addend": gram, "beta": -2.0, "diagonal": 4.0}
+    return Case(
+        lambda: symmetric_matmul(gram, **options),
+        tuple(gram.shape),
+        gram,
+        flops=gram.numel() * gram.size(2),
+        args=(gram, options),
+    )
 
 
 def symmetric_matmul_transposed_case(rows, device):
     x = matrices(rows, device, aspect=4)
-    scale = torch.ones(x.size(0), device=device)
-
-    def run():
-        return symmetric_matmul(x, transpose=True, scale=scale)
-
-    return Case(run, tuple(x.shape), x, flops=x.numel() * x.size(2))
+    options = {"transpose": True, "scale": torch.ones(x.size(0), device=device)}
+    return Case(
+        lambda: symmetric_matmul(x, **options),
+        tuple(x.shape),
+        x,
+        flops=x.numel() * x.size(2),
+        args=(x, options),
+    )
 
 
 def batched_matmul_case(rows, device):
@@ -187,4 +192,5 @@ def batched_matmul_case(rows, device):
     def run():  # the last GEMM of the Newton-Schulz iteration
         return batched_matmul(x, x, scale=scale, sums="row", out_dtype=torch.bfloat16)
 
-    return Case(run, tuple(x.shape), (x, x), flops=2 * x.numel() * x.size(2))
+    flops = 2 * x.numel() * x.size(2)
+    return Case(run, tuple(x.shape), (x, x), flops=flops, args=(x, scale))
