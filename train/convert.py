@@ -9,7 +9,7 @@ once the flags are parsed.
 
 from pathlib import Path
 
-from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.command import CommandParser, not_empty, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.flags import STEP
 
@@ -88,6 +88,7 @@ def main(argv=None):
     into.add_argument(
         "--tokenizer",
         metavar="FILE",
+        type=not_empty,
         help="tokenizer.pkl of nanochat or tokenizer.json to keep with the run "
         "(default: tokenizer/tokenizer.pkl in DIR, or beside base_checkpoints/)",
     )
@@ -95,7 +96,7 @@ def main(argv=None):
     out = commands.add_parser("to-nanochat", help="write a run in nanochat's format")
     out.set_defaults(call=export_run)
     for command, text in ((into, "nanochat's checkpoint folder"), (out, "folder to make")):
-        command.add_argument("dir", metavar="DIR", help=text)
+        command.add_argument("dir", metavar="DIR", type=not_empty, help=text)
         command.add_argument("--run", required=True, metavar="NAME", help="run under runs/")
         command.add_argument("--step", type=STEP, metavar="N", help="step (default: the latest)")
     args = parser.parse_args(argv)

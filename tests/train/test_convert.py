@@ -299,3 +299,11 @@ def test_a_converted_run_does_not_resume(nanochat_dir, data_dir):
     main(["from-nanochat", str(nanochat_dir), "--run", "x"])
     with pytest.raises(UserError, match="optimiser state"):
         run_main(["--run", "x", "--resume", "--data", str(data_dir)])
+
+
+@pytest.mark.parametrize("flags", [["", "--run", "x"], ["x", "--run", "x", "--tokenizer", ""]])
+def test_empty_values_are_refused(flags, capsys):
+    """Which a variable of a shell that is not set gives."""
+    with pytest.raises(SystemExit) as stop:
+        main(["from-nanochat", *flags])
+    assert stop.value.code == 2 and "is empty; give it a value" in capsys.readouterr().err
