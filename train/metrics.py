@@ -3,9 +3,9 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.errors import UserError
@@ -18,17 +18,17 @@ NOT_COMPARED = {"run", "seed", "resume"}  # settings in which runs of one config
 
 
 class Record(BaseModel):
-    """A line of the file; figures that are not read may be anything."""
+    """A line of the file, of any kind; figures that are not read may be anything."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    kind: str
     step: Count
 
 
 class Train(Record):
     """Of a window of steps; logs of 0.1 lack what has a default."""
 
-    kind: Literal["train"]
     loss: float | None
     loss_ema: float | None = None
     grad_norm: float | None = None
@@ -42,18 +42,19 @@ class Train(Record):
 class Val(Record):
     """Of an evaluation."""
 
-    kind: Literal["val"]
     bpb: float = Field(gt=0)
     train_seconds: float = Field(ge=0)
 
 
-class Sample(Record):
-    kind: Literal["sample"]
+def parse(line: bytes) -> Record:
+    """A line of the file: a Train, a Val, or a Record of a kind that is not read.
 
-
-LINE: TypeAdapter[Train | Val | Sample] = TypeAdapter(
-    Annotated[Train | Val | Sample, Field(discriminator="kind")]
-)
+    Raises:
+        ValidationError: it is none.
+    """
+    kinds: dict[str, type[Record]] = {"train": Train, "val": Val}
+    record = Record.model_validate_json(line)
+    return kinds.get(record.kind, Record).model_validate_json(line)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def read_metrics(path: Path | str) -> tuple[dict[int, Train], dict[int, Val]]:
         raise UserError(f"{path} is not the log of a run ({error})") from None
     for number, line in enumerate([*lines, rest], 1):
         try:
-            record = LINE.validate_json(line)
+            record = parse(line)
         except ValidationError as error:
             if number > len(lines):
                 continue
