@@ -1,7 +1,6 @@
 """The picture of train.plot: a panel for each figure that the runs logged."""
 
 import io
-from pathlib import Path
 
 from nanofuse.train.compare import AXES
 from nanofuse.train.errors import UserError
@@ -114,4 +113,7 @@ def draw(groups, axis, paths):
         with matplotlib.rc_context({"svg.hashsalt": "nanofuse"}):
             metadata = {"Date": None} if svg else None
             figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=metadata)
-        write_atomically(Path(path), content.getvalue())
+        try:
+            write_atomically(path, content.getvalue())
+        except OSError as error:
+            raise UserError(f"--out: {path} cannot be written ({error.strerror})") from None

@@ -147,8 +147,10 @@ def picture_paths(out):
     """Where the picture goes: FILE with its suffix, or with both.
 
     Raises:
-        UserError: another suffix.
+        UserError: another suffix, or a folder.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
     if out.suffix in SUFFIXES:
         return [out]
     if out.suffix:

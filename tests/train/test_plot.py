@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.plot import main
+from nanofuse.train.plot import SUFFIXES, main
 from tests.train.logs import TOKENS, add_checkpoint, metrics, write_run
 
 FAST = {0: 3.2, 100: 1.5, 200: 1.25}
@@ -140,6 +140,8 @@ def test_what_is_given_is_checked(tmp_path, capsys):
         main([a, a + "/metrics.jsonl"])
     with pytest.raises(UserError, match=r"--out .* must end in \.png or \.svg"):
         main([a, "--out", str(tmp_path / "a.pdf")])
+    with pytest.raises(UserError, match="--out .* is a folder"):
+        main([a, "--out", str(tmp_path)])
     only = tmp_path / "val.jsonl"
     only.write_text('{"kind": "val", "step": 0, "bpb": 3.2, "train_seconds": 0.0}\n')
     with pytest.raises(UserError, match="--x tokens: a run has logged no training step"):
@@ -156,7 +158,7 @@ def test_the_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from nanofuse.train.compare import grouped
     from nanofuse.train.metrics import read_run
-    from nanofuse.train.pictures import draw, figure_of
+    from nanofuse.train.pictures import figure_of
 
     runs = [
         configured(tmp_path / "a", FAST, seed=1),
@@ -173,10 +175,29 @@ def test_the_picture(tmp_path, capsys):
     assert len(panels["loss, smoothed"].lines) == 3
     assert list(panels["tensors clipped in FP8"].lines[2].get_ydata()) == [3, 3]
     assert "gradient norm" not in panels  # nobody logged one
-    for name in ("one.svg", "two.svg", "one.png"):
-        draw(groups, "steps", [tmp_path / name])
-    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_same_bits_again(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from nanofuse.train import pictures
+    from nanofuse.train.compare import grouped
+    from nanofuse.train.metrics import read_run
+
+    groups = grouped([read_run(write_run(tmp_path / "a", FAST))])
+    monkeypatch.setattr(pictures, "PANELS", {})
+    for name in ("one", "two"):
+        paths = [tmp_path / f"{name}{suffix}" for suffix in SUFFIXES]
+        pictures.draw(groups, "steps", paths)
+    for suffix in SUFFIXES:
+        first, second = ((tmp_path / f"{n}{suffix}").read_bytes() for n in ("one", "two"))
+        assert first == second and first
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "write_atomically", full)
+    with pytest.raises(UserError, match=r"--out: .*one\.png cannot be written \(No space"):
+        pictures.draw(groups, "steps", [tmp_path / "one.png"])
 
 
 def test_out_without_a_suffix_makes_both(tmp_path, capsys, monkeypatch):
