@@ -179,9 +179,18 @@ class GPTConfig:
         return round_up(self.vocab_size, VOCAB_MULTIPLE)
 
     @property
-    def bigram_rows(self) -> int:
-        """Rows of the bigram table, the reserved last one included; 0 in a dense model."""
-        return self.vocab_size * self.bigram_embed_factor
+    def table_rows(self) -> dict[str, int]:
+        """Rows of every table that the residual mixes look up, by name; none in a dense model.
+
+        The bigram table's include the reserved last one.
+        """
+        rows = {"bigram": self.vocab_size * self.bigram_embed_factor}
+        return {name: count for name, count in rows.items() if count}
+
+    @property
+    def middle_layer(self) -> int:
+        """Index of the layer after which the stream is kept for backout."""
+        return self.n_layer // 2
 
     @property
     def value_embed_layers(self) -> list[int]:
@@ -210,11 +219,11 @@ class GPTConfig:
             "lm_head": self.padded_vocab_size * c,
             "wte": self.padded_vocab_size * c,
             "value_embeds": layers * self.padded_vocab_size * self.kv_dim,
-            "bigram_embed": self.bigram_rows * c,
+            **{f"{name}_embed": rows * c for name, rows in self.table_rows.items()},
             "resid_lambdas": self.n_layer,
             "x0_lambdas": self.n_layer,
             "smear_backout": SMEAR_GATE_CHANNELS + 2,
-            "bigram_lambdas": self.n_layer if self.bigram_embed_factor else 0,
+            **{f"{name}_lambdas": self.n_layer for name in self.table_rows},
         }
         return {role: count for role, count in counts.items() if count}
 
@@ -253,7 +262,8 @@ class GPTConfig:
         are FP8 in two layouts, or take the place of the logits.
         """
         counts = self.param_counts()
-        tables = counts["wte"] + counts.get("value_embeds", 0) + counts.get("bigram_embed", 0)
+        looked_up = sum(counts[f"{name}_embed"] for name in self.table_rows)
+        tables = counts["wte"] + counts.get("value_embeds", 0) + looked_up
         state = 12 * counts["matrices"] + 16 * counts["lm_head"] + 4 * activation_bytes * tables
         tokens = batch_size * self.sequence_len
         widths = (8 * activation_bytes + 7) if fp8 else 15 * activation_bytes

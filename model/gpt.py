@@ -1,78 +1,34 @@
 """The GPT: nanochat's architecture plus the hashed bigram residual, in plain PyTorch.
 
 This is the definition that the fused pass (model/fused.py) reproduces and that the baselines
-compile. Its ops are the references of kernels/; attention backend and FP8 are chosen by the caller.
-Module and parameter names are nanochat's, so that its checkpoints map one to one; the bigram table
-and lambdas are added.
+compile, assembled of the modules in model/pieces/. Its ops are the references of kernels/;
+attention backend and FP8 are chosen by the caller. Module and parameter names are nanochat's, so
+that its checkpoints map one to one; the bigram table and lambdas are added.
 Shapes: B rows, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nanofuse.kernels.backout import backout_ref
-from nanofuse.kernels.bigram_rows import bigram_embedding_ref
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
-from nanofuse.kernels.embed_smear import smear_ref
-from nanofuse.kernels.relu_squared import relu_squared_ref
-from nanofuse.kernels.residual_mix import residual_mix_ref
-from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_ref, rotary_table, value_gate_ref
-from nanofuse.kernels.softcap_cross_entropy import softcap_cross_entropy_ref, softcap_ref
+from nanofuse.kernels.rotary_qk_norm import rotary_table
 from nanofuse.model.backends.torch_backends import SDPAttention
-from nanofuse.model.config import (
-    ROTARY_BASE,
-    ROTARY_LENGTHS,
-    SMEAR_GATE_CHANNELS,
-    VALUE_GATE_CHANNELS,
-)
-from nanofuse.model.fp8.linear import Linear
+from nanofuse.model.config import ROTARY_BASE, ROTARY_LENGTHS
+from nanofuse.model.pieces.attention import Attention
+from nanofuse.model.pieces.embedding import Embedding
+from nanofuse.model.pieces.head import Head
+from nanofuse.model.pieces.mix import Backout, Mix, Tables
+from nanofuse.model.pieces.mlp import MLP
 
-
-class Attention(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.layer, self.window = layer, config.windows[layer]
-        self.head_dim, self.n_kv_head = config.head_dim, config.n_kv_head
-        self.c_q = Linear(config.n_embd, config.n_embd)
-        self.c_k = Linear(config.n_embd, config.kv_dim)
-        self.c_v = Linear(config.n_embd, config.kv_dim)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
-        if layer in config.value_embed_layers:
-            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head)
-
-    def forward(
-        self,
-        x,  # (B, T, C) normalised
-        value_embedding,  # (B, T, K*D) or None
-        rotary,  # cos, sin: (T, D) each
-        attend,
-        cache,
-    ):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(x).view(heads) for linear in (self.c_q, self.c_k, self.c_v))
-        if value_embedding is not None:
-            gate = self.ve_gate(x[..., :VALUE_GATE_CHANNELS])  # (B, T, K)
-            v = value_gate_ref(v, gate, value_embedding.view(heads))
-        q, k = rotary_qk_norm_ref(q, k, *rotary)
-        if cache is not None:
-            k, v = cache.insert(self.layer, k, v)
-        y = attend(q, k, v, self.window)  # (B, T, H, D)
-        return self.c_proj(y.reshape(x.shape))
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(
-        self,
-        x,  # (B, T, C) normalised
-    ):
-        return self.c_proj(relu_squared_ref(self.c_fc(x)))
+# prefixes of the parameters' names by role, where they are not the role's name
+PREFIXES = {
+    "matrices": ("transformer.h.",),
+    "wte": ("transformer.wte.",),
+    "smear_backout": ("smear_", "backout_"),
+}
 
 
 class Block(nn.Module):
@@ -80,6 +36,11 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+
+    def init_weights(self, generator):
+        self.attn.init_weights(generator)
+        self.mlp.init_weights(generator)
+        self.attn.init_gate(generator)
 
     def forward(
         self,
@@ -91,6 +52,17 @@ class Block(nn.Module):
     ):
         x = x + self.attn(rms_norm_ref(x), value_embedding, rotary, attend, cache)
         return x + self.mlp(rms_norm_ref(x))
+
+
+@dataclass
+class Pieces:
+    """The pieces outside of the blocks. Their parameters have their names in the GPT itself."""
+
+    embedding: Embedding
+    mix: Mix
+    tables: Tables
+    backout: Backout
+    head: Head
 
 
 class GPT(nn.Module):
@@ -110,30 +82,23 @@ class GPT(nn.Module):
         self.config, self.dtype = config, dtype
         self.attention = attention or SDPAttention()
         self.cached_attention = SDPAttention()
-        layers, c = config.n_layer, config.n_embd
         with torch.device(device or "cpu"):
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": nn.Embedding(config.padded_vocab_size, c),
-                    "h": nn.ModuleList(Block(config, layer) for layer in range(layers)),
-                }
+            self.pieces = Pieces(
+                Embedding(config), Mix(config), Tables(config), Backout(), Head(config)
             )
-            self.lm_head = Linear(c, config.padded_vocab_size)
-            self.value_embeds = nn.ModuleDict(
-                {
-                    str(layer): nn.Embedding(config.padded_vocab_size, config.kv_dim)
-                    for layer in config.value_embed_layers
-                }
-            )
-            self.resid_lambdas = nn.Parameter(torch.empty(layers))
-            self.x0_lambdas = nn.Parameter(torch.empty(layers))
-            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
-            self.smear_lambda = nn.Parameter(torch.empty(1))
-            self.backout_lambda = nn.Parameter(torch.empty(1))
-            if config.bigram_embed_factor:
-                self.bigram_embed = nn.Embedding(config.bigram_rows, c)
-                self.bigram_lambdas = nn.Parameter(torch.empty(layers))
+            blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            values = {
+                str(layer): nn.Embedding(config.padded_vocab_size, config.kv_dim)
+                for layer in config.value_embed_layers
+            }
             table = rotary_table(config.sequence_len * ROTARY_LENGTHS, config.head_dim, ROTARY_BASE)
+        self.transformer = nn.ModuleDict({"wte": self.pieces.embedding.wte, "h": blocks})
+        self._adopt(self.pieces.mix)
+        self._adopt(self.pieces.head)
+        self.value_embeds = nn.ModuleDict(values)
+        self._adopt(self.pieces.embedding, "wte")
+        self._adopt(self.pieces.backout)
+        self._adopt(self.pieces.tables)
         for name, values in zip(("cos", "sin"), table, strict=True):
             self.register_buffer(name, values, persistent=False)  # (10 * T, D) fp32
         if dtype == torch.float64:
@@ -141,64 +106,47 @@ class GPT(nn.Module):
         for embedding in self.tables():
             embedding.to(dtype)
 
+    def _adopt(self, piece, *elsewhere):
+        """Register a piece's parameters and modules under their names as this module's own, but for
+        those that have their place `elsewhere`."""
+        for name, parameter in piece.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, module in piece.named_children():
+            if name not in elsewhere:
+                self.add_module(name, module)
+
     def tables(self):
-        """The embedding tables: wte, the value embeddings and the bigram table."""
+        """The embedding tables: wte, the value embeddings and those of the mixes."""
         return [module for module in self.modules() if isinstance(module, nn.Embedding)]
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Initialise every parameter as docs/recipe.md says; same seed and device, same weights."""
-        config = self.config
-        generator = torch.Generator(self.resid_lambdas.device).manual_seed(seed)
-        bound = math.sqrt(3 / config.n_embd)
+        """Initialise every parameter as docs/recipe.md says; same seed and device, same weights.
 
-        def uniform(weight, low, high):
-            nn.init.uniform_(weight, low, high, generator=generator)
-
-        nn.init.normal_(self.transformer.wte.weight, std=0.8, generator=generator)
-        nn.init.normal_(self.lm_head.weight, std=0.001, generator=generator)
+        The order of the draws is nanochat's.
+        """
+        generator = torch.Generator(self.cos.device).manual_seed(seed)
+        self.pieces.embedding.init_weights(generator)
+        self.pieces.head.init_weights(generator)
         for block in self.transformer.h:
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                uniform(linear.weight, -bound, bound)
-            uniform(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            nn.init.zeros_(block.attn.c_proj.weight)
-            nn.init.zeros_(block.mlp.c_proj.weight)
-            if hasattr(block.attn, "ve_gate"):
-                uniform(block.attn.ve_gate.weight, 0.0, 0.02)
+            block.init_weights(generator)
+        bound = math.sqrt(3 / self.config.n_embd)
         for embedding in self.value_embeds.values():
-            uniform(embedding.weight, -bound, bound)
-        uniform(self.smear_gate.weight, 0.0, 0.02)
-        depth_fraction = torch.arange(config.n_layer) / max(config.n_layer - 1, 1)
-        self.resid_lambdas.copy_(1.15 - 0.10 * depth_fraction)
-        self.x0_lambdas.copy_(0.20 - 0.15 * depth_fraction)
-        self.smear_lambda.zero_()
-        self.backout_lambda.fill_(0.2)
-        if config.bigram_embed_factor:
-            nn.init.zeros_(self.bigram_embed.weight)
-            self.bigram_lambdas.fill_(config.bigram_lambda_init)
+            nn.init.uniform_(embedding.weight, -bound, bound, generator=generator)
+        self.pieces.embedding.init_gate(generator)
+        for piece in (self.pieces.mix, self.pieces.backout, self.pieces.tables):
+            piece.init_weights()
 
     def param_roles(self):
         """Named parameters by role, {role: [(name, parameter)]}: the optimiser's groups.
 
         Every parameter is in exactly one role; "matrices" are those inside the blocks.
         """
-        prefixes = {
-            "matrices": ("transformer.h.",),
-            "lm_head": ("lm_head.",),
-            "wte": ("transformer.wte.",),
-            "value_embeds": ("value_embeds.",),
-            "bigram_embed": ("bigram_embed.",),
-            "resid_lambdas": ("resid_lambdas",),
-            "x0_lambdas": ("x0_lambdas",),
-            "smear_backout": ("smear_", "backout_"),
-            "bigram_lambdas": ("bigram_lambdas",),
-        }
         named = list(self.named_parameters())
-        roles = {
-            role: [(name, p) for name, p in named if name.startswith(prefix)]
-            for role, prefix in prefixes.items()
+        return {
+            role: [(name, p) for name, p in named if name.startswith(PREFIXES.get(role, role))]
+            for role in self.config.param_counts()
         }
-        return {role: members for role, members in roles.items() if members}
 
     def forward(
         self,
@@ -225,33 +173,22 @@ class GPT(nn.Module):
         attend = self.attention if cache is None else self.cached_attention
         prev_token = cache.prev_token if cache is not None else None  # (B,) or None
         prev_embedding = cache.prev_embedding if cache is not None else None  # (B, C) or None
+        pieces = self.pieces
 
-        embedding = rms_norm_ref(self.transformer.wte(tokens))  # (B, T, C)
-        gate = self.smear_gate(embedding[..., :SMEAR_GATE_CHANNELS])  # (B, T, 1)
-        x = x0 = smear_ref(embedding, gate, self.smear_lambda, prev_embedding)
-        bigram = None
-        if self.config.bigram_embed_factor:
-            bigram = bigram_embedding_ref(tokens, self.bigram_embed.weight, prev_token)
+        x0, embedding = pieces.embedding(tokens, prev_embedding)  # (B, T, C) each
+        looked_up = pieces.tables(tokens, prev_token)
+        x = x0
         for i, block in enumerate(self.transformer.h):
-            looked_up = () if bigram is None else ((bigram, self.bigram_lambdas[i]),)
-            x = residual_mix_ref(x, x0, self.resid_lambdas[i], self.x0_lambdas[i], looked_up)
+            x = pieces.mix(i, x, x0, looked_up)
             key = str(i)
             value = self.value_embeds[key](tokens) if key in self.value_embeds else None
             x = block(x, value, rotary, attend, cache)
-            if i == self.config.n_layer // 2:
+            if i == self.config.middle_layer:
                 x_mid = x
-        x = rms_norm_ref(backout_ref(x, x_mid, self.backout_lambda))
-        logits = self.lm_head(x)  # (B, T, V padded)
+        x = rms_norm_ref(pieces.backout(x, x_mid))
         if cache is not None:
             cache.advance(tokens[:, -1], embedding[:, -1], tokens.size(1))
-        if targets is None:
-            return softcap_ref(logits, self.config.vocab_size)
-        return softcap_cross_entropy_ref(
-            logits.view(-1, logits.size(-1)),
-            targets.reshape(-1),
-            self.config.vocab_size,
-            reduction=reduction,
-        )
+        return pieces.head(x, targets, reduction)
 
 
 def count_parameters(model):

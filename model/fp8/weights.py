@@ -2,34 +2,33 @@
 
 The optimiser updates all matrices of one shape together, so their fp32 masters are stored in one
 stack (N, R, C) and their gradients, into which the GEMMs accumulate, in another. The parameters of
-the model's modules become views of these stacks. A LinearWeight is the weight of one GEMM; q, k and
-v of a layer are one.
-Shapes: L layers, C width, K key/value heads of D columns.
+the model's modules become views of these stacks. The pieces (model/pieces) say which LinearWeights
+there are.
 """
-
-from dataclasses import dataclass
 
 import torch
 
-from nanofuse.kernels.common.fp8 import E4M3, FP8Operand
+from nanofuse.kernels.common.fp8 import E4M3
 from nanofuse.kernels.quantize import quantize
 
-KINDS = ("qkv", "attn_proj", "fc", "mlp_proj")  # the GEMMs of a layer
 
-
-@dataclass
 class LinearWeight:
-    """The weight of one GEMM.
+    """The weight of one GEMM: one linear layer's, or those of several below each other.
 
-    Fields: name, of its FP8 scale; master and grad, (N, K) fp32; dtype, of the operand without FP8;
-    operand, what the GEMMs take, written by `refresh`: an FP8Operand, or (N, K) in `dtype`.
+    Args:
+        name: of its FP8 scale, "kind.layer".
+        linears: modules with a `weight` (R, K), whose rows together are the N rows.
+        stacked: whether it lies in a stack that Muon updates, or is a parameter of its own.
+
+    Attributes:
+        master, grad: (N, K) fp32, of Weights.
+        operand: what the GEMMs take, of `refresh`: an FP8Operand, or (N, K) in `dtype`.
+        dtype: of the operand without FP8, of Weights.
     """
 
-    name: str
-    master: torch.Tensor
-    grad: torch.Tensor
-    dtype: torch.dtype
-    operand: FP8Operand | torch.Tensor | None = None
+    def __init__(self, name, linears, stacked=True):
+        self.name, self.linears, self.stacked = name, linears, stacked
+        self.master = self.grad = self.dtype = self.operand = None
 
     def plain(self):
         """The weight in `dtype`, (N, K), for GEMMs without FP8."""
@@ -50,58 +49,72 @@ class LinearWeight:
 
 
 class Weights:
-    """Stacks of a GPT's matrices and their gradients; the model's parameters become their views.
+    """Stacks of matrices and their gradients, of which the modules' parameters become views.
+
+    Args:
+        pieces: fused pieces, in order: their LinearWeights, of which those of one kind have one
+            shape, and the other linear layers that Muon updates.
+        dtype: of operands without FP8.
 
     Attributes:
-        layers: {kind: LinearWeight} with the keys KINDS, for each layer.
-        lm_head: LinearWeight.
         stacks: [(parameters in the order of the stack, matrices (N, R, C), gradients (N, R, C))]
-            of everything that Muon updates. With as many key as query heads, q, k and v of a layer
-            are consecutive matrices of the stack of square ones. With fewer key heads, q, k and v
-            have a stack each, a strided view of the layers' QKV weights.
+            of everything that Muon updates. Where the linear layers of a LinearWeight have one
+            shape, they are consecutive matrices of the stack of that shape. Where they do not (q, k
+            and v of grouped heads), each has a stack, a strided view of all LinearWeights.
     """
 
-    def __init__(self, model):
-        self.dtype = model.dtype
-        blocks = model.transformer.h
-        device, layers = model.lm_head.weight.device, len(blocks)
-        attention = [(b.attn.c_q, b.attn.c_k, b.attn.c_v) for b in blocks]
-        width = model.config.n_embd
-        qkv_rows = width + 2 * model.config.kv_dim
-
-        def pair(*shape):
-            return [torch.zeros(shape, device=device) for _ in range(2)]
-
+    def __init__(self, pieces, dtype):
+        self.weights = [weight for piece in pieces for weight in piece.weights]
         self.stacks = []
-        if qkv_rows == 3 * width:
-            square = pair(4 * layers, width, width)
-            qkv = [x[: 3 * layers].view(layers, qkv_rows, width) for x in square]
-            proj = [x[3 * layers :] for x in square]
-            members = [linear for three in attention for linear in three]
-            self._add(members + [b.attn.c_proj for b in blocks], *square)
-        else:
-            qkv, proj = pair(layers, qkv_rows, width), pair(layers, width, width)
-            at = (0, width, width + model.config.kv_dim, qkv_rows)
-            for i in range(3):
-                views = [x[:, at[i] : at[i + 1]] for x in qkv]
-                self._add([three[i] for three in attention], *views)
-            self._add([b.attn.c_proj for b in blocks], *proj)
-        fc, mlp = pair(layers, 4 * width, width), pair(layers, width, 4 * width)
-        self._add([b.mlp.c_fc for b in blocks], *fc)
-        self._add([b.mlp.c_proj for b in blocks], *mlp)
-        gates = [b.attn.ve_gate for b in blocks if hasattr(b.attn, "ve_gate")]
-        self._add(gates, *pair(len(gates), *gates[0].weight.shape))
-        self.layers = [
-            {
-                kind: LinearWeight(f"{kind}.{layer}", values[layer], grads[layer], self.dtype)
-                for kind, (values, grads) in zip(KINDS, (qkv, proj, fc, mlp), strict=True)
-            }
-            for layer in range(layers)
-        ]
-        head = model.lm_head.weight
-        head.grad = torch.zeros_like(head)
-        self.lm_head = LinearWeight("lm_head", head.detach(), head.grad, self.dtype)
-        self._matrices = [head, *(p for params, _, _ in self.stacks for p in params)]
+        kinds, shapes = {}, {}
+        for weight in self.weights:
+            weight.dtype = dtype
+            if weight.stacked:
+                kinds.setdefault(weight.name.split(".")[0], []).append(weight)
+            else:
+                (linear,) = weight.linears
+                linear.weight.grad = torch.zeros_like(linear.weight)
+                weight.master, weight.grad = linear.weight.detach(), linear.weight.grad
+        for group in kinds.values():
+            sizes = {linear.weight.shape for linear in group[0].linears}
+            if len(sizes) == 1:
+                shapes.setdefault(sizes.pop(), []).extend(group)
+            else:
+                self._add_views(group)
+        for group in shapes.values():
+            self._add_stack(group)
+        gates = {}
+        for linear in (linear for piece in pieces for linear in piece.matrices):
+            gates.setdefault(linear.weight.shape, []).append(linear)
+        for linears in gates.values():
+            self._add(linears, *self._pair(linears[0], len(linears), *linears[0].weight.shape))
+
+    @staticmethod
+    def _pair(linear, *shape):
+        """Two tensors of zeros beside a linear layer's weight: values and gradients."""
+        return [torch.zeros(shape, device=linear.weight.device) for _ in range(2)]
+
+    def _add_stack(self, group):
+        """One stack for LinearWeights whose linear layers have one shape."""
+        linears = [linear for weight in group for linear in weight.linears]
+        stack = self._pair(linears[0], len(linears), *linears[0].weight.shape)
+        first = 0
+        for weight in group:
+            rows = slice(first, first + len(weight.linears))
+            weight.master, weight.grad = (x[rows].flatten(0, 1) for x in stack)
+            first = rows.stop
+        self._add(linears, *stack)
+
+    def _add_views(self, group):
+        """A stack for each of the linear layers of a kind, in a tensor that holds them all."""
+        linears = group[0].linears
+        rows = [linear.weight.size(0) for linear in linears]
+        whole = self._pair(linears[0], len(group), sum(rows), linears[0].weight.size(1))
+        for i, weight in enumerate(group):
+            weight.master, weight.grad = (x[i] for x in whole)
+        parts = zip(*(x.split(rows, dim=1) for x in whole), strict=True)
+        for i, pair in enumerate(parts):
+            self._add([weight.linears[i] for weight in group], *pair)
 
     def _add(
         self,
@@ -119,12 +132,12 @@ class Weights:
 
     def all(self):
         """Every LinearWeight."""
-        return [weight for layer in self.layers for weight in layer.values()] + [self.lm_head]
+        return self.weights
 
     def fp8_names(self):
         """{name: dtype} of the weights' FP8 operands."""
-        return {weight.name: E4M3 for weight in self.all()}
+        return {weight.name: E4M3 for weight in self.weights}
 
     def version(self):
         """A number that grows with every change in place of one of the matrices."""
-        return sum(p._version for p in self._matrices)
+        return sum(linear.weight._version for weight in self.weights for linear in weight.linears)

@@ -9,7 +9,7 @@ def test_d16_is_the_recipes():
     config = GPTConfig.from_depth(16)
     assert (config.n_embd, config.n_head, config.head_dim) == (1024, 8, 128)
     assert config.windows == [512, 512, 512, 2048] * 4
-    assert config.bigram_rows == 163_840
+    assert config.table_rows == {"bigram": 163_840}
     assert config.value_embed_layers == [1, 3, 5, 7, 9, 11, 13, 15]
     assert config.num_scaling_params == 234_881_792  # 16 * 12 * 1024^2 + gates + lm_head
 

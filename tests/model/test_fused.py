@@ -8,15 +8,16 @@ import torch
 from nanofuse.bench.checks import ON_GPU
 from nanofuse.kernels.common.fp8 import FP8Operand
 from nanofuse.model import fused as fused_module
-from nanofuse.model import fused_layer
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8 import operands
+from nanofuse.model.fp8 import precision as precision_module
 from nanofuse.model.fp8.linear import ScaledMatmul, set_fp8
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
+from nanofuse.model.pieces import attention, embedding, head, mix, mlp
 from nanofuse.model.providers import PRODUCTS, choices, find
 from tests.helpers import random_model
 
@@ -113,14 +114,14 @@ def test_both_ways_to_the_gradient_of_a_resid_lambda_agree(provider, monkeypatch
     config = make(depth=6, aspect=32, vocab_size=128)
     _, fused = pair(config, gemm, torch.bfloat16 if ON_GPU else torch.float32)
     summed, zero = [], torch.zeros(1, device=DEVICE)
-    launch = fused_layer.resid_lambda_grad
+    launch = mlp.resid_lambda_grad
 
     def both(*args):
         *tensors, resid_lambda, shares = args
         summed.append(launch(*tensors, zero, torch.zeros_like(shares)).sum())
         return launch(*tensors, resid_lambda, shares)
 
-    monkeypatch.setattr(fused_layer, "resid_lambda_grad", both)
+    monkeypatch.setattr(mlp, "resid_lambda_grad", both)
     quotient = resid_gradient(fused, [0.7, -0.8, 0.9, -1.1, 1.2, 0.5], *batch(config, FEW))
     assert len(summed) == 4
     assert relative(torch.stack(summed), quotient[[5, 3, 2, 1]]) < 0.02
@@ -157,7 +158,7 @@ def test_a_token_outside_of_the_table_is_nan(bad):
 @pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
 def test_losses_without_gradients(gemm, monkeypatch):
     """Evaluation equals the GPT's, also in FP8 training: it uses the master weights."""
-    monkeypatch.setattr(fused_module, "EVALUATION_ROWS", 12)  # of 32: logits in three parts
+    monkeypatch.setattr(head, "EVALUATION_ROWS", 12)  # of 32: logits in three parts
     config = make()
     truth, fused = pair(config, gemm())
     tokens, targets = batch(config)
@@ -186,7 +187,7 @@ def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
     exact, theirs = (model(tokens, targets, reduction="none") for model in (truth, baseline))
     for losses in (exact, theirs):
         (losses.sum() / (targets >= 0).sum()).backward()
-    ours, state = fused._losses(fused.precision, tokens, targets.reshape(-1))
+    ours, state = fused.losses(tokens, targets)
     fused.backward(state, torch.ones((), device=DEVICE))
     assert relative(ours, exact) < 2 * relative(theirs, exact) + 0.01
     ours, theirs = (dict(m.named_parameters()) for m in (fused.model, baseline))
@@ -310,9 +311,10 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
         "embedding_grad": 3, "sort_rows": 2,  # of tokens and of bigram rows
         "bigram_rows": 1,
     }  # fmt: skip
-    for module in (fused_module, fused_layer):
+    for module in (fused_module, precision_module, attention, embedding, head, mix, mlp):
         for name in expected.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    monkeypatch.setitem(mix.ROWS, "bigram", (mix.bigram_rows_ref, mix.bigram_rows))
     fused.precision.scaling.calibrate(False)
     fused(*batch(config, FEW)).backward()
     if not gemm.fp8:

@@ -8,7 +8,7 @@ from nanofuse.model.fp8.operands import Operands
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
 from nanofuse.model.fp8.weights import Weights
-from nanofuse.model.fused import FusedGPT
+from nanofuse.model.fused import FusedGPT, fused_pieces
 from tests.helpers import random_model
 from tests.model.test_fused import DEVICE, FEW, batch, make
 
@@ -19,7 +19,7 @@ def make_operands(scaling=DelayedScaling, seed=0, **fields):
     """A small GPT's weights and their operands, made."""
     config = make(**{"depth": 1, "aspect": 8, "vocab_size": 64, **fields})
     model = random_model(config, torch.float32, seed, DEVICE)
-    weights = Weights(model)
+    weights = Weights(fused_pieces(model), model.dtype)
     arguments = () if scaling is Unscaled else (weights.fp8_names(), DEVICE)
     operands = Operands(weights, scaling(*arguments))
     operands.follow()

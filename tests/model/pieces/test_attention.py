@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from nanofuse.kernels.rotary_qk_norm import rotary_table
+from nanofuse.model.backends.torch_backends import SDPAttention
+from nanofuse.model.pieces.attention import Attention, FusedAttention
+from nanofuse.model.pieces.stream import StreamGrad
+from tests.model.pieces.harness import (
+    DEVICE,
+    ROWS,
+    N,
+    T,
+    assert_close,
+    assert_same_gradients,
+    leaf,
+    micro_step,
+    module_and_truth,
+    normalised,
+    prepare,
+    randn,
+    small_config,
+)
+
+WINDOWS = 5, T  # of which only the second is the whole row
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}], ids=str)
+@pytest.mark.parametrize("layer", [0, 1])  # of two: the second has a value embedding
+def test_forward_and_every_gradient(layer, fields, window):
+    config = small_config(**fields)
+    module, truth = module_and_truth(Attention(config, layer))
+    module.window = truth.window = window
+    table, values = None, None
+    if layer in config.value_embed_layers:
+        table = randn(config.padded_vocab_size, config.kv_dim, seed=5)
+        values = leaf(table)
+        table.grad = torch.zeros_like(table)
+    angles = rotary_table(2 * T, config.head_dim, 1e4, DEVICE)
+    fused = FusedAttention(module, table, angles, SDPAttention(), config)
+    prepare(fused)
+    step, stream = micro_step(config), normalised(randn(N, config.n_embd))
+    normed, g, upstream = leaf(stream.normed), *(randn(N, config.n_embd, seed=s) for s in (1, 2))
+
+    out, saved = fused.forward(step, stream)
+    looked_up = None if values is None else values[step.tokens]
+    rotary = [x[:T].double() for x in angles]
+    branch = truth(normed.view(ROWS, T, -1), looked_up, rotary, SDPAttention()).view(N, -1)
+    assert out.x is stream.x and out.grad_name == f"grad_attn.{layer}" and stream.normed is None
+    assert_close("branch", out.branch, branch)
+
+    branch.backward(upstream.double())
+    grad = fused.backward(step, saved, StreamGrad(g, branch=upstream.clone()))
+    assert grad.g is g and grad.factor is None and grad.branch is None
+    assert_close("normed", grad.normed, normed.grad)
+    assert_same_gradients(module, truth)
+    if values is not None:
+        assert_close("values", table.grad, values.grad)
