@@ -41,9 +41,9 @@ def unfused(case, gemm, backward):
     """What a provider of products computes, and then the relu_squared kernel."""
     if backward:
         dz, v, _, scaling, h = case.args
-        return relu_squared_bwd(gemm.input_grad(dz, v), h, scaling, want_plain=False)[1]
+        return relu_squared_bwd(gemm.input_grad(dz, v), h, scaling)
     x, w, scaling = case.args
-    return relu_squared_fwd(gemm.forward(x, w), scaling, want_plain=False)[1]
+    return relu_squared_fwd(gemm.forward(x, w), scaling)
 
 
 @op_benchmark
@@ -78,7 +78,7 @@ def bench_linear_relu_squared_bf16(benchmark, device, backward):
         reference = partial(linear_relu_squared_ref, x, w)
 
     def two_kernels():
-        return relu_squared_bwd(dz @ v, h)[0] if backward else relu_squared_fwd(x @ w.t())[0]
+        return relu_squared_bwd(dz @ v, h) if backward else relu_squared_fwd(x @ w.t())
 
     # twice the rounding of bf16, and of h
     assert relative_error(case.run(), two_kernels()) < 0.01

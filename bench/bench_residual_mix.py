@@ -65,7 +65,7 @@ def assert_close(got, expected, bound=0.01):
 def forward(benchmark, case, reference, *args):
     """Check and time a mix with norm and quantisation."""
     y, (q, _, inverse_scale) = reference(*args)
-    got, _, _, operand = case.run()
+    got, _, operand = case.run()
     assert_close(got, y)
     assert_close(operand.dequantize(), q.float() * inverse_scale, 0.05)
     measure_case(benchmark, case, alternatives(reference, *args))

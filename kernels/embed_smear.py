@@ -160,7 +160,7 @@ def _embed_smear_bwd_kernel(
 
 
 def _launch(tokens, table, gate_weight, smear_lambda):
-    """Check the inputs; the grid, size arguments and tile of the forward and backward launch.
+    """Check the inputs; the grid, and sizes and tile of the forward and backward launch.
 
     Raises:
         ValueError: as embed_smear.
@@ -183,7 +183,8 @@ def _launch(tokens, table, gate_weight, smear_lambda):
         "BC": triton.next_power_of_2(c),
         "num_warps": config.warps,
     }
-    return (triton.cdiv(n, config.rows),), (n, table.size(0), c, tokens.size(1), RMS_NORM_EPS), tile
+    sizes = {"N": n, "V": table.size(0), "C": c, "T": tokens.size(1), "eps": RMS_NORM_EPS}
+    return (triton.cdiv(n, config.rows),), sizes | tile
 
 
 def embed_smear_fwd(
@@ -200,11 +201,19 @@ def embed_smear_fwd(
     Raises:
         ValueError: a tensor that is not contiguous, or a gate wider than the table.
     """
-    grid, sizes, tile = _launch(tokens, table, gate_weight, smear_lambda)
+    grid, sizes = _launch(tokens, table, gate_weight, smear_lambda)
     n, c = tokens.numel(), table.size(1)
     y = torch.empty(n, c, dtype=table.dtype, device=table.device)
     gate = torch.empty(n, dtype=torch.float32, device=table.device)
-    _embed_smear_fwd_kernel[grid](tokens, table, gate_weight, smear_lambda, y, gate, *sizes, **tile)
+    _embed_smear_fwd_kernel[grid](
+        tokens_ptr=tokens,
+        table_ptr=table,
+        weight_ptr=gate_weight,
+        lambda_ptr=smear_lambda,
+        y_ptr=y,
+        gate_ptr=gate,
+        **sizes,
+    )
     return y, gate
 
 
@@ -223,23 +232,22 @@ def embed_smear_bwd(
         ValueError: as embed_smear_fwd, or a grad or gate that is not contiguous or of another
             shape.
     """
-    grid, sizes, tile = _launch(tokens, table, gate_weight, smear_lambda)
+    grid, sizes = _launch(tokens, table, gate_weight, smear_lambda)
     n = tokens.numel()
     check_tensor("embed_smear", "grad", grad, (n, table.size(1)))
     check_tensor("embed_smear", "gate", gate, (n,), torch.float32)
     grad_rows = torch.empty_like(grad)
-    partial = torch.empty(grid[0], tile["G"] + 1, dtype=torch.float32, device=grad.device)
+    partial = torch.empty(grid[0], sizes["G"] + 1, dtype=torch.float32, device=grad.device)
     _embed_smear_bwd_kernel[grid](
-        grad,
-        tokens,
-        table,
-        gate_weight,
-        smear_lambda,
-        gate,
-        grad_rows,
-        partial,
-        *sizes,
-        **tile,
+        grad_ptr=grad,
+        tokens_ptr=tokens,
+        table_ptr=table,
+        weight_ptr=gate_weight,
+        lambda_ptr=smear_lambda,
+        gate_ptr=gate,
+        grad_rows_ptr=grad_rows,
+        partial_ptr=partial,
+        **sizes,
     )
     sums = partial.sum(dim=0)  # (G + 1,)
     return grad_rows, sums[:-1].view(1, -1), sums[-1:]

@@ -130,7 +130,16 @@ def gate_logits_fwd(
     logits = torch.empty(n, heads, dtype=torch.float32, device=y.device)
     block = triton.next_power_of_2(channels)
     _gate_logits_fwd_kernel[(triton.cdiv(n, ROWS),)](
-        y, rstd, weight, logits, n, c, heads, G=channels, BG=block, BM=ROWS
+        y_ptr=y,
+        rstd_ptr=rstd,
+        weight_ptr=weight,
+        logits_ptr=logits,
+        N=n,
+        C=c,
+        K=heads,
+        G=channels,
+        BG=block,
+        BM=ROWS,
     )
     return logits
 
@@ -155,7 +164,17 @@ def gate_logits_bwd(
     partial = torch.empty(programs, heads, channels, dtype=torch.float32, device=y.device)
     block = triton.next_power_of_2(channels)
     _gate_logits_bwd_kernel[(programs,)](
-        grad_logits, y, rstd, weight, grad_normed, partial, n, c, heads,
-        G=channels, BG=block, BM=ROWS,
-    )  # fmt: skip
+        grad_logits_ptr=grad_logits,
+        y_ptr=y,
+        rstd_ptr=rstd,
+        weight_ptr=weight,
+        grad_normed_ptr=grad_normed,
+        partial_ptr=partial,
+        N=n,
+        C=c,
+        K=heads,
+        G=channels,
+        BG=block,
+        BM=ROWS,
+    )
     grad_weight += partial.sum(dim=0)

@@ -59,7 +59,7 @@ class _LinearSoftcapCrossEntropy(torch.autograd.Function):
             if not train:
                 losses, _ = softcap_cross_entropy_fwd(logits, targets[chunk], vocab_size, softcap)
             else:
-                losses, _, grad, _ = softcap_cross_entropy_fwd_bwd(
+                losses, _, grad = softcap_cross_entropy_fwd_bwd(
                     logits, targets[chunk], scale, vocab_size, inplace=True, softcap=softcap
                 )
                 torch.mm(grad, weight, out=grad_x[chunk])

@@ -264,12 +264,12 @@ def unit_rows(
     block = min(config.cols, triton.next_power_of_2(cols))
     block_rows = config.rows * config.cols // block
     _unit_rows_kernel[(triton.cdiv(n * rows, block_rows),)](
-        x,
-        z,
-        norms,
-        n * rows,
-        cols,
-        TINY,
+        x_ptr=x,
+        z_ptr=z,
+        norm_ptr=norms,
+        M=n * rows,
+        C=cols,
+        tiny_norm=TINY,
         WHOLE=cols <= block,
         BM=block_rows,
         BC=block,
@@ -297,13 +297,13 @@ def initial_scale(
         norms, sigma, longest, rows, NORM_FLOOR, NORM_MARGIN, NORM_EPS, BLOCK=block, num_warps=4
     )
     _shrink_rows_kernel[(triton.cdiv(rows, SHRINK_TILE.rows), n)](
-        z,
-        norms,
-        longest,
-        rows,
-        cols,
-        NORM_FLOOR,
-        TINY,
+        z_ptr=z,
+        norm_ptr=norms,
+        longest_ptr=longest,
+        R=rows,
+        C=cols,
+        floor=NORM_FLOOR,
+        tiny_norm=TINY,
         BM=SHRINK_TILE.rows,
         BC=SHRINK_TILE.cols,
         num_warps=SHRINK_TILE.warps,
@@ -350,13 +350,13 @@ def rescale(
     config = tuned("newton_schulz_rescale", RESCALE_TILE)
     grid = (triton.cdiv(rows * cols, config.cols), n)
     _rescale_kernel[grid](
-        x,
-        y,
-        sumsq,
-        min(rows, cols) ** 0.5,
-        rows * cols,
-        sumsq.size(1),
-        NORM_FLOOR,
+        x_ptr=x,
+        y_ptr=y,
+        sums_ptr=sumsq,
+        target=min(rows, cols) ** 0.5,
+        size=rows * cols,
+        S=sumsq.size(1),
+        floor=NORM_FLOOR,
         BLOCK=config.cols,
         BLOCK_S=min(1024, triton.next_power_of_2(sumsq.size(1))),
         num_warps=config.warps,

@@ -99,12 +99,16 @@ def quantize(
     check_tensor("quantize", "out.transposed", operand.transposed, (cols, rows), scaling.dtype)
     config = tuned("quantize", TILE)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
+    data, transposed, scale, amax = operand_args(operand, scaling)
     _quantize_kernel[grid](
-        x,
-        *operand_args(operand, scaling),
-        rows,
-        cols,
-        x.stride(0),
+        x_ptr=x,
+        data_ptr=data,
+        transposed_ptr=transposed,
+        scale_ptr=scale,
+        amax_ptr=amax,
+        M=rows,
+        N=cols,
+        x_stride=x.stride(0),
         BM=config.rows,
         BN=config.cols,
         num_warps=config.warps,

@@ -1,7 +1,7 @@
 """Squared ReLU (Primer, https://arxiv.org/abs/2109.08668): y = max(x, 0)^2, dx = 2*max(x, 0)*dy.
 
-Forward and backward write a plain result in x's dtype, an FP8 operand in both layouts
-(kernels/common/fp8.py), or both. The fused model computes them in GEMM epilogues instead
+Forward and backward write a plain result in x's dtype, or an FP8 operand in both layouts
+(kernels/common/fp8.py). The fused model computes them in GEMM epilogues instead
 (kernels/linear_relu_squared.py); this kernel is what those are measured against.
 
 Bytes per element of s bytes: s read forward and 2*s backward (x and dy); s written for a plain
@@ -58,7 +58,7 @@ def _relu_squared_kernel(
         store_fp8(out, data_ptr, transposed_ptr, scale_ptr, amax_ptr, row, col, M, N, BM, BN)
 
 
-def _launch(op, x, dy, scaling, want_plain):
+def _launch(op, x, dy, scaling):
     for name, matrix in (("x", x), ("dy", dy)):
         if matrix is not None and (matrix.dim() != 2 or matrix.stride(1) != 1):
             raise ValueError(f"{op}: {name} must be a matrix with contiguous rows")
@@ -67,55 +67,58 @@ def _launch(op, x, dy, scaling, want_plain):
     if scaling is not None:
         check_alignment(op, x=x, dy=dy)
     rows, cols = x.shape
-    out = torch.empty(rows, cols, dtype=x.dtype, device=x.device) if want_plain else None
-    operand = None if scaling is None else empty_operand(rows, cols, scaling, x.device)
+    if scaling is None:
+        out, operand = torch.empty(rows, cols, dtype=x.dtype, device=x.device), None
+    else:
+        out, operand = None, empty_operand(rows, cols, scaling, x.device)
+    data, transposed, scale, amax = operand_args(operand, scaling)
     config = tuned(op, TILE)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _relu_squared_kernel[grid](
-        x,
-        dy,
-        out,
-        *operand_args(operand, scaling),
-        rows,
-        cols,
-        x.stride(0),
-        0 if dy is None else dy.stride(0),
+        x_ptr=x,
+        dy_ptr=dy,
+        out_ptr=out,
+        data_ptr=data,
+        transposed_ptr=transposed,
+        scale_ptr=scale,
+        amax_ptr=amax,
+        M=rows,
+        N=cols,
+        x_stride=x.stride(0),
+        dy_stride=0 if dy is None else dy.stride(0),
         BM=config.rows,
         BN=config.cols,
         num_warps=config.warps,
     )
-    return out, operand
+    return out if operand is None else operand
 
 
 def relu_squared_fwd(
     x,  # (M, N) bf16 or fp32, stride 1 along the rows
     scaling=None,
-    want_plain=True,
 ):
-    """y = max(x, 0)^2 as a pair: (M, N) in x's dtype, None unless want_plain; and an FP8Operand
-    under `scaling` (a kernels.common.fp8.Scaling), None without one. The operand is rounded from
-    fp32, not from the plain y.
+    """y = max(x, 0)^2, (M, N) in x's dtype; under `scaling` (a kernels.common.fp8.Scaling) an
+    FP8Operand, rounded from fp32 and not from the plain y.
 
     Raises:
         ValueError: x is not a matrix with contiguous rows, or with a scaling not aligned
             (kernels.common.fp8.check_alignment).
     """
-    return _launch("relu_squared", x, None, scaling, want_plain)
+    return _launch("relu_squared", x, None, scaling)
 
 
 def relu_squared_bwd(
     dy,  # (M, N) bf16 or fp32, stride 1 along the rows
     x,  # (M, N) bf16 or fp32, stride 1 along the rows
     scaling=None,
-    want_plain=True,
 ):
-    """dx = 2*max(x, 0)*dy as a pair: plain in x's dtype, and FP8Operand; see relu_squared_fwd.
+    """dx = 2*max(x, 0)*dy, (M, N) in x's dtype or an FP8Operand; see relu_squared_fwd.
 
     Raises:
         ValueError: dy or x is not a matrix with contiguous rows, or not aligned with a scaling; or
             their shapes differ.
     """
-    return _launch("relu_squared_bwd", x, dy, scaling, want_plain)
+    return _launch("relu_squared_bwd", x, dy, scaling)
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -125,7 +128,7 @@ class _ReluSquared(torch.autograd.Function):
         x,  # (M, N)
     ):
         ctx.save_for_backward(x)
-        return relu_squared_fwd(x)[0]
+        return relu_squared_fwd(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -133,7 +136,7 @@ class _ReluSquared(torch.autograd.Function):
         ctx,
         dy,  # (M, N), any strides
     ):
-        return relu_squared_bwd(dy.contiguous(), *ctx.saved_tensors)[0]
+        return relu_squared_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
 def relu_squared(

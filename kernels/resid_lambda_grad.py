@@ -105,9 +105,9 @@ def resid_lambda_grad(
     Raises:
         ValueError: a tensor that is not contiguous or does not fit the others.
     """
-    op, inverses = "resid_lambda_grad", (None, None)
+    op, a_inverse, w_inverse = "resid_lambda_grad", None, None
     if isinstance(a, FP8Operand):
-        inverses = a.inverse_scale, w.inverse_scale
+        a_inverse, w_inverse = a.inverse_scale, w.inverse_scale
         a, w = a.data, w.data
     n, c = g.shape
     check_tensor(op, "g", g, None)
@@ -118,16 +118,17 @@ def resid_lambda_grad(
     check_scalars(op, resid_lambda=resid_lambda)
     config = tuned(op, TILE)
     _resid_lambda_grad_kernel[(shares.numel(),)](
-        g,
-        x,
-        a,
-        w,
-        *inverses,
-        resid_lambda,
-        shares,
-        n,
-        c,
-        a.size(1),
+        g_ptr=g,
+        x_ptr=x,
+        a_ptr=a,
+        w_ptr=w,
+        a_inverse_ptr=a_inverse,
+        w_inverse_ptr=w_inverse,
+        lambda_ptr=resid_lambda,
+        partial_ptr=shares,
+        N=n,
+        C=c,
+        F=a.size(1),
         SMALL=SMALL_LAMBDA,
         BM=config.rows,
         BN=config.cols,

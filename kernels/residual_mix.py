@@ -5,8 +5,8 @@
     normed = y / sqrt(mean(y^2) + eps)
 
 The recipe has one table, of bigrams (kernels/bigram_rows.py; karpathy/nanochat PR 747,
-https://github.com/karpathy/nanochat/pull/747). One kernel writes y, and normed in y's dtype, as an
-FP8 operand, or both; e_k stays in registers. Without x0 and tables the same kernel is the residual
+https://github.com/karpathy/nanochat/pull/747). One kernel writes y, and normed in y's dtype or as
+an FP8 operand; e_k stays in registers. Without x0 and tables the same kernel is the residual
 add and RMSNorm in the middle of a block.
 Backward, with h the upstream gradient of normed, g that of y from its other uses, and g_y the total
 gradient of y:
@@ -101,17 +101,15 @@ def residual_mix_fwd(
     resid_lambda=None,  # (1,) or (); 1 if None
     x0_lambda=None,  # (1,) or (), with x0
     scaling=None,
-    want_normed=True,
 ):
     """Residual add and mix, RMSNorm and quantisation in one kernel.
 
     Args:
-        scaling: kernels.common.fp8.Scaling of normed as an FP8 operand; None for no operand.
-        want_normed: write normed in x's dtype.
+        scaling: kernels.common.fp8.Scaling of normed as an FP8 operand; None for a plain tensor.
 
     Returns:
-        y (N, C) in x's dtype; rstd (N,) fp32, the inverse root mean squares for backward; normed
-        (N, C) in x's dtype, or None; normed as an FP8Operand, or None.
+        y (N, C) in x's dtype; rstd (N,) fp32, the inverse root mean squares for backward; and
+        normed (N, C), an FP8Operand or a tensor in x's dtype.
 
     Raises:
         ValueError: a tensor that is not contiguous, not of x's shape, or with a scaling not aligned
@@ -127,8 +125,10 @@ def residual_mix_fwd(
         check_alignment("residual_mix", x=x, branch=branch, x0=x0, **named)
     y = torch.empty_like(x)
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
-    normed = torch.empty_like(x) if want_normed else None
-    operand = empty_operand(n, c, scaling, x.device) if scaling is not None else None
+    if scaling is None:
+        normed, operand = torch.empty_like(x), None
+    else:
+        normed, operand = None, empty_operand(n, c, scaling, x.device)
     data, transposed, scale, amax = operand_args(operand, scaling)
     op = "residual_norm_fwd" if x0 is None else "residual_mix_fwd"
     config = _tile(op, FORWARD_TILE, x)
@@ -157,7 +157,7 @@ def residual_mix_fwd(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
-    return y, rstd, normed, operand
+    return y, rstd, normed if operand is None else operand
 
 
 def residual_mix_bwd(
@@ -257,9 +257,7 @@ class ResidualMix(torch.autograd.Function):
         ctx.shape = x.shape
         x, branch, x0 = (None if t is None else t.view(-1, t.size(-1)) for t in (x, branch, x0))
         flat = [t.view(-1) if i % 3 == 0 else t for i, t in enumerate(flat)]
-        y, rstd, normed, _ = residual_mix_fwd(
-            x, branch, x0, _lookups(flat), resid_lambda, x0_lambda
-        )
+        y, rstd, normed = residual_mix_fwd(x, branch, x0, _lookups(flat), resid_lambda, x0_lambda)
         ctx.save_for_backward(y, rstd, x, branch, x0, resid_lambda, x0_lambda, *flat)
         ctx.set_materialize_grads(False)
         return y, normed

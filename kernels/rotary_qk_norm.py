@@ -176,19 +176,19 @@ def rotary_qk_norm_fwd(
     if table is not None:
         groups += triton.cdiv(kv_heads, config.heads)
     rotary_qk_norm_fwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
-        qkv,
-        rstd,
-        cos,
-        sin,
-        tokens,
-        table,
-        gate,
-        rows,
-        seq_len,
-        0 if table is None else table.size(0),
-        num_heads,
-        kv_heads,
-        qkv.stride(0),
+        qkv_ptr=qkv,
+        rstd_ptr=rstd,
+        cos_ptr=cos,
+        sin_ptr=sin,
+        tokens_ptr=tokens,
+        table_ptr=table,
+        gate_ptr=gate,
+        N=rows,
+        T=seq_len,
+        R=0 if table is None else table.size(0),
+        H=num_heads,
+        K=kv_heads,
+        qkv_stride=qkv.stride(0),
         **_launch_sizes(config, head_dim),
     )
     return rstd
@@ -207,17 +207,15 @@ def rotary_qk_norm_bwd(
     sin,  # (>= seq_len, D) fp32
     seq_len,
     scaling=None,
-    want_plain=True,
 ):
     """Gradients of the fused buffer, of the gate and of each position's value embedding.
 
     Args:
-        scaling: kernels.common.fp8.Scaling of g_qkv as an FP8 operand; None for no operand.
-        want_plain: write g_qkv in qkv's dtype.
+        scaling: kernels.common.fp8.Scaling of g_qkv as an FP8 operand; None for a plain tensor.
 
     Returns:
-        g_qkv (N, (H + 2K)*D) in qkv's dtype, or None; g_qkv as an FP8Operand, or None; g_gate
-        (N, K) in gate's dtype, and g_values (N, K*D) in the table's dtype, the gradients of the
+        g_qkv (N, (H + 2K)*D), an FP8Operand or a tensor in qkv's dtype; g_gate (N, K) in gate's
+        dtype, and g_values (N, K*D) in the table's dtype, the gradients of the
         looked-up table rows, which kernels.embedding_grad adds up by token. The last two are None
         without a table; g_gate is NaN where a token is outside of it.
 
@@ -242,39 +240,45 @@ def rotary_qk_norm_bwd(
         check_alignment(
             "rotary_qk_norm", g_q=g_q, g_k=g_k, g_v=g_v, qkv=qkv, table=table, cos=cos, sin=sin
         )
-    g_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if want_plain else None
-    operand = None if scaling is None else empty_operand(*qkv.shape, scaling, qkv.device)
+    if scaling is None:
+        g_qkv, operand = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), None
+    else:
+        g_qkv, operand = None, empty_operand(*qkv.shape, scaling, qkv.device)
+    data, transposed, scale, amax = operand_args(operand, scaling)
     g_gate = None if table is None else torch.empty_like(gate)
     g_values = None if table is None else table.new_empty(rows, kv_heads * head_dim)
     config = tuned("rotary_qk_norm_bwd", TILE_BWD)
     groups = triton.cdiv(num_heads, config.heads) + 2 * triton.cdiv(kv_heads, config.heads)
     rotary_qk_norm_bwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
-        g_q,
-        g_k,
-        g_v,
-        qkv,
-        rstd,
-        cos,
-        sin,
-        tokens,
-        table,
-        gate,
-        g_gate,
-        g_values,
-        g_qkv,
-        *operand_args(operand, scaling),
-        rows,
-        seq_len,
-        0 if table is None else table.size(0),
-        num_heads,
-        kv_heads,
-        g_q.stride(0),
-        g_k.stride(0),
-        g_v.stride(0),
-        qkv.stride(0),
+        gq_ptr=g_q,
+        gk_ptr=g_k,
+        gv_ptr=g_v,
+        qkv_ptr=qkv,
+        rstd_ptr=rstd,
+        cos_ptr=cos,
+        sin_ptr=sin,
+        tokens_ptr=tokens,
+        table_ptr=table,
+        gate_ptr=gate,
+        gate_grad_ptr=g_gate,
+        value_grad_ptr=g_values,
+        dx_ptr=g_qkv,
+        data_ptr=data,
+        transposed_ptr=transposed,
+        scale_ptr=scale,
+        amax_ptr=amax,
+        N=rows,
+        T=seq_len,
+        R=0 if table is None else table.size(0),
+        H=num_heads,
+        K=kv_heads,
+        gq_stride=g_q.stride(0),
+        gk_stride=g_k.stride(0),
+        gv_stride=g_v.stride(0),
+        qkv_stride=qkv.stride(0),
         **_launch_sizes(config, head_dim),
     )
-    return g_qkv, operand, g_gate, g_values
+    return g_qkv if operand is None else operand, g_gate, g_values
 
 
 class _RotaryQKNorm(torch.autograd.Function):
@@ -315,7 +319,7 @@ class _RotaryQKNorm(torch.autograd.Function):
         qkv, rstd, tokens, table, gate, cos, sin = ctx.saved_tensors
         rows = [g.reshape(qkv.size(0), -1) for g in grads]
         rows = [g if g.stride(1) == 1 else g.contiguous() for g in rows]
-        g_qkv, _, g_gate, g_values = rotary_qk_norm_bwd(
+        g_qkv, g_gate, g_values = rotary_qk_norm_bwd(
             *rows, qkv, rstd, tokens, table, gate, cos, sin, ctx.seq_len
         )
         g_table = None

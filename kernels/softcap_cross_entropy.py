@@ -111,23 +111,19 @@ def _check(logits, targets, vocab_size):
         raise ValueError(f"vocab_size {vocab_size} does not fit {logits.size(1)} columns")
 
 
-def _outputs(logits, grad_scale, scaling, want_bf16, inplace):
-    """Check the options; allocate the gradient (N, V_padded) and the FP8Operand, each None unless
-    asked for; and the stride of grad_scale, 0 if it has one element."""
+def _outputs(logits, grad_scale, scaling, inplace):
+    """Check the options; allocate the gradient (N, V_padded) or, with a scaling, the FP8Operand;
+    the other one is None. And the stride of grad_scale, 0 if it has one element."""
     rows, cols = logits.shape
     if grad_scale.dtype != torch.float32 or grad_scale.shape not in ((1,), (rows,)):
         raise ValueError(f"grad_scale must be (1,) or ({rows},) in fp32")
-    if scaling is None and not want_bf16:
-        raise ValueError("no gradient is asked for: pass a scaling or want_bf16")
-    if inplace and not want_bf16:
-        raise ValueError("inplace needs want_bf16")
-    if scaling is not None:
-        check_alignment("softcap_cross_entropy", logits=logits)
-    grad = None
-    if want_bf16:
-        grad = logits if inplace else torch.empty_like(logits)
-    operand = None if scaling is None else empty_operand(rows, cols, scaling, logits.device)
-    return grad, operand, 0 if grad_scale.numel() == 1 else grad_scale.stride(0)
+    scale_stride = 0 if grad_scale.numel() == 1 else grad_scale.stride(0)
+    if scaling is None:
+        return logits if inplace else torch.empty_like(logits), None, scale_stride
+    if inplace:
+        raise ValueError("an FP8 operand cannot take the place of the logits: inplace or scaling")
+    check_alignment("softcap_cross_entropy", logits=logits)
+    return None, empty_operand(rows, cols, scaling, logits.device), scale_stride
 
 
 def mean_grad_scale(
@@ -159,10 +155,19 @@ def softcap_cross_entropy_fwd(
         # whether blocks read columns beyond vocab_size: padding, or past the ragged end of a row
         padded = vocab_size < cols or vocab_size % config.cols > 0
         fwd_kernel[(rows,)](
-            logits, targets, losses, lse, vocab_size, cols, logits.stride(0),
-            CAP=softcap, IGNORE=IGNORE_INDEX,
-            PADDED=padded, PIECE=config.cols, num_warps=config.warps,
-        )  # fmt: skip
+            logits_ptr=logits,
+            targets_ptr=targets,
+            losses_ptr=losses,
+            lse_ptr=lse,
+            vocab=vocab_size,
+            V=cols,
+            logits_stride=logits.stride(0),
+            CAP=softcap,
+            IGNORE=IGNORE_INDEX,
+            PADDED=padded,
+            PIECE=config.cols,
+            num_warps=config.warps,
+        )
     return losses, lse
 
 
@@ -173,39 +178,57 @@ def softcap_cross_entropy_bwd(
     grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss; need not be 0 in ignored rows
     vocab_size,
     scaling=None,
-    want_bf16=True,
     inplace=False,
     softcap=LOGIT_SOFTCAP,
 ):
-    """Gradient of the logits: (N, V_padded) in their dtype or None, and an FP8Operand or None.
+    """Gradient of the logits, (N, V_padded): a tensor in their dtype, or an FP8Operand.
 
     Rows whose target is neither in [0, vocab_size) nor IGNORE_INDEX are NaN, but for the padding.
 
     Args:
-        scaling: kernels.common.fp8.Scaling of the gradient as an FP8 operand; None for no operand.
-        want_bf16: write the gradient in the dtype of the logits.
-        inplace: write that one over the logits.
+        scaling: kernels.common.fp8.Scaling of the gradient as an FP8 operand; None for a tensor.
+        inplace: write the tensor over the logits.
 
     Raises:
         ValueError: shapes, strides or dtypes that the kernels do not take; with a scaling, logits
-            that are not aligned (kernels.common.fp8.check_alignment); no output asked for.
+            that are not aligned (kernels.common.fp8.check_alignment), or inplace.
     """
     _check(logits, targets, vocab_size)
     check_tensor("softcap_cross_entropy", "lse", lse, targets.shape, torch.float32)
-    grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, want_bf16, inplace)
+    grad, operand, scale_stride = _outputs(logits, grad_scale, scaling, inplace)
     rows, cols = logits.shape
     config = tuned("softcap_cross_entropy_bwd", BACKWARD_TILE)
+    data, transposed, scale, amax = operand_args(operand, scaling)
     tasks = config.stripe // config.rows * triton.cdiv(cols, config.cols * config.blocks)
     if rows:
         padded = vocab_size < cols or vocab_size % config.cols > 0
         bwd_kernel[(triton.cdiv(rows, config.stripe) * tasks,)](
-            logits, targets, lse, grad_scale, grad, *operand_args(operand, scaling),
-            rows, vocab_size, cols, logits.stride(0), cols if grad is None else grad.stride(0),
-            scale_stride, CAP=softcap, IGNORE=IGNORE_INDEX,
-            PADDED=padded, BM=config.rows, BN=config.cols, BLOCKS=config.blocks,
-            STRIPE=config.stripe, num_warps=config.warps, maxnreg=config.registers,
-        )  # fmt: skip
-    return grad, operand
+            logits_ptr=logits,
+            targets_ptr=targets,
+            lse_ptr=lse,
+            grad_scale_ptr=grad_scale,
+            grad_ptr=grad,
+            data_ptr=data,
+            transposed_ptr=transposed,
+            fp8_scale_ptr=scale,
+            amax_ptr=amax,
+            N=rows,
+            vocab=vocab_size,
+            V=cols,
+            logits_stride=logits.stride(0),
+            grad_stride=cols if grad is None else grad.stride(0),
+            scale_stride=scale_stride,
+            CAP=softcap,
+            IGNORE=IGNORE_INDEX,
+            PADDED=padded,
+            BM=config.rows,
+            BN=config.cols,
+            BLOCKS=config.blocks,
+            STRIPE=config.stripe,
+            num_warps=config.warps,
+            maxnreg=config.registers,
+        )
+    return grad if operand is None else operand
 
 
 def softcap_cross_entropy_fwd_bwd(
@@ -214,20 +237,23 @@ def softcap_cross_entropy_fwd_bwd(
     grad_scale,  # (N,) or (1,) fp32: upstream gradient of each loss
     vocab_size,
     scaling=None,
-    want_bf16=True,
     inplace=False,
     softcap=LOGIT_SOFTCAP,
 ):
-    """softcap_cross_entropy_fwd and _bwd in one call: losses (N,), logsumexp (N,), gradient
-    (N, V_padded) or None, FP8Operand or None.
+    """softcap_cross_entropy_fwd and _bwd in one call: losses (N,), logsumexp (N,), and the gradient
+    (N, V_padded), a tensor or an FP8Operand.
 
     Raises:
         ValueError: as `softcap_cross_entropy_bwd`.
     """
     losses, lse = softcap_cross_entropy_fwd(logits, targets, vocab_size, softcap)
-    return losses, lse, *softcap_cross_entropy_bwd(
-        logits, targets, lse, grad_scale, vocab_size, scaling, want_bf16, inplace, softcap
-    )  # fmt: skip
+    return (
+        losses,
+        lse,
+        softcap_cross_entropy_bwd(
+            logits, targets, lse, grad_scale, vocab_size, scaling, inplace, softcap
+        ),
+    )
 
 
 class _SoftcapCrossEntropy(torch.autograd.Function):
@@ -242,7 +268,7 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
         logits, targets, lse = ctx.saved_tensors
-        grad, _ = softcap_cross_entropy_bwd(
+        grad = softcap_cross_entropy_bwd(
             logits, targets, lse, grad_losses, ctx.vocab_size, softcap=ctx.softcap
         )
         return grad, None, None, None

@@ -21,7 +21,7 @@ def relu_squared_case(rows, device):
     scaling = Scaling.from_bound(x.max().item() ** 2, E4M3, device)
 
     def run():
-        return relu_squared_fwd(x, scaling, want_plain=False)
+        return relu_squared_fwd(x, scaling)
 
     return Case(run, tuple(x.shape), x, args=(x, scaling))
 
@@ -32,7 +32,7 @@ def relu_squared_bwd_case(rows, device):
     scaling = Scaling.from_bound(1.01 * bound, E5M2, device)  # the product is rounded to bf16
 
     def run():
-        return relu_squared_bwd(dy, x, scaling, want_plain=False)
+        return relu_squared_bwd(dy, x, scaling)
 
     return Case(run, tuple(x.shape), (dy, x), args=(dy, x, scaling))
 
@@ -64,7 +64,7 @@ def linear_relu_squared_bwd_case(rows, device):
     dz = operand(device, 6.0, E5M2, rows, k)
     v = operand(device, 6 / k**0.5, E4M3, k, n, factor=k**-0.5)
     h = randn(device, rows, n)
-    _, y = relu_squared_fwd(h, Scaling.from_bound(36.0, E4M3, device), want_plain=False)
+    y = relu_squared_fwd(h, Scaling.from_bound(36.0, E4M3, device))
     scaling = Scaling.from_bound(60.0, E5M2, device)
     return Case(
         lambda: linear_relu_squared_bwd(dz, v, y, scaling),
@@ -121,7 +121,7 @@ def softcap_cross_entropy_bwd_case(rows, device):
     scale, scaling = torch.ones(1, device=device), Scaling.from_bound(2.0, E5M2, device)
 
     def run():
-        return softcap_cross_entropy_bwd(logits, targets, lse, scale, vocab, scaling, False)
+        return softcap_cross_entropy_bwd(logits, targets, lse, scale, vocab, scaling)
 
     return Case(run, tuple(logits.shape), (logits, targets, lse))
 
@@ -135,7 +135,7 @@ def softcap_cross_entropy_case(rows, device, fp8):
 
     def run():
         return softcap_cross_entropy_fwd_bwd(
-            buffer, targets, scale, vocab, scaling, not fp8, not fp8
+            buffer, targets, scale, vocab, scaling, inplace=not fp8
         )
 
     return Case(run, tuple(logits.shape), (logits, targets), args=(logits, targets, vocab))

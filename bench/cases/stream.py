@@ -63,7 +63,6 @@ class Layer:
             resid_lambda=self.resid,
             x0_lambda=self.x0_lambda,
             scaling=self.e4m3,
-            want_normed=False,
         )
 
 
@@ -77,7 +76,7 @@ def residual_norm_fwd_case(rows, device):
     i = Layer(rows, device)
 
     def run():
-        return residual_mix_fwd(i.x, i.branch, scaling=i.e4m3, want_normed=False)
+        return residual_mix_fwd(i.x, i.branch, scaling=i.e4m3)
 
     return Case(run, i.shape, (i.x, i.branch), args=(i,))
 
@@ -180,7 +179,7 @@ def rotary_qk_norm_bwd_case(rows, device, value=True, bound=10.0):
     scaling = Scaling.from_bound(bound, E5M2, device)
 
     def run():
-        return rotary_qk_norm_bwd(*grads, qkv, rstd, *args, scaling=scaling, want_plain=False)
+        return rotary_qk_norm_bwd(*grads, qkv, rstd, *args, scaling=scaling)
 
     shape = rows, model.heads, model.head_dim
     read = grads, nbytes(qkv) // 3 * 2, rstd, extra  # of q, k and v only q and k

@@ -143,11 +143,11 @@ class FusedAttention:
         values, of_values = self._values(step.tokens, saved.gate), []
 
         def rotary(scaling):
-            plain, operand, *of_values[:] = rotary_qk_norm_bwd(
+            operand, *of_values[:] = rotary_qk_norm_bwd(
                 *(x.reshape(rows, -1) for x in grads), saved.qkv, saved.qk_rstd, *values,
-                *self.rotary, step.tokens.size(1), scaling, scaling is None,
+                *self.rotary, step.tokens.size(1), scaling,
             )  # fmt: skip
-            return plain if scaling is None else operand
+            return operand
 
         operand = step.precision.scaling.produce(self.grad_qkv, rotary)
         gemm.weight_grad(operand, saved.normed, self.qkv.grad)

@@ -96,11 +96,10 @@ class FusedHead:
         gemm, scale = step.precision.gemm, mean_grad_scale(step.targets) * grad_loss
 
         def run(scaling):
-            plain, operand = softcap_cross_entropy_bwd(
+            return softcap_cross_entropy_bwd(
                 saved.logits, step.targets, saved.lse, scale, self.vocab_size,
-                scaling, scaling is None, inplace=scaling is None,
+                scaling, inplace=scaling is None,
             )  # fmt: skip
-            return plain if scaling is None else operand
 
         grad_logits = step.precision.scaling.produce("grad_logits", run)
         saved.logits = None

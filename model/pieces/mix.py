@@ -128,11 +128,9 @@ class FusedNorm:
 
     def _forward(self, step, stream, *mix, **lambdas):
         """Add the branch, mix in what residual_mix_fwd takes as `mix` and `lambdas`, normalise."""
-        scaling = step.precision.norm_scaling
-        x, rstd, plain, operand = residual_mix_fwd(
-            stream.x, stream.branch, *mix, **lambdas, scaling=scaling, want_normed=scaling is None
+        x, rstd, normed = residual_mix_fwd(
+            stream.x, stream.branch, *mix, **lambdas, scaling=step.precision.norm_scaling
         )
-        normed = plain if scaling is None else operand
         return Stream(x, rstd=rstd, normed=normed), Saved(x, rstd, stream.grad_name)
 
     def backward(self, step, saved, grad):
