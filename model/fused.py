@@ -245,5 +245,4 @@ class FusedGPT(nn.Module):
         grad = self.head.backward(step, step.saved.pop(), grad_loss)
         for piece in reversed(self.pieces):
             grad = piece.backward(step, step.saved.pop(), grad)
-        self.precision.scaling.calibrate(False)
         self.ran = True

@@ -48,7 +48,7 @@ class Operands:
         else:
             self.scaling.forget()
         self._version, self.recorded = version, False
-        # holds for the weights' operands here, and for the first micro-step that follows
+        # once each: the weights' operands here, the other tensors in the micro-step that follows
         self.scaling.calibrate(self.steps < CALIBRATED_STEPS)
         for weight in self.weights.all():
             weight.refresh(self.scaling)

@@ -30,7 +30,8 @@ class DelayedScaling:
     Attributes:
         history: (HISTORY, S) fp32, the amax of every tensor in the latest finished steps.
         scale, inverse_scale, amax: (S, SLOT) fp32, of which only the first column is used.
-        calibrating: whether `produce` runs kernels twice.
+        calibrating: whether a tensor is still to be calibrated, for which `produce` runs its kernel
+            twice.
         clipped: () int64, the number of tensors whose amax exceeded their FP8 range in a step,
             summed over all steps so far.
     """
@@ -44,7 +45,7 @@ class DelayedScaling:
         )
         self.reset()
         self.clipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.calibrating = False
+        self._uncalibrated = set()  # names
         self._index = {name: i for i, name in enumerate(dtypes)}
         self._scalings = {
             name: Scaling(dtype, *(x[i, :1] for x in (self.scale, self.inverse_scale, self.amax)))
@@ -62,17 +63,23 @@ class DelayedScaling:
         """Drop the maxima recorded since the last update."""
         self.amax.zero_()
 
+    @property
+    def calibrating(self):
+        return bool(self._uncalibrated)
+
     def calibrate(self, on):
-        """Switch calibration on or off: whether `produce` derives each scale from its tensor."""
-        self.calibrating = on
+        """Whether `produce` derives the scale of each tensor from the tensor itself, once."""
+        self._uncalibrated = set(self._scalings) if on else set()
 
     def produce(self, name, run):
         """The result of run(scaling), which writes the tensor `name` under the Scaling it is given.
 
-        While calibrating, run is called twice, the second time with a scale from the first's amax.
+        Where the scale is calibrated, run is called twice, the second time with a scale from the
+        first's amax.
         """
         scaling = self._scalings[name]
-        if self.calibrating:
+        if name in self._uncalibrated:
+            self._uncalibrated.remove(name)
             run(scaling)
             at = slice(self._index[name], self._index[name] + 1)
             self._rescale(at, torch.maximum(self.amax[at, 0], self.history[:, at].amax(dim=0)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanofuse.kernels.common.fp8 import FP8Operand
+from nanofuse.kernels.common.fp8 import E4M3, FP8Operand
 from nanofuse.model.fp8.operands import Operands
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS, DelayedScaling, Unscaled
@@ -20,7 +20,8 @@ def make_operands(scaling=DelayedScaling, seed=0, **fields):
     config = make(**{"depth": 1, "aspect": 8, "vocab_size": 64, **fields})
     model = random_model(config, torch.float32, seed, DEVICE)
     weights = Weights(fused_pieces(model), model.dtype)
-    arguments = () if scaling is Unscaled else (weights.fp8_names(), DEVICE)
+    names = weights.fp8_names() | {"an activation": E4M3}
+    arguments = () if scaling is Unscaled else (names, DEVICE)
     operands = Operands(weights, scaling(*arguments))
     operands.follow()
     return model, operands

@@ -82,9 +82,11 @@ def test_calibration_scales_from_the_tensor_itself(scaling):
     scaling.calibrate(True)
     scaling.produce("a", run)
     assert runs == [1.0, 448 / (MARGIN * 4)]
+    scaling.produce("a", run)  # once
+    assert len(runs) == 3 and runs[2] == runs[1] and scaling.calibrating  # b is not yet
     scaling.calibrate(False)
-    scaling.produce("a", run)
-    assert len(runs) == 3 and runs[2] == runs[1]
+    scaling.produce("b", run)
+    assert len(runs) == 4 and not scaling.calibrating
 
 
 def test_state_goes_around(scaling):
