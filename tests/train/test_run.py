@@ -186,7 +186,7 @@ BAD = [
     (["--total-batch-size", "500"], "--total-batch-size 500 is not a multiple"),
     (["--head-dim", "7"], "--head-dim 7 is odd"),
     (["--n-kv-head", "3"], "--n-kv-head"),
-    (["--fp8", "torch"], "--fp8 torch needs a GPU"),
+    (["--fp8", "torch"], "--fp8 torch needs a CUDA GPU"),
     (["--attention", "flex"], "--attention flex needs a CUDA GPU"),
     (["--vocab-size", "400"], "--vocab-size 400: .*tokenizer.json has 320 tokens"),
     (["--num-iterations", "0"], "--num-iterations"),
