@@ -482,7 +482,7 @@ def test_the_same_validation_rows_at_every_device_batch(data_dir, work_dir):
     odd = documents(9, seed=9) + ["Zq#%9 Xv&7 ~ Kk!2 " * 30]
     write_shard(data_dir / "shard_00002.parquet", odd)
     found = {}
-    for eval_tokens in (64 * 3, 64 * 3 + 1, 2**20):
+    for eval_tokens in (64 * 3, 64 * 3 + 1, 64 * 11):
         bpbs = []
         for rows in (1, 2, 3, 7):
             flags = ("--device-batch-size", rows, "--total-batch-size", 64 * rows)
