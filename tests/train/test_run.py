@@ -479,7 +479,7 @@ def test_the_heap_is_frozen_while_training(data_dir, work_dir, monkeypatch):
 
 def test_the_same_validation_rows_at_every_device_batch(data_dir, work_dir):
     """Rows that fill no device batch count: an untrained model has one BPB, whatever the batch."""
-    odd = documents(9, seed=9) + ["Zq#%9 Xv&7 ~ Kk!2 " * 30]
+    odd = documents(300, seed=9) + ["Zq#%9 Xv&7 ~ Kk!2 " * 30]
     write_shard(data_dir / "shard_00002.parquet", odd)
     found = {}
     for eval_tokens in (64 * 3, 64 * 3 + 1, 64 * 11):
