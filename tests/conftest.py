@@ -1,5 +1,7 @@
 """Tokenizer, corpus and directories shared by the tests; GPU tests skip without a GPU."""
 
+import signal
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +11,10 @@ from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
 from tests.helpers import documents
 from tests.interpreter import interpreter_casts_exactly
 
+for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    # a shell's background job or nohup ignores them, and so would the runs that tests interrupt
+    if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) is signal.SIG_IGN:
+        signal.signal(number, usual)
 torch.set_num_threads(1)  # tensors on the CPU are tiny here; threads would wait for each other
 
 
