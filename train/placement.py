@@ -1,0 +1,71 @@
+"""Who owns what of the parameters, where several ranks share one optimiser: pure arithmetic.
+
+The owner of a matrix, or of a block of a table's rows, alone keeps its moments and updates it; the
+gradients of all ranks go to it and the new values come from it. Matrices go whole, as Muon's
+iterations need them whole. What is small belongs to nobody: every rank updates it alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SMALL = 65_536  # elements of a tensor below which a message costs more than the update
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of a table, and their owner."""
+
+    owner: int
+    start: int
+    stop: int
+
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Whether every rank updates a tensor of this shape by itself."""
+    size = 1
+    for side in shape:
+        size *= side
+    return size < SMALL
+
+
+def table_rows(rows: int, world: int) -> list[Rows]:
+    """The blocks of a table's rows, one a rank in rank order, as even as whole rows allow."""
+    bounds = [rows * rank // world for rank in range(world + 1)]
+    return [Rows(rank, *bounds[rank : rank + 2]) for rank in range(world)]
+
+
+def muon_cost(rows: int, columns: int) -> float:
+    """What a matrix costs its owner, in FLOPs of one Newton-Schulz iteration: X X^T, its square and
+    the product with X, of the smaller side s and the larger one l: 4 s^2 l + 2 s^3."""
+    s, large = sorted((rows, columns))
+    return 4.0 * s * s * large + 2.0 * s**3
+
+
+def matrix_owners(
+    groups: Sequence[tuple[int, tuple[int, int], int]], world: int
+) -> list[list[int]]:
+    """Owners of groups of alike units that stay together, such as the matrices of one product.
+
+    Consecutive units of a group, those of consecutive layers, go to different ranks, so that what a
+    stretch of layers sends and receives is as even as the whole. Groups are dealt in descending
+    cost of a unit, and each starts at the rank that has least.
+
+    Args:
+        groups: (units, (R, C) of a matrix, matrices in a unit) each.
+        world: ranks.
+
+    Returns:
+        the owner of each unit, by group.
+    """
+    load = [0.0] * world
+    owners: list[list[int]] = [[] for _ in groups]
+    costs = [matrices * muon_cost(*shape) for _, shape, matrices in groups]
+    for index in sorted(range(len(groups)), key=lambda i: -costs[i]):
+        units = groups[index][0]
+        for first in range(0, units, world):
+            # a round: every rank at most once, those with least first
+            order = sorted(range(world), key=lambda rank: (load[rank], rank))
+            for owner in order[: units - first]:
+                owners[index].append(owner)
+                load[owner] += costs[index]
+    return owners
