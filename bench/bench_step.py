@@ -24,6 +24,7 @@ from nanofuse.bench.training import PhaseClock, gpu_workload, synchronize, tiny_
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import kernels_are_interpreted
+from nanofuse.model.providers import in_fp8
 from nanofuse.train.assemble import assemble
 from nanofuse.train.device import bf16_peak, device_name, select_fp8, select_machine
 from nanofuse.train.loop import settle_garbage
@@ -66,6 +67,7 @@ class Contender:
             fp8,
             attention=entry.attention,
             cuda_graphs=entry.cuda_graphs,
+            rows=workload.rows,
         )
         self.attention = self.built.attention.name
         self.times, self.losses = [], []
@@ -134,7 +136,7 @@ def entries(device, attentions, fp8, config, cuda_graphs=True):
             left_out.append(f"baseline {attention} is {name} again ({reasons[name]}; {why})")
             continue
         reasons[name] = why
-        found.append(Entry("compile", name, "off" if fp8 == "off" else "auto"))
+        found.append(Entry("compile", name, "auto" if in_fp8(fp8) else "off"))
     return found, left_out
 
 
@@ -195,7 +197,7 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
         "allocation_retries": retries,  # above 0 the contenders crowd each other's memory
     }
     if ON_GPU:
-        per_micro_step = floor_ms(workload.config, workload.rows, product.fp8 != "off")
+        per_micro_step = floor_ms(workload.config, workload.rows, in_fp8(product.fp8))
         info["floor_ms"] = workload.micro_steps * per_micro_step
     peak = bf16_peak(device_name(device))
     if peak:

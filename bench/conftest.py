@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanofuse.bench.harness import MAX_ROUNDS, listed
-from nanofuse.bench.report import step_table
+from nanofuse.bench.report import step_table, table_lines
 from nanofuse.bench.training import STEP_ROWS
 from nanofuse.model.providers import PRODUCTS, choices
 from nanofuse.train.device import device_name, select_device
@@ -115,6 +115,27 @@ def _ops_table(ops):
         )
 
 
+def _cell(product, name):
+    """Microseconds, TFLOP/s and share of the ceiling of a product by one provider."""
+    seconds = product["seconds"].get(name)
+    if seconds is None:
+        return ""
+    rate = product["flops"] / seconds
+    return f"{1e6 * seconds:.0f} ({rate / 1e12:.0f}, {rate / product['ceiling']:.0%})"
+
+
+def _products_table(products):
+    """A row for each product: us (TFLOP/s, share of an 8192^3 product's rate) by provider."""
+    names = list(dict.fromkeys(name for product in products for name in product["seconds"]))
+    head = ["us (TFLOP/s, of ceiling)", "positions, n, k", *names]
+    rows = [
+        [each["name"], str(each["shape"]), *(_cell(each, name) for name in names)]
+        for each in products
+    ]
+    yield from table_lines(head, rows)
+    yield from dict.fromkeys(line for each in products for line in each["left_out"])
+
+
 def _loader(benchmarks):
     for bench in benchmarks:
         name = bench.name.removeprefix("bench_")
@@ -129,7 +150,13 @@ def pytest_terminal_summary(terminalreporter, config):
     ops = [b for b in benchmarks if "us" in b.extra_info]
     steps = [b.extra_info for b in benchmarks if "contenders" in b.extra_info]
     loader = [b for b in benchmarks if "m_tok_per_s" in b.extra_info]
-    sections = ("ops", ops, _ops_table), ("steps", steps, step_table), ("loader", loader, _loader)
+    products = [b.extra_info["product"] for b in benchmarks if "product" in b.extra_info]
+    sections = (
+        ("ops", ops, _ops_table),
+        ("products", products, _products_table),
+        ("steps", steps, step_table),
+        ("loader", loader, _loader),
+    )
     for title, rows, table in sections:
         if rows:
             terminalreporter.section(title)

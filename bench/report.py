@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from nanofuse.bench.chrome_trace import CLASSES, GAPS
+from nanofuse.model.providers import in_fp8
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
@@ -204,7 +205,7 @@ def _draw_step(figure, summaries, profiles):
     starts = [0.0] * len(profiles)
     columns = [_breakdown(profile)[0] for profile in profiles]
     names = sorted({name for classes in columns for name in classes}, key=[*CLASSES, GAPS].index)
-    labels = [f"{p['backend']}, {'bf16' if p['fp8'] == 'off' else 'FP8'}" for p in profiles]
+    labels = [f"{p['backend']}, {'FP8' if in_fp8(p['fp8']) else 'bf16'}" for p in profiles]
     for i, name in enumerate(names):
         widths = [classes.get(name, 0.0) for classes in columns]
         left.barh(labels, widths, left=starts, label=name, color=f"C{i}")
@@ -245,7 +246,7 @@ def write_plots(out, infos, summaries, profiles):
         figure.savefig(out / name, dpi=120)
     if profiles and _by_precision(summaries):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
-        _draw_step(figure, [s for s in summaries if s["fp8"] != "off"], profiles)
+        _draw_step(figure, [s for s in summaries if in_fp8(s["fp8"])], profiles)
         figure.savefig(out / "step.svg")
     else:
         missing.append("step.svg")

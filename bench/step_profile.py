@@ -107,7 +107,14 @@ def main(argv=None):
     make_folder(out)
     trace = out / "trace.json.gz"
     try:
-        built = assemble(workload.config, machine, OptimConfig(), fp8, attention=args.attention)
+        built = assemble(
+            workload.config,
+            machine,
+            OptimConfig(),
+            fp8,
+            attention=args.attention,
+            rows=workload.rows,
+        )
         print("\n".join(built.facts))
         record(built, workload.batches(machine.device), trace)
     except torch.OutOfMemoryError:

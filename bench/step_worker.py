@@ -21,7 +21,7 @@ def make_step(args):
     workload = gpu_workload(args.depth, rows=args.rows) if ON_GPU else tiny_workload(args.depth)
     machine = select_machine(select_device("auto").type, args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
-    built = assemble(workload.config, machine, OptimConfig(), fp8)
+    built = assemble(workload.config, machine, OptimConfig(), fp8, rows=workload.rows)
     batches = workload.batches(machine.device)
 
     def step():

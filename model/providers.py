@@ -162,12 +162,40 @@ PRODUCTS = (
         capabilities=((8, 9), (99, 0)),
     ),
     Provider(
+        name="nvmath",
+        title="cuBLASLt's measured best, by nvmath-python",
+        made_by="nanofuse.model.fp8.tuned:NvmathGemm",
+        library="nvmath",
+        install="pip install 'nanofuse[products]'",
+        backends=("fused",),
+        by_name=("fused",),
+        dtypes=("fp8",),
+        capabilities=((8, 9), (99, 0)),
+    ),
+    Provider(
         name="off",
         title="products in the activations' dtype",
         made_by="nanofuse.model.fp8.products:PlainGemm",
         cuda_only=False,
     ),
+    Provider(
+        name="off-nvmath",
+        title="bf16 products by cuBLASLt's measured best, by nvmath-python",
+        made_by="nanofuse.model.fp8.tuned:NvmathPlainGemm",
+        library="nvmath",
+        install="pip install 'nanofuse[products]'",
+        backends=("fused",),
+        by_name=("fused",),
+        dtypes=("bf16",),
+        capabilities=((8, 0), (99, 0)),
+    ),
 )
+
+
+def in_fp8(name: str) -> bool:
+    """Whether products of that name are computed in FP8; "auto", and names of other versions, may
+    be."""
+    return all("fp8" in record.dtypes for record in PRODUCTS if record.name == name)
 
 
 def choices(records: Sequence[Provider]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
+from nanofuse.model.fp8.shapes import product_shapes
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import Choice
@@ -58,6 +59,7 @@ def assemble(
     cuda_graphs=True,
     lr_scale=1.0,
     set_weights=GPT.init_weights,
+    rows=None,
 ):
     """Build model and optimiser.
 
@@ -72,6 +74,8 @@ def assemble(
         cuda_graphs: let the fused backend record its training pass, on a GPU.
         lr_scale: the batch's factor on learning rates.
         set_weights: called with the GPT before anything depends on its weights.
+        rows: of a micro-step, for which a provider of products may measure what suits them, before
+            memory fills up; None: it does not.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -85,6 +89,10 @@ def assemble(
         chosen = select_attention(attention, machine.need(), deterministic, config)
     chosen.made.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
+    prepared = None
+    if fused and rows:
+        shapes = product_shapes(config, rows * config.sequence_len)
+        prepared = fp8.made.prepare([shape for shape in shapes if shape.tunable])
     raw_model = GPT(config, machine.dtype, chosen.made, machine.device)
     set_weights(raw_model)
     facts = [f"attention: {chosen} ({chosen.why})"]
@@ -105,5 +113,6 @@ def assemble(
             mode = None if compile_mode == "default" else compile_mode
             model = torch.compile(raw_model, dynamic=False, mode=mode)
     count = f"{products} linears in training; " if fp8.made.fp8 else ""
+    facts += [prepared] if prepared else []
     facts.append(f"fp8: {fp8} ({count}{fp8.why})")
     return Assembled(model, raw_model, optimizer, chosen, facts)

@@ -232,7 +232,7 @@ def advice(machine, attention, products, free, data, given=None):
         settings = resolve({"depth": depth} if gpu else {}, machine.device.type)
         config = settings.model.config()
         total = make_plan(settings.replace({"device_batch_size": 1}), config).total_batch_size
-        rows = most_rows(config, machine, products != "off", free, total)
+        rows = most_rows(config, machine, providers.in_fp8(products), free, total)
         if rows >= FEW_ROWS:
             break
     used = min(rows, settings.horizon.device_batch_size) or 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.config import ROTARY_LENGTHS
+from nanofuse.model.providers import in_fp8
 from nanofuse.train.errors import UserError
 
 try:
@@ -85,7 +86,7 @@ def check_training_memory(settings, config, machine, fp8):
 
     def estimate(rows):
         return config.memory_estimate(
-            rows, machine.dtype.itemsize, fp8=fp8 != "off", fused=machine.backend == "fused"
+            rows, machine.dtype.itemsize, fp8=in_fp8(fp8), fused=machine.backend == "fused"
         )
 
     state = estimate(0)

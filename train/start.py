@@ -289,6 +289,7 @@ def build_trainer(start, started, signals=None):
         settings.machine.cuda_graphs,
         plan.lr_scale,
         set_weights,
+        settings.horizon.device_batch_size,
     )
     state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:

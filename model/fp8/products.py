@@ -1,10 +1,13 @@
-"""The matrix products (GEMMs) behind one interface, by three providers (model/providers.py).
+"""The matrix products (GEMMs) behind one interface, by several providers (model/providers.py).
 
 A linear layer y = x @ w.T takes three products, each a method of a provider:
 
     forward       y = x @ w.T        (M, K), (N, K) -> (M, N)
     input_grad    dx = g @ w         (M, N), (N, K) -> (M, K)
     weight_grad   dw += g.T @ x      (M, N), (M, K) -> added to (N, K) in fp32, in place
+
+`prepare` is told the shapes once, before the first step: a provider may measure what suits them
+(model/fp8/tuned.py), and returns a line about it, or None.
 
 Provider `off` takes plain bf16 or fp32 tensors. `te` (Transformer Engine's general_gemm) and
 `torch` (torch._scaled_mm) take FP8Operands, which hold a matrix row-major and transposed: Hopper's
@@ -26,7 +29,14 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.model.fp8.linear import ScaledMatmul
 
 
-class PlainGemm:
+class Gemm:
+    """What every provider here has."""
+
+    def prepare(self, shapes, say=print):
+        """Shapes (model/fp8/shapes.py) of the products to come: nothing to choose here."""
+
+
+class PlainGemm(Gemm):
     """Products of bf16 or fp32 tensors by torch; weight gradients accumulate in fp32."""
 
     fp8, linear = False, None
@@ -64,7 +74,7 @@ class PlainGemm:
         return x
 
 
-class TorchGemm:
+class TorchGemm(Gemm):
     """FP8 products by torch._scaled_mm, which cannot accumulate into its output: a weight gradient
     is computed into a temporary and then added by a second kernel.
     """
@@ -114,7 +124,7 @@ class TorchGemm:
         return replace(x, data=None)
 
 
-class TransformerEngineGemm:
+class TransformerEngineGemm(Gemm):
     """FP8 products by Transformer Engine (https://github.com/NVIDIA/TransformerEngine); weight
     gradients accumulate in the GEMM's epilogue. Constructing one raises whatever the import raises.
     """

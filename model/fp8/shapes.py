@@ -1,0 +1,50 @@
+"""The matrix products of a training pass, as a list: what a provider may tune before the first."""
+
+from dataclasses import dataclass
+
+KINDS = ("forward", "input_grad", "weight_grad")
+# those that kernels/linear_relu_squared.py computes; a provider does all others
+IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad")}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One product of `positions` rows, for the weight (n, k) of a kind of linear layer."""
+
+    weight: str  # qkv, attn_proj, fc, mlp_proj, lm_head
+    kind: str  # of KINDS
+    positions: int
+    n: int
+    k: int
+
+    @property
+    def by_provider(self):
+        """Whether a provider computes it, and no kernel of ours."""
+        return (self.weight, self.kind) not in IN_KERNELS
+
+    @property
+    def tunable(self):
+        """Whether a provider computes it without adding to what is there."""
+        return self.by_provider and self.kind != "weight_grad"
+
+    @property
+    def flops(self):
+        return 2 * self.positions * self.n * self.k
+
+
+def product_shapes(config, positions):
+    """Every Shape of the fused pass: three kinds of five weights.
+
+    Args:
+        config: GPTConfig.
+        positions: rows times tokens of a micro-step.
+    """
+    width = config.n_embd
+    weights = {
+        "qkv": (width + 2 * config.kv_dim, width),
+        "attn_proj": (width, width),
+        "fc": (4 * width, width),
+        "mlp_proj": (width, 4 * width),
+        "lm_head": (config.padded_vocab_size, width),
+    }
+    return [Shape(name, kind, positions, *w) for name, w in weights.items() for kind in KINDS]
