@@ -1,10 +1,11 @@
 """Every matrix product of a training pass at --depth, by every provider that loads: FP8 and bf16.
 
 Columns: Transformer Engine, torch, nvmath with cuBLASLt's first choice, and nvmath as tuned: what
-`--fp8 nvmath` (`off-nvmath`) takes, measured here and not read from the user's file. Each cell: microseconds with a cold L2 cache, TFLOP/s, and the share of the rate
-of an 8192^3 product of that dtype. Weight gradients, which add to fp32, are not nvmath's. fc's
-forward product and mlp_proj's input gradient are in kernels of ours in training
-(bench_linear_relu_squared.py); here they are plain.
+`--fp8 nvmath` (`off-nvmath`) takes, measured here and not read from the user's file. Each cell:
+microseconds with a cold L2 cache, TFLOP/s, and the share of the rate of an 8192^3 product of that
+dtype. Weight gradients, which add to fp32, are not nvmath's. fc's forward product and mlp_proj's
+input gradient are in kernels of ours in training (bench_linear_relu_squared.py); here they are
+plain.
 """
 
 import functools
@@ -18,6 +19,7 @@ from nanofuse.bench.harness import CLOCK, ON_GPU, listed, median_seconds, op_ben
 from nanofuse.kernels.common.store import Store
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.shapes import KINDS, product_shapes
+from nanofuse.model.fp8.tuned import random_operands
 from nanofuse.model.providers import PRODUCTS
 from nanofuse.train.gpu import fp8_matmul_ceiling, matmul_ceiling
 
@@ -49,8 +51,6 @@ def providers(fp8):
 
 def calls(shape, fp8):
     """{column: function} of a Shape's product by every provider, checked against each other."""
-    from nanofuse.model.fp8.tuned import random_operands
-
     operands, found = random_operands(shape, fp8), {}
     out = torch.zeros(shape.n, shape.k, device="cuda")
     for name, gemm in providers(fp8)[0].items():

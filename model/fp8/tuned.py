@@ -57,14 +57,15 @@ def graph_seconds(calls):
     return [statistics.median(times) / repeats for times in zip(*rounds, strict=True)]
 
 
-def random_matrix(rows, cols, dtype, device="cuda"):
+def random_matrix(rows, cols, dtype, device):
     """(rows, cols) of normal values that repeat; without an fp32 matrix of that size."""
     size = rows * cols * dtype.itemsize
-    drawn = torch.randn(RANDOM, device=device).to(dtype).view(torch.uint8)
+    generator = torch.Generator(device).manual_seed(0)  # and torch's own stays as it is
+    drawn = torch.randn(RANDOM, generator=generator, device=device).to(dtype).view(torch.uint8)
     return drawn.repeat(-(-size // drawn.numel()))[:size].view(dtype).view(rows, cols)
 
 
-def random_operand(rows, cols, dtype, fp8, device="cuda"):
+def random_operand(rows, cols, dtype, fp8, device):
     """An operand (rows, cols): bf16, or in FP8 one whose layouts hold the same values in another
     order, which no time depends on, and no comparison of libraries."""
     data = random_matrix(rows, cols, dtype if fp8 else torch.bfloat16, device)
@@ -81,13 +82,21 @@ def random_operands(shape, fp8, device="cuda"):
     return [random_operand(*each, fp8, device) for each in pair]
 
 
-def other_library():
-    """(name of its record, provider) of FP8 products beside nvmath: Transformer Engine, or torch
-    where that does not load."""
+def fp8_beside():
+    """(name of its record, version, provider) of FP8 products beside nvmath: Transformer Engine, or
+    torch where that does not load."""
     try:
-        return "te", TransformerEngineGemm()
+        made = TransformerEngineGemm()
     except Exception:  # a broken install may raise anything; `prepare` says who computes
-        return "torch", TorchGemm()
+        return "torch", torch.__version__, TorchGemm()
+    import transformer_engine
+
+    return "te", getattr(transformer_engine, "__version__", "unknown"), made
+
+
+def plain_beside():
+    """As fp8_beside, of products in bf16: torch."""
+    return "torch", torch.__version__, PlainGemm()
 
 
 class NvmathGemm:
@@ -97,18 +106,18 @@ class NvmathGemm:
         store: where choices are kept; the user's file by default.
     """
 
-    fp8, linear = True, None
+    fp8, linear, device = True, None, "cuda"
 
     def __init__(self, store=None):
         self.library = CublasLt()
-        self.other_name, self.other = self._other()
+        self.other_name, version, self.other = self._beside()
         if store is None:
-            section = f"{gpu_name()}, {self.library.version}, {self.other_name}, torch "
-            store = Store(user_folder() / FILE, section + torch.__version__)
+            section = f"{gpu_name()}, {self.library.version}, {self.other_name} {version}"
+            store = Store(user_folder() / FILE, section)
         self.winners = Winners(self.library, graph_seconds, store)
         self._plans = {}  # Product: Plan, or None: the other library
 
-    _other = staticmethod(other_library)
+    _beside = staticmethod(fp8_beside)
 
     def prepare(self, shapes, say=print):
         """Choose for the products to come, by measurement where no earlier process did.
@@ -152,7 +161,7 @@ class NvmathGemm:
 
     def _tune(self, product, shape):
         """The Winner of a product, measured on random operands."""
-        x, w = random_operands(shape, self.fp8)
+        x, w = random_operands(shape, self.fp8, self.device)
         a, b, _, scales = self._views(shape.kind, x, w)
         other = partial(getattr(self.other, shape.kind), x, w)
         return self.winners.tune(product, lambda plan: self.library.run(plan, a, b, scales), other)
@@ -208,10 +217,7 @@ class NvmathPlainGemm(NvmathGemm):
     """As NvmathGemm, of bf16 tensors, beside torch."""
 
     fp8 = False
-
-    @staticmethod
-    def _other():
-        return "torch", PlainGemm()
+    _beside = staticmethod(plain_beside)
 
     def _views(
         self,

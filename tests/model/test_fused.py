@@ -15,6 +15,7 @@ from nanofuse.model.fp8 import precision as precision_module
 from nanofuse.model.fp8.linear import ScaledMatmul, set_fp8
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.model.fp8.shapes import product_shapes
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.pieces import attention, embedding, head, mix, mlp
@@ -257,15 +258,19 @@ def test_graphs_are_recorded_after_a_pass_and_the_last_calibration(gemm, monkeyp
 
 
 class CountingGemm:
-    """A provider that counts its products and asserts that operands are FP8Operands, or not."""
+    """A provider that counts its products and asserts that operands are FP8Operands, or not.
+    `shapes` are (kind, N, n, k) of the products for weights (n, k)."""
 
     def __init__(self, gemm):
         self.gemm, self.fp8, self.keep = gemm, gemm.fp8, gemm.keep
-        self.calls = Counter()
+        self.calls, self.shapes = Counter(), set()
 
     def _count(self, kind, a, b):
         assert isinstance(a, FP8Operand) == isinstance(b, FP8Operand) == self.fp8
         self.calls[kind] += 1
+        (rows, other), of_b = (x.transposed.t().shape if self.fp8 else x.shape for x in (a, b))
+        of_weight = of_b if kind != "weight_grad" else (other, of_b[1])
+        self.shapes.add((kind, rows, *of_weight))
 
     def forward(self, x, w):
         self._count("forward", x, w)
@@ -327,6 +332,8 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     forward = [name for name in expected if name.endswith("_fwd")] + ["bigram_rows"]
     assert calls == {name: expected[name] for name in forward}
     assert gemm.calls == {"forward": 3 * 2 + 1, "input_grad": 3 * 2 + 1, "weight_grad": 4 * 2 + 1}
+    listed = product_shapes(config, FEW * config.sequence_len)
+    assert gemm.shapes == {(x.kind, x.positions, x.n, x.k) for x in listed if x.by_provider}
 
 
 def test_a_width_that_the_kernels_do_not_take_is_named():
