@@ -30,7 +30,7 @@ DEFAULTS = {
         ({"--rounds": 0}, "--rounds: give a number"),
         ({"--rounds": 2**63}, "--rounds: give a number"),
         ({"--bigram-factor": -1}, "--bigram-factor: give a number"),
-        ({"--fp8": "off,warp"}, "--fp8 warp: choose from auto, te, torch, off"),
+        ({"--fp8": "off,warp"}, "--fp8 warp: choose from auto, te, torch, nvmath, off"),
         ({"--device-batch-size": 24}, "--device-batch-size 24: give a divisor of 256"),
         ({"--device-batch-size": 2**63}, "give a divisor of 256"),
         ({"--device-batch-size": 0}, "--device-batch-size 0: give a divisor of 256"),
