@@ -8,6 +8,7 @@ import torch
 
 from nanofuse.bench.harness import ON_GPU, zipf_tokens
 from nanofuse.model.config import GPTConfig
+from nanofuse.train.assemble import follow
 
 STEP_ROWS = 256  # of 2,048 tokens each, in an optimiser step
 
@@ -104,4 +105,5 @@ def train_step(built, batches, phase):
     with phase("optimizer"):
         built.optimizer.step(LR_MULT, MOMENTUM, WEIGHT_DECAY)
         built.optimizer.zero_grad()
+        follow(built.model)
     return losses[0]

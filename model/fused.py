@@ -107,12 +107,14 @@ class FusedGPT(nn.Module):
         model: GPT; its matrices become views of the stacks of model.fp8.weights.Weights.
         gemm: a provider of model.fp8.products.
         graphs: record CUDA graphs of the training pass once the FP8 scales are known.
+        deal: as model.fp8.weights.Weights', where several ranks share the optimiser.
+        maximum: maximum(x) replaces a tensor by its largest over all ranks, for the FP8 scales.
 
     Raises:
         ValueError: a width that the MLP's kernel does not take.
     """
 
-    def __init__(self, model, gemm, graphs=False):
+    def __init__(self, model, gemm, graphs=False, deal=None, maximum=None):
         super().__init__()
         config = model.config
         if config.n_embd % MULTIPLE:
@@ -123,7 +125,7 @@ class FusedGPT(nn.Module):
         self.graphs, self.graphed = graphs, None
         self.ran = False  # whether a whole training pass has run in this process
         pieces = fused_pieces(model)
-        self.model, self.weights = model, Weights(pieces, model.dtype)
+        self.model, self.weights = model, Weights(pieces, model.dtype, deal)
         *self.pieces, self.head = pieces
         for p in model.parameters():
             if p.grad is None:
@@ -132,7 +134,7 @@ class FusedGPT(nn.Module):
         if gemm.fp8:
             tensors = [item for piece in pieces for item in piece.fp8.items()]
             names = self.weights.fp8_names() | dict(sorted(tensors, key=fp8_order))
-            scaling = DelayedScaling(names, device)
+            scaling = DelayedScaling(names, device, maximum)
             # no element of C normalised ones exceeds sqrt(C): a static scale
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
         self.precision = Precision(gemm, scaling, norm_scaling)

@@ -27,7 +27,8 @@ TINY = (
 
 def blocked(code, *argv, cwd=ROOT, interpret=""):
     """Run Python code in a process that can't import Triton, on a CPU."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     env |= {"TRITON_INTERPRET": interpret, "NANOFUSE_DIR": str(cwd)}
     command = [sys.executable, "-c", BLOCKED + code, *argv]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)

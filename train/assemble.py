@@ -16,6 +16,8 @@ from nanofuse.model.providers import Choice
 from nanofuse.train.device import choosing
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
+from nanofuse.train.placement import matrix_owners
+from nanofuse.train.ranks import ALONE
 from nanofuse.train.settings import naming_flags
 
 
@@ -33,17 +35,28 @@ class Assembled:
     facts: list
 
 
-def fused_optimizer(fused, optim, lr_scale=1.0):
+def follow(model):
+    """Make now what a model's pass derives from its weights, behind the update that changed them
+    and not before the next batch, where the GPU may wait for it.
+
+    Args:
+        model: what is called for losses.
+    """
+    if isinstance(model, FusedGPT):
+        model.operands.follow()
+
+
+def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     """The optimiser of a FusedGPT by the kernels. What a step that it leaves out recorded stays out
     of the scales.
 
     Args:
         fused: FusedGPT.
-        optim, lr_scale: as of `assemble`.
+        optim, lr_scale, ranks: as of `assemble`.
     """
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
     stored = fused.weights.stacks
-    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored)
+    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored, ranks)
     fused.operands.taken = optimizer.watch.ok
     return optimizer
 
@@ -60,6 +73,7 @@ def assemble(
     lr_scale=1.0,
     set_weights=GPT.init_weights,
     rows=None,
+    ranks=ALONE,
 ):
     """Build model and optimiser.
 
@@ -76,6 +90,7 @@ def assemble(
         set_weights: called with the GPT before anything depends on its weights.
         rows: of a micro-step, for which a provider of products may measure what suits them, before
             memory fills up; None: it does not.
+        ranks: train.ranks.Ranks that share the optimiser.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -99,15 +114,16 @@ def assemble(
     if fused:
         graphs = cuda_graphs and machine.device.type == "cuda"
         with naming_flags("--backend fused: "):
-            model = FusedGPT(raw_model, fp8.made, graphs)
-        optimizer = fused_optimizer(model, optim, lr_scale)
+            deal = partial(matrix_owners, world=ranks.world)
+            model = FusedGPT(raw_model, fp8.made, graphs, deal, ranks.maximum_)
+        optimizer = fused_optimizer(model, optim, lr_scale, ranks)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
     else:
         products = set_fp8(raw_model, fp8.made.linear)
         update = partial(EagerUpdate, compile=compiled, newton_schulz_dtype=machine.dtype)
         roles = raw_model.param_roles()
-        optimizer = MuonAdamW(roles, optim, config.n_embd, lr_scale, update)
+        optimizer = MuonAdamW(roles, optim, config.n_embd, lr_scale, update, ranks=ranks)
         model = raw_model
         if compiled:
             mode = None if compile_mode == "default" else compile_mode

@@ -26,7 +26,19 @@ from nanofuse.train.files import (
     sync,
     write_text_atomically,
 )
-from nanofuse.train.run_folder import LOADER, META, MODEL, OPTIM, digests, load_meta, meta_text
+from nanofuse.train.optim_files import OptimFiles, Rows, rows_text
+from nanofuse.train.ranks import ALONE, Alone
+from nanofuse.train.run_folder import (
+    LOADER,
+    META,
+    MODEL,
+    OPTIM,
+    digests,
+    load_meta,
+    meta_text,
+    optim_files,
+    optim_name,
+)
 from nanofuse.train.schemas import FORMAT, check_size, tensor_shapes
 
 Tensors = dict[str, torch.Tensor]
@@ -39,51 +51,122 @@ def save_checkpoint(
     model: GPT,
     optim_state: Tensors | None = None,
     loader_tensors: Tensors | None = None,
+    ranks: Alone = ALONE,
+    rows: Rows | None = None,
 ) -> Path:
-    """Write the checkpoint of one step; returns its folder.
+    """Write the checkpoint of one step; returns its folder. Every rank calls it at once: each
+    writes its own file of the optimiser's state, rank 0 all the rest.
 
     Where that fails, what killed saves left in the run's folder is removed and it is tried again.
 
     Args:
-        directory: the run's folder.
+        directory: the run's folder, which all ranks see.
         meta: JSON-able dict; "step", "format" and "files", the SHA-256 of each, are added.
         model: GPT; saved with its parameters' names and dtypes.
         optim_state, loader_tensors: flat {name: tensor}, left out where None.
+        ranks: those that train.
+        rows: which rows of the whole the tensors of optim_state are, MuonAdamW.rows; None: all.
 
     Raises:
-        SaveError: it cannot be written; names the folder and the bytes that are missing.
+        SaveError: it cannot be written; names the folder and the bytes that are missing. On every
+            rank where it happens on one.
     """
     folder = Path(directory) / f"step_{step:06d}"
-    files = {MODEL: model.state_dict(), OPTIM: optim_state, LOADER: loader_tensors}
-    files = {name: tensors for name, tensors in files.items() if tensors is not None}
+    own = {} if optim_state is None else {optim_name(ranks.rank, ranks.world): optim_state}
+    if ranks.main:
+        own = {MODEL: model.state_dict(), **own}
+        if loader_tensors is not None:
+            own[LOADER] = loader_tensors
+    facts = {"format": FORMAT, "step": step}
+    save = _Save(folder, ranks, own, rows_text(rows) if rows else None)
     try:
-        _write(folder, step, meta, files)
+        save.write({**facts, **meta})
     except SaveError:
-        remove_leftovers(directory)
-        _write(folder, step, meta, files)
+        if ranks.main:
+            remove_leftovers(directory)
+        save.write({**facts, **meta})
     return folder
 
 
-def _write(folder: Path, step: int, meta: Mapping[str, Any], files: dict[str, Tensors]) -> None:
-    needed = size_of(*files.values())
-    check_room(folder, needed)
-    with naming_save_errors(folder, needed), atomic_folder(folder) as temporary:
-        for name, tensors in files.items():
-            # copies, as safetensors refuses views of one storage
-            plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-            path = temporary / name
-            path.touch()  # with the umask's mode, which safetensors does not give
-            mode = path.stat().st_mode
-            save_file(plain, path)
-            os.chmod(path, mode)
-        with ThreadPoolExecutor() as pool:
-            sums = pool.map(_digest, [temporary / name for name in files])
-            facts = {
-                "format": FORMAT,
-                "step": step,
-                "files": dict(zip(files, sums, strict=True)),
-            }
-        write_text_atomically(temporary / META, meta_text({**facts, **meta}))
+class _Save:
+    """One checkpoint on its way to the disk.
+
+    Args:
+        folder: its place.
+        ranks: those that write it.
+        own: {file name: {name: tensor}} of this rank.
+        metadata: of this rank's file of the optimiser's state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Alone,
+        own: dict[str, Tensors],
+        metadata: dict[str, str] | None,
+    ):
+        self.folder, self.ranks, self.own, self.metadata = folder, ranks, own, metadata
+        self.needed = sum(ranks.collect(size_of(*own.values())))
+
+    def write(self, meta: Mapping[str, Any]) -> None:
+        """Write all files; every rank raises where one fails."""
+        error = None
+        try:
+            if self.ranks.main:
+                self._lead(meta)
+            else:
+                self._follow()
+        except SaveError as failure:
+            error = str(failure)
+        errors = [e for e in self.ranks.collect(error) if e is not None]
+        if errors:
+            raise SaveError(errors[0])
+
+    def _lead(self, meta: Mapping[str, Any]) -> None:
+        temporary = None
+        try:
+            check_room(self.folder, self.needed)
+            with naming_save_errors(self.folder, self.needed), atomic_folder(self.folder) as there:
+                temporary = self.ranks.share(there)
+                files = self._write_own(there)
+                write_text_atomically(there / META, meta_text({**meta, "files": files}))
+        finally:
+            if temporary is None:
+                self.ranks.share(None)  # there is nothing to write into
+
+    def _follow(self) -> None:
+        temporary = self.ranks.share(None)
+        if temporary is not None:
+            self._write_own(temporary)
+
+    def _write_own(self, temporary: Path) -> dict[str, str]:
+        """Write this rank's files; {name: SHA-256} of those of all ranks."""
+        error, sums = None, {}
+        try:
+            with naming_save_errors(self.folder, self.needed):
+                for name, tensors in self.own.items():
+                    partial = self.metadata if name not in (MODEL, LOADER) else None
+                    _write_tensors(temporary / name, tensors, partial)
+                with ThreadPoolExecutor() as pool:
+                    found = pool.map(_digest, [temporary / name for name in self.own])
+                    sums = dict(zip(self.own, found, strict=True))
+        except SaveError as failure:
+            error = failure
+        every = self.ranks.collect((sums, error is None))
+        if error is not None:
+            raise error
+        if not all(written for _, written in every):
+            raise SaveError(f"{self.folder} cannot be saved: another rank failed")
+        return {name: digest for part, _ in every for name, digest in part.items()}
+
+
+def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
+    # copies, as safetensors refuses views of one storage
+    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    path.touch()  # with the umask's mode, which safetensors does not give
+    mode = path.stat().st_mode
+    save_file(plain, path, metadata)
+    os.chmod(path, mode)
 
 
 def _digest(path: Path) -> str:
@@ -98,14 +181,44 @@ def load_tensors(path: Path | str) -> Tensors:
         UserError: missing or cut short, or another than the meta.json beside it was written with.
     """
     path = Path(path)
-    hint = f"delete {path.parent} to use the checkpoint before it"
-    digest = digests(path.parent).get(path.name)
+    check_digest(path)
     try:
-        if digest is not None and sha256_of(path) != digest:
-            raise UserError(f"{path} is damaged, or of another checkpoint (its SHA-256); {hint}")
         return load_file(path)
     except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or cut short; {hint}") from None
+        raise UserError(f"{path} is missing or cut short; {_hint(path)}") from None
+
+
+def check_digest(path: Path) -> None:
+    """Compare a file of a checkpoint with the sum in the meta.json beside it, where it has one.
+
+    Raises:
+        UserError: it is missing, or another.
+    """
+    digest = digests(path.parent).get(path.name)
+    try:
+        same = digest is None or sha256_of(path) == digest
+    except OSError:
+        raise UserError(f"{path} is missing or cut short; {_hint(path)}") from None
+    if not same:
+        raise UserError(f"{path} is damaged, or of another checkpoint (its SHA-256); {_hint(path)}")
+
+
+def _hint(path: Path) -> str:
+    return f"delete {path.parent} to use the checkpoint before it"
+
+
+def load_optim(folder: Path) -> Mapping[str, torch.Tensor]:
+    """{name: whole tensor} of the optimiser's state of a checkpoint, of any number of ranks.
+
+    Raises:
+        UserError: a file is missing, damaged or another checkpoint's.
+    """
+    paths = [folder / name for name in optim_files(folder) or [OPTIM]]
+    if len(paths) == 1 and paths[0].name == OPTIM:
+        return load_tensors(paths[0])
+    for path in paths:
+        check_digest(path)
+    return OptimFiles(paths)
 
 
 def load_weights(model: GPT, tensors: Tensors, source: Path | str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.gpt import GPT
+from nanofuse.train.assemble import follow
 from nanofuse.train.bpb import Validation
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
@@ -119,6 +120,7 @@ class Trainer:
             self.whole = self.optimizer.step_count == before
             raise
         self.optimizer.zero_grad()
+        follow(self.model)
         self.loss = total / micro_steps
         ema = self.ema.lerp(self.loss, 1 - EMA_DECAY)
         self.ema.copy_(torch.where(torch.isfinite(ema), ema, self.ema))

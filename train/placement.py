@@ -8,7 +8,7 @@ iterations need them whole. What is small belongs to nobody: every rank updates 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SMALL = 65_536  # elements of a tensor below which a message costs more than the update
+SMALL = 1024  # elements; the gates, lambdas and scalars of any model, and no matrix of a layer
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,17 @@ def muon_cost(rows: int, columns: int) -> float:
 
 
 def matrix_owners(
-    groups: Sequence[tuple[int, tuple[int, int], int]], world: int
+    groups: Sequence[tuple[int, Sequence[tuple[int, int]]]], world: int
 ) -> list[list[int]]:
-    """Owners of groups of alike units that stay together, such as the matrices of one product.
+    """Owners of groups of alike units; a unit is matrices that stay together, as those of one
+    product.
 
     Consecutive units of a group, those of consecutive layers, go to different ranks, so that what a
     stretch of layers sends and receives is as even as the whole. Groups are dealt in descending
-    cost of a unit, and each starts at the rank that has least.
+    cost of a unit, in rounds, of which each goes to the ranks that have least first.
 
     Args:
-        groups: (units, (R, C) of a matrix, matrices in a unit) each.
+        groups: (units, (R, C) of each matrix of a unit).
         world: ranks.
 
     Returns:
@@ -59,11 +60,10 @@ def matrix_owners(
     """
     load = [0.0] * world
     owners: list[list[int]] = [[] for _ in groups]
-    costs = [matrices * muon_cost(*shape) for _, shape, matrices in groups]
+    costs = [sum(muon_cost(*shape) for shape in shapes) for _, shapes in groups]
     for index in sorted(range(len(groups)), key=lambda i: -costs[i]):
         units = groups[index][0]
         for first in range(0, units, world):
-            # a round: every rank at most once, those with least first
             order = sorted(range(world), key=lambda rank: (load[rank], rank))
             for owner in order[: units - first]:
                 owners[index].append(owner)

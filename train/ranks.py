@@ -109,6 +109,9 @@ class Alone:
         """Leave the others."""
 
 
+ALONE = Alone()
+
+
 class Ranks(Alone):
     """A run of several processes, each of which calls the same methods in the same order.
 

@@ -2,6 +2,8 @@
 
 runs/NAME/tokenizer.json, metrics.jsonl
 runs/NAME/step_000500/model.safetensors, optim.safetensors, loader.safetensors, meta.json
+
+Where several ranks trained, each wrote what it owns of optim.safetensors into a file of its own.
 """
 
 import json
@@ -22,6 +24,7 @@ META, MODEL, OPTIM, LOADER = (
     "loader.safetensors",
 )
 RUNS_DIR = Path("runs")
+OPTIM_PART = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors")
 STEP_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
 
 
@@ -61,9 +64,20 @@ def digests(folder: Path) -> dict[str, str]:
     return files if isinstance(files, dict) else {}
 
 
+def optim_name(rank: int, world: int) -> str:
+    """File of what a rank owns of the optimiser's state."""
+    return OPTIM if world == 1 else f"optim-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def optim_files(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's optimiser state, in the order of the ranks."""
+    return sorted(n for n in digests(folder) if n == OPTIM or OPTIM_PART.fullmatch(n))
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every file of a checkpoint is there."""
-    names = {META, MODEL, *(name for name in digests(folder) if name in (OPTIM, LOADER))}
+    known = digests(folder)
+    names = {META, MODEL, *optim_files(folder), *({LOADER} & known.keys())}
     return all((folder / name).is_file() for name in names)
 
 

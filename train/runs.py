@@ -22,11 +22,11 @@ from nanofuse.train.run_folder import (
     LOADER,
     META,
     MODEL,
-    OPTIM,
     RUNS_DIR,
     STEP_NAME,
     digests,
     load_meta,
+    optim_files,
 )
 from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.schemas import tensor_shapes
@@ -71,7 +71,7 @@ def read_checkpoint(folder):
         UserError: what is wrong, and the way out.
     """
     meta = load_meta(folder)
-    for name in (MODEL, *({OPTIM, LOADER} & digests(folder).keys())):
+    for name in (MODEL, *optim_files(folder), *({LOADER} & digests(folder).keys())):
         tensor_shapes(folder / name)
     return meta
 

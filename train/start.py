@@ -13,7 +13,13 @@ import torch
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import Choice
 from nanofuse.train.assemble import assemble
-from nanofuse.train.checkpoint import config_of, load_tensors, load_tokenizer, load_weights
+from nanofuse.train.checkpoint import (
+    config_of,
+    load_optim,
+    load_tensors,
+    load_tokenizer,
+    load_weights,
+)
 from nanofuse.train.clock import process_seconds
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
@@ -34,7 +40,6 @@ from nanofuse.train.progress import Progress
 from nanofuse.train.run_folder import (
     LOADER,
     MODEL,
-    OPTIM,
     checkpoints,
     find_checkpoint,
     load_meta,
@@ -294,7 +299,7 @@ def build_trainer(start, started, signals=None):
     state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
-        saved = load_tensors(folder / OPTIM)
+        saved = load_optim(folder)
         load_training_state(built.model, built.optimizer, saved, meta["optimizer_steps"])
         state = restore_state(meta["loader"], load_tensors(folder / LOADER))
         try:

@@ -12,24 +12,28 @@ FP8_PREFIX = "fp8."
 
 
 def training_state(model, optimizer):
-    """State beside the weights, a flat {name: tensor}.
+    """State beside the weights, a flat {name: tensor}; of several ranks, what this one is to save.
 
     Args:
         model: what is called for losses, a FusedGPT or another one.
         optimizer: train.optim.muon_adamw.MuonAdamW.
     """
-    scales = model.operands.state_dict() if isinstance(model, FusedGPT) else {}
+    fused = isinstance(model, FusedGPT) and optimizer.ranks.main  # all have the same scales
+    scales = model.operands.state_dict() if fused else {}
     return optimizer.state_dict() | {FP8_PREFIX + name: x for name, x in scales.items()}
 
 
 def load_training_state(model, optimizer, tensors, step_count):
     """Restore what `training_state` gave, of any backend, before or after the weights.
 
+    Args:
+        tensors: {name: whole tensor}, of all ranks that trained.
+
     Raises:
         UserError: names or shapes of another model; nothing has changed.
     """
     prefix = len(FP8_PREFIX)
-    scales = {name[prefix:]: x for name, x in tensors.items() if name.startswith(FP8_PREFIX)}
+    scales = {n[prefix:]: tensors[n] for n in tensors if n.startswith(FP8_PREFIX)}
     fused = isinstance(model, FusedGPT)
     if fused:
         try:

@@ -26,6 +26,8 @@ class DelayedScaling:
     Args:
         dtypes: {name: torch.float8_e4m3fn or torch.float8_e5m2}.
         device: where the scales are stored.
+        maximum: maximum(x) replaces a tensor by its largest over all ranks, element by element, so
+            that all have the same scales; None: there is one rank.
 
     Attributes:
         history: (HISTORY, S) fp32, the amax of every tensor in the latest finished steps.
@@ -36,7 +38,8 @@ class DelayedScaling:
             summed over all steps so far.
     """
 
-    def __init__(self, dtypes, device):
+    def __init__(self, dtypes, device, maximum=None):
+        self.maximum = maximum or (lambda x: None)
         count = len(dtypes)
         self.fp8_max = torch.tensor([torch.finfo(d).max for d in dtypes.values()], device=device)
         self.history = torch.empty(HISTORY, count, device=device)
@@ -82,6 +85,7 @@ class DelayedScaling:
             self._uncalibrated.remove(name)
             run(scaling)
             at = slice(self._index[name], self._index[name] + 1)
+            self.maximum(self.amax[at])
             self._rescale(at, torch.maximum(self.amax[at, 0], self.history[:, at].amax(dim=0)))
         return run(scaling)
 
@@ -92,6 +96,7 @@ class DelayedScaling:
         """At the end of an optimiser step: shift the recorded amax of all tensors into the history,
         reset it, and recompute all scales. Where `take` is 0 the step was left out, and so are its
         maxima, which may not be numbers."""
+        self.maximum(self.amax)
         self.clipped += (self.amax[:, 0] * self.scale[:, 0] > self.fp8_max).sum()
         history = torch.cat([self.amax[None, :, 0], self.history[:-1]])
         if take is not None:

@@ -86,10 +86,10 @@ UNITS = {  # bytes of a call over rows * width, by the formulas in the docstring
 
 
 @pytest.mark.parametrize("op", UNITS)
-def test_the_count_is_that_of_the_docstrings(op):
+def test_the_count_is_that_of_the_docstrings(op, device):
     """Above it are numbers per row and rows of tables, at these sizes up to an eighth, and nothing
     is below."""
     rows = 4 * TINY.width  # a whole matrix
     exact = UNITS[op] * rows * TINY.width
     assert TINY.width == TINY.vocab
-    assert exact <= CASES[op][0](rows, torch.device("cpu")).bytes_moved < 1.25 * exact
+    assert exact <= CASES[op][0](rows, device).bytes_moved < 1.25 * exact

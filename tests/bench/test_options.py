@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanofuse.bench.conftest import pytest_configure
 from nanofuse.bench.training import gpu_workload
@@ -48,6 +49,7 @@ def test_a_step_has_as_many_tokens_in_any_micro_batches(rows):
     assert gpu_workload(4, rows=rows).tokens == 524_288
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU benches run by themselves")
 def test_benchmarks_run_untimed():
     """--benchmark-disable calls each once; then there are no times to report."""
     command = [

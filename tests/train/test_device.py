@@ -34,10 +34,9 @@ def hopper(monkeypatch):
 
 @pytest.fixture
 def without_te(monkeypatch):
-    for name in {n for n in sys.modules if n.startswith("transformer_engine")} | {
-        "transformer_engine"
-    }:
-        monkeypatch.setitem(sys.modules, name, None)
+    for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
 
 
 def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):

@@ -145,4 +145,4 @@ def test_fp8_and_compile_flags_arrive(make_trainer):
     assert trainer.model is not trainer.raw_model and isinstance(
         trainer.raw_model.attention, FlexAttention
     )
-    assert trainer.optimizer.newton_schulz_dtype == torch.bfloat16
+    assert trainer.optimizer.update.options[-1] == torch.bfloat16

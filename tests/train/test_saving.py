@@ -209,12 +209,12 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(train, monkeypatch):
 
     real, calls = checkpoint.save_file, [0]
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         calls[0] += 1
         if calls[0] > 2 * 3:  # files of two checkpoints
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"runs/a/step_000003 cannot be saved: No space left") as e:
@@ -229,13 +229,13 @@ def test_a_save_is_tried_again_without_leftovers(train, monkeypatch):
     real = checkpoint.save_file
     left = run_dir("a") / ".step_000009.0123abcd"
 
-    def full_while_there_are_leftovers(tensors, path):
+    def full_while_there_are_leftovers(tensors, path, metadata):
         if path.parent.name.startswith(".step_000002") and not left.exists() and not full:
             left.mkdir()
             full.append(True)
         if left.exists():
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
     full = []
     monkeypatch.setattr(checkpoint, "save_file", full_while_there_are_leftovers)

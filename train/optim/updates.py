@@ -1,6 +1,6 @@
 """How MuonAdamW's numbers are computed: in torch, eager or compiled, or by the kernels.
 
-An update is made of the optimiser's tables, stacks and parameters. `squares` gives the sums of
+An update is made of the optimiser's tables, stacks and shares. `squares` gives the sums of
 squares of all gradients, and a call takes one step; both leave it to the optimiser what the tensors
 are, whose they are and what they are called. The formulas are those of kernels/adamw.py and
 kernels/muon_update.py.
@@ -36,7 +36,7 @@ class EagerUpdate:
     "skip", which waits for the device.
 
     Args:
-        tables, stacks, parameters, config: MuonAdamW's.
+        tables, stacks, shares, config: MuonAdamW's.
         compile: run the formulas through torch.compile.
         newton_schulz_dtype: dtype of Muon's matrix products.
     """
@@ -44,11 +44,11 @@ class EagerUpdate:
     clears = False  # gradients are dropped, and autograd makes new ones
 
     def __init__(
-        self, tables, stacks, parameters, config, compile=False, newton_schulz_dtype=torch.float32
+        self, tables, stacks, shares, config, compile=False, newton_schulz_dtype=torch.float32
     ):
-        self.tables, self.stacks, self.parameters = tables, stacks, parameters
+        self.tables, self.stacks, self.shares = tables, stacks, shares
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus, newton_schulz_dtype
-        self.waits = parameters[0].device.type == "cpu" or config.on_nonfinite == "skip"
+        self.waits = shares[0].param.device.type == "cpu" or config.on_nonfinite == "skip"
         self.adamw, self.muon = adamw_ref, muon_update_ref
         if compile:
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -56,8 +56,8 @@ class EagerUpdate:
             self.muon = torch.compile(muon_update_ref, dynamic=False, fullgraph=True)
 
     def squares(self):
-        """Sum of squares of each parameter's gradient, (T,)."""
-        grads = [p.grad for p in self.parameters]
+        """Sum of squares of each share's gradient, (S,)."""
+        grads = [share.grad for share in self.shares]
         dtype = torch.promote_types(torch.float32, grads[0].dtype)
         return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square()
 
@@ -89,18 +89,18 @@ class KernelUpdate:
     not to be taken changes nothing else, which is decided on the device.
 
     Args:
-        tables, stacks, parameters, config: MuonAdamW's.
+        tables, stacks, shares, config: MuonAdamW's.
     """
 
     clears = True
 
-    def __init__(self, tables, stacks, parameters, config):
+    def __init__(self, tables, stacks, shares, config):
         self.stacks = stacks
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus
-        self.device = parameters[0].device
+        self.device = shares[0].param.device
         fields = [(x.param, x.grad, x.exp_avg, x.exp_avg_sq, x.hyper) for x in tables]
         self.tensors = AdamWTensors(*zip(*fields, strict=True))
-        self.squares = GradientSquares([p.grad for p in parameters])
+        self.squares = GradientSquares([share.grad for share in shares])
 
     def __call__(
         self,

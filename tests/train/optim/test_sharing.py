@@ -1,0 +1,207 @@
+import zlib
+from functools import partial
+
+import pytest
+import torch
+
+from nanofuse.kernels.common.jit import HAS_TRITON
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.fp8.products import PlainGemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.train.assemble import fused_optimizer
+from nanofuse.train.errors import UserError
+from nanofuse.train.optim import sharing
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.optim.sharing import in_rank_order
+from nanofuse.train.optim.updates import EagerUpdate
+from nanofuse.train.placement import matrix_owners
+from tests.helpers import random_model, small_config
+from tests.train.thread_ranks import run_ranks
+
+WORLDS = [2, 3, 5]
+
+
+def part_of_gradient(shape, rank, world, step, dtype, name):
+    """A rank's part of a gradient that depends on name and step; ranks' parts differ. In fp32 and
+    bf16 all values are quarters, whose sums are exact in any order."""
+    seed = zlib.crc32(f"{name} {step}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(4, *shape, generator=generator, dtype=torch.float64)  # 4 micro-steps
+    if dtype != torch.float64:
+        whole = (4 * whole).round() / 4
+    mine = [whole[i] for i in range(4) if i % world == rank]
+    return sum(mine, torch.zeros(shape, dtype=torch.float64)).to(dtype)
+
+
+def eager(ranks, dtype, steps, clear=True, **fields):
+    """A model and its optimiser after some steps."""
+    model = random_model(small_config(**fields), torch.float32).to(dtype)
+    update = partial(EagerUpdate, newton_schulz_dtype=dtype)
+    width = model.config.n_embd
+    optimizer = MuonAdamW(model.param_roles(), OptimConfig(), width, 0.5, update, ranks=ranks)
+    take_steps(model, optimizer, ranks, dtype, steps)
+    return model, optimizer
+
+
+def take_steps(model, optimizer, ranks, dtype, steps, first=0):
+    for step in range(first, first + steps):
+        for name, p in model.named_parameters():
+            grad = part_of_gradient(p.shape, ranks.rank, ranks.world, step, p.dtype, name)
+            if p.grad is None:
+                p.grad = grad
+            else:
+                p.grad.copy_(grad)
+        optimizer.step(0.5, 0.9, 0.1)
+        optimizer.zero_grad()
+
+
+def assert_close(models, truth, tolerance):
+    """Every rank has the same bits, and they are the truth's up to rounding."""
+    named = dict(truth.named_parameters())
+    for name, p in models[0].named_parameters():
+        for other in models[1:]:
+            assert torch.equal(p, dict(other.named_parameters())[name]), name
+        want = named[name]
+        assert (p - want).norm() <= tolerance * want.norm(), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_many_ranks_update_as_one(world):
+    (truth, alone), *_ = run_ranks(1, lambda r: eager(r, torch.float64, 3))
+    found = run_ranks(world, lambda r: eager(r, torch.float64, 3))
+    assert_close([model for model, _ in found], truth, 1e-12)
+    norms = {optimizer.watch.read().norm for _, optimizer in found}
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(alone.watch.read().norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_moments_are_kept_once(world):
+    (_, alone), *_ = run_ranks(1, lambda r: eager(r, torch.float64, 2))
+    found = [optimizer for _, optimizer in run_ranks(world, lambda r: eager(r, torch.float64, 2))]
+    whole, parts = alone.state_dict(), [optimizer.state_dict() for optimizer in found]
+    seen = {name: torch.zeros(len(x) if x.dim() else 1) for name, x in whole.items()}
+    for optimizer, tensors in zip(found, parts, strict=True):
+        assert optimizer.rows().keys() == tensors.keys()
+        for name, (shape, rows) in optimizer.rows().items():
+            assert shape == whole[name].shape
+            start = 0
+            for at, count in rows:
+                there = tensors[name][start : start + count] if shape else tensors[name]
+                want = whole[name][at : at + count] if shape else whole[name]
+                torch.testing.assert_close(there, want, rtol=1e-10, atol=1e-14)
+                seen[name][at : at + count] += 1
+                start += count
+    assert all((count == 1).all() for count in seen.values())
+    sizes = [sum(x.numel() for x in tensors.values()) for tensors in parts]
+    assert max(sizes) < 1.3 * sum(sizes) / world
+
+
+@pytest.mark.parametrize("worlds", [(2, 3), (3, 1), (1, 2)])
+def test_state_moves_between_numbers_of_ranks(worlds):
+    """A run that changes its number of ranks in mid-way goes on as if it had not."""
+    (truth, alone), *_ = run_ranks(1, lambda r: eager(r, torch.float64, 4))
+    before = run_ranks(worlds[0], lambda r: eager(r, torch.float64, 2))
+    whole = {name: torch.empty_like(x) for name, x in alone.state_dict().items()}
+    for _, optimizer in before:
+        tensors = optimizer.state_dict()
+        for name, (shape, rows) in optimizer.rows().items():
+            parts = tensors[name].split([n for _, n in rows]) if shape else [tensors[name]]
+            for (at, count), part in zip(rows, parts, strict=True):
+                (whole[name][at : at + count] if shape else whole[name]).copy_(part)
+
+    def go_on(ranks):
+        model, optimizer = eager(ranks, torch.float64, 0)
+        model.load_state_dict(before[0][0].state_dict())
+        optimizer.load_state_dict(whole, 2)
+        take_steps(model, optimizer, ranks, torch.float64, 2, first=2)
+        return model
+
+    assert_close(run_ranks(worlds[1], go_on), truth, 1e-12)
+
+
+def test_a_state_that_lacks_what_another_rank_owns_is_refused():
+    def check(ranks):
+        _, optimizer = eager(ranks, torch.float32, 1)
+        pieces = ranks.collect((optimizer.state_dict(), optimizer.rows()))
+        shapes = {name: rows[0] for _, found in pieces for name, rows in found.items()}
+        whole = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        with pytest.raises(UserError, match="exp_avg"):
+            optimizer.load_state_dict(
+                {n: x for n, x in whole.items() if n != "value_embeds.3.weight.exp_avg"}, 1
+            )
+        optimizer.load_state_dict(whole, 7)
+        return optimizer.step_count
+
+    assert run_ranks(2, check) == [7, 7]
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1, 2])
+def test_one_rank_that_is_not_finite_stops_the_update_of_all(bad_rank):
+    def check(ranks):
+        model, optimizer = eager(ranks, torch.float32, 1)
+        before = [p.detach().clone() for p in model.parameters()]
+        for name, p in model.named_parameters():
+            p.grad = torch.ones_like(p)
+            if ranks.rank == bad_rank and name == "transformer.h.1.mlp.c_fc.weight":
+                p.grad[3, 5] = float("nan")
+        optimizer.step(1.0, 0.9, 0.1)
+        found = optimizer.watch.read()
+        assert found.first_step == 2
+        assert found.names == ("transformer.h.1.mlp.c_fc.weight",)
+        return all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    assert run_ranks(3, check) == [True] * 3
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
+def test_kernels_update_as_one():
+    """On stacks of matrices as the fused pass stores them: in place, or between each other."""
+    sizes = {"sequence_len": 32, "vocab_size": 64, "bigram_embed_factor": 1}
+    config = GPTConfig.from_depth(2, 16, 16, n_kv_head=1, **sizes)
+
+    def fused(ranks):
+        model = random_model(config, torch.float32)
+        deal = partial(matrix_owners, world=ranks.world)
+        optimizer = fused_optimizer(
+            FusedGPT(model, PlainGemm(), deal=deal), OptimConfig(), 0.5, ranks
+        )
+        take_steps(model, optimizer, ranks, torch.float32, 1)
+        assert all(not p.grad.any() for p in model.parameters())
+        return model
+
+    truth, *_ = run_ranks(1, fused)
+    assert_close(run_ranks(2, fused), truth, 0.0)
+
+
+def test_gradients_move_in_pieces_of_the_buffers_size(monkeypatch):
+    """However small the buffer is, the sums are the same, to the bit."""
+    large = run_ranks(3, lambda r: eager(r, torch.float32, 1)[0])
+    monkeypatch.setattr(sharing, "BUFFER_BYTES", 2000)
+    small = run_ranks(3, lambda r: eager(r, torch.float32, 1)[0])
+    pairs = zip(large[0].parameters(), small[0].parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_every_rank_sends_its_part_of_each_gradient_and_value_once():
+    def count(ranks):
+        model, optimizer = eager(ranks, torch.float32, 0)
+        size = sum(p.numel() * 4 for p in model.parameters())
+        take_steps(model, optimizer, ranks, torch.float32, 1)
+        return ranks.moved / size
+
+    # (W - 1) / W of the gradients and of the values each, whatever small tensors add
+    shares = run_ranks(4, count)
+    assert sum(shares) / 4 == pytest.approx(2 * 3 / 4, rel=0.05)
+    assert max(shares) < 1.2 * min(shares)
+
+
+def test_sums_are_in_rank_order_and_rounded_once():
+    parts = [torch.tensor([1.0]), torch.tensor([2.0**-9]), torch.tensor([2.0**-9])]
+    total = in_rank_order([x.bfloat16() for x in parts])
+    assert total.dtype == torch.float32
+    assert total.item() == 1 + 2.0**-8
+    assert in_rank_order([x.double() for x in parts]).dtype == torch.float64
+    big = [torch.tensor([x]) for x in (2.0**24, 1.0, 1.0)]
+    assert in_rank_order(big).item() == 2.0**24  # from the first on, one after another

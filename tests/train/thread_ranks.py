@@ -1,0 +1,107 @@
+"""Several ranks as threads of one process: what train.ranks.Ranks promises, without its start.
+
+One thread runs at a time, until it waits for the others: Triton's interpreter takes no more.
+"""
+
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from nanofuse.train.ranks import Alone, Pending
+
+
+class _Board:
+    """What the ranks of one run put down for each other."""
+
+    def __init__(self, world):
+        self.barrier = threading.Barrier(world, timeout=60)
+        self.things = [None] * world
+        self.turn = threading.Lock()
+        self.mail = defaultdict(list)  # (from, to): tensors on their way, oldest first
+
+    def wait(self):
+        """Let the others come here, too."""
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+
+
+class _Arrival:
+    """A transfer that ends when it is waited for, as late as one may."""
+
+    def __init__(self, ranks, sends, receives):
+        self.ranks, self.receives = ranks, receives
+        board = ranks.board
+        for peer, x in sends:
+            assert x.is_contiguous() and peer != ranks.rank
+            board.mail[ranks.rank, peer].append(x)
+        self.copies = None
+
+    def wait(self):
+        board = self.ranks.board
+        board.wait()
+        for peer, x in self.receives:
+            assert x.is_contiguous()
+            there = board.mail[peer, self.ranks.rank].pop(0)
+            assert there.shape == x.shape and there.dtype == x.dtype
+            x.copy_(there)
+        board.wait()
+
+
+class ThreadRanks(Alone):
+    """One of `world` ranks."""
+
+    def __init__(self, rank, board):
+        self.rank, self.world, self.main = rank, len(board.things), rank == 0
+        self.board = board
+        self.moved = 0  # bytes sent
+
+    def swap(self, sends, receives):
+        self.moved += sum(x.nbytes for _, x in sends)
+        return Pending([_Arrival(self, sends, receives)])
+
+    def collect(self, thing):
+        self.board.things[self.rank] = thing
+        self.board.wait()
+        things = list(self.board.things)
+        self.board.wait()
+        return things
+
+    def gather(self, x):
+        return torch.stack([y.clone() for y in self.collect(x.clone())])
+
+    def maximum_(self, x):
+        x.copy_(self.gather(x).amax(dim=0))
+
+    def agree(self, *numbers):
+        return tuple(map(max, zip(*self.collect(numbers), strict=True)))
+
+    def share(self, thing):
+        return self.collect(thing)[0]
+
+
+def run_ranks(world, function):
+    """[function(ranks) of each rank], run at once in as many threads; `world` 1 gives Alone."""
+    if world == 1:
+        return [function(Alone())]
+    board = _Board(world)
+
+    def one(rank):
+        with board.turn:
+            try:
+                return function(ThreadRanks(rank, board))
+            except BaseException:
+                board.barrier.abort()
+                raise
+
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(one, rank) for rank in range(world)]
+    errors = [e for e in (f.exception() for f in futures) if e is not None]
+    broken = [e for e in errors if not isinstance(e, threading.BrokenBarrierError)]
+    for error in broken or errors:
+        raise error
+    return [f.result() for f in futures]
