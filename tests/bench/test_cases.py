@@ -69,6 +69,7 @@ def test_what_is_counted():
     assert in_place.bytes_moved == 60
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNITS = {  # bytes of a call over rows * width, by the formulas in the docstrings of the ops
     "quantize": 2 + 2,
     "residual_norm_fwd": 2 * 2 + 2 + 2,
@@ -86,10 +87,10 @@ UNITS = {  # bytes of a call over rows * width, by the formulas in the docstring
 
 
 @pytest.mark.parametrize("op", UNITS)
-def test_the_count_is_that_of_the_docstrings(op, device):
+def test_the_count_is_that_of_the_docstrings(op):
     """Above it are numbers per row and rows of tables, at these sizes up to an eighth, and nothing
     is below."""
     rows = 4 * TINY.width  # a whole matrix
     exact = UNITS[op] * rows * TINY.width
     assert TINY.width == TINY.vocab
-    assert exact <= CASES[op][0](rows, device).bytes_moved < 1.25 * exact
+    assert exact <= CASES[op][0](rows, DEVICE).bytes_moved < 1.25 * exact
