@@ -5,6 +5,7 @@ import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.model.fp8.scaling import HISTORY, LARGEST_SCALE, MARGIN, DelayedScaling
+from tests.train.thread_ranks import run_ranks
 
 LIMITS = {E4M3: 448.0, E5M2: 57344.0}
 
@@ -146,3 +147,23 @@ def test_what_goes_beyond_its_scale_is_counted(scaling):
     assert scaling.clipped == 1
     seen(scaling, a=2.5 * MARGIN, b=1.0)  # the scale has followed
     assert scaling.clipped == 1
+
+
+def test_ranks_have_the_scales_of_the_largest_maximum_of_any():
+    """While scales are calibrated and when they are updated; a rank alone has the same as one that
+    saw everything."""
+    peaks = [{"a": 2.0, "b": 8.0}, {"a": 3.0, "b": 0.5}]
+    largest = {"a": 3.0, "b": 8.0}
+
+    def found(ranks):
+        scaling = DelayedScaling({"a": E4M3, "b": E5M2}, "cpu", ranks.maximum_)
+        mine = peaks[ranks.rank] if ranks.world > 1 else largest
+        scaling.calibrate(True)
+        record(scaling, **mine)
+        calibrated = [current(scaling, name) for name in "ab"]
+        scaling.update()
+        return calibrated, [current(scaling, name) for name in "ab"], scaling.clipped.item()
+
+    (alone,) = run_ranks(1, found)
+    assert run_ranks(2, found) == [alone, alone]
+    assert alone[0][0][0] == pytest.approx(448 / (MARGIN * 3))
