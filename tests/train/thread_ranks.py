@@ -19,7 +19,7 @@ class _Board:
         self.barrier = threading.Barrier(world, timeout=60)
         self.things = [None] * world
         self.turn = threading.Lock()
-        self.mail = defaultdict(list)  # (from, to): tensors on their way, oldest first
+        self.mail = defaultdict(list)  # (from, to, which swap): tensors on their way
 
     def wait(self):
         """Let the others come here, too."""
@@ -34,20 +34,17 @@ class _Arrival:
     """A transfer that ends when it is waited for, as late as one may."""
 
     def __init__(self, ranks, sends, receives):
-        self.ranks, self.receives = ranks, receives
-        board = ranks.board
+        self.ranks, self.receives, self.swap = ranks, receives, ranks.swaps
         for peer, x in sends:
             assert x.is_contiguous() and peer != ranks.rank
-            board.mail[ranks.rank, peer].append(x)
-        self.copies = None
+            ranks.board.mail[ranks.rank, peer, self.swap].append(x)
 
     def wait(self):
         board = self.ranks.board
         board.wait()
         for peer, x in self.receives:
-            assert x.is_contiguous()
-            there = board.mail[peer, self.ranks.rank].pop(0)
-            assert there.shape == x.shape and there.dtype == x.dtype
+            there = board.mail[peer, self.ranks.rank, self.swap].pop(0)
+            assert x.is_contiguous() and there.shape == x.shape and there.dtype == x.dtype
             x.copy_(there)
         board.wait()
 
@@ -58,10 +55,11 @@ class ThreadRanks(Alone):
     def __init__(self, rank, board):
         self.rank, self.world, self.main = rank, len(board.things), rank == 0
         self.board = board
-        self.moved = 0  # bytes sent
+        self.moved = self.swaps = 0  # bytes sent, calls of swap
 
     def swap(self, sends, receives):
         self.moved += sum(x.nbytes for _, x in sends)
+        self.swaps += 1
         return Pending([_Arrival(self, sends, receives)])
 
     def collect(self, thing):

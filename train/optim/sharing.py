@@ -2,18 +2,15 @@
 
     g = sum over the ranks, in their order, of their gradients        fp32 or wider, rounded once
 
-What is everybody's (train/placement.py) is summed on every rank, and updated there. All else moves
-in rounds of which each takes a piece of what every rank owns, so that all send and receive at the
-same time, and the buffer for what arrives stays small. Only contiguous pieces move, from where they
-lie to where they belong: nothing is packed.
+A bucket (train/optim/parts.py) moves as one. What is everybody's is summed on every rank. All else
+is contiguous and travels from where it lies to where it belongs: nothing is packed. What arrives of
+gradients lies beside the owner's until it is added.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-BUFFER_BYTES = 2**27  # of the other ranks' parts of gradients, at a time
 
 
 @dataclass(frozen=True)
@@ -41,84 +38,70 @@ def in_rank_order(parts):
 
 
 class Sharing:
-    """Moves gradients and values of a model between ranks.
+    """Moves gradients and values of a model between ranks. Every rank calls the same methods for
+    the same buckets in the same order.
 
     Args:
         ranks: train.ranks.Ranks.
-        owned: Owned parts, the same and in one order on every rank.
-        common: called for the gradients that every rank sums for itself.
     """
 
-    def __init__(self, ranks, owned, common):
-        self.ranks, self.owned, self.common = ranks, owned, common
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.others = [rank for rank in range(ranks.world) if rank != ranks.rank]
 
-    def _rounds(self):
-        """[[(owner, gradient piece (n,))]]: a piece of each owner's at most, every round."""
-        limit = BUFFER_BYTES // (self.ranks.world - 1)
-        by_owner = [[] for _ in range(self.ranks.world)]
-        for part in self.owned:
-            flat = part.grad().view(-1)
-            pieces = flat.split(max(limit // flat.element_size(), 1))
-            by_owner[part.owner] += [(part.owner, piece) for piece in pieces]
-        most = max(map(len, by_owner))
-        return [[pieces[i] for pieces in by_owner if i < len(pieces)] for i in range(most)]
+    def send_gradients(self, bucket):
+        """Start sending every gradient of a bucket to its owner.
 
-    def _swap(self, pieces):
-        """Start a round: (what is on its way, own gradient or None, other ranks' parts)."""
-        me, world = self.ranks.rank, self.ranks.world
-        mine, parts, sends, receives = None, {}, [], []
-        for owner, piece in pieces:
-            if owner != me:
-                sends.append((owner, piece))
-                continue
-            mine = piece
-            parts = {rank: torch.empty_like(piece) for rank in range(world) if rank != me}
-            receives = list(parts.items())
-        return self.ranks.swap(sends, receives), mine, parts
+        Returns:
+            what `add_gradients` takes.
+        """
+        sends, receives, landed = [], [], []
+        for part in bucket.owned:
+            grad = part.grad()
+            if part.owner == self.ranks.rank:
+                parts = {rank: torch.empty_like(grad) for rank in self.others}
+                receives += parts.items()
+                landed.append((grad, parts))
+            else:
+                sends.append((part.owner, grad))
+        return self.ranks.swap(sends, receives), landed
 
-    @torch.no_grad()
-    def sum_gradients(self):
-        """Leave in the gradients that this rank owns, and in those of all, the sums over ranks. The
-        others are as they were."""
-        self._sum_common()
-        rounds = self._rounds()
-        ahead = self._swap(rounds[0]) if rounds else None
-        for i in range(len(rounds)):
-            (pending, mine, parts), ahead = ahead, None
-            if i + 1 < len(rounds):
-                ahead = self._swap(rounds[i + 1])
-            pending.wait()
-            if mine is not None:
-                parts[self.ranks.rank] = mine
-                mine.copy_(in_rank_order([parts[rank] for rank in range(self.ranks.world)]))
+    def add_gradients(self, bucket, arriving):
+        """Leave the sums over ranks in the gradients of a bucket that this rank owns, or that are
+        everybody's; those of others stay as they are."""
+        pending, landed = arriving
+        pending.wait()
+        for grad, parts in landed:
+            parts[self.ranks.rank] = grad
+            grad.copy_(in_rank_order([parts[rank] for rank in range(self.ranks.world)]))
+        if not bucket.owned:
+            self._sum([share.grad for share in bucket.shares])
 
-    def _sum_common(self):
-        grads = self.common()
-        wide = torch.promote_types(torch.float32, max((g.dtype for g in grads), key=_width))
-        flat = torch.cat([g.reshape(-1).to(wide) for g in grads])
-        total = self.ranks.total(flat)
+    def _sum(self, grads):
+        """Replace small gradients by their sums over ranks."""
+        widest = max((g.dtype for g in grads), key=lambda dtype: torch.finfo(dtype).bits)
+        wide = torch.promote_types(torch.float32, widest)
+        total = self.ranks.total(torch.cat([g.reshape(-1).to(wide) for g in grads]))
         for g, part in zip(grads, total.split([g.numel() for g in grads]), strict=True):
             g.copy_(part.view_as(g))
 
-    @torch.no_grad()
-    def return_values(self):
-        """Send what this rank owns to all others, and write theirs where it belongs."""
-        sends, receives, me = [], [], self.ranks.rank
-        for part in self.owned:
-            if part.owner == me:
-                others = (rank for rank in range(self.ranks.world) if rank != me)
-                sends += [(rank, part.value) for rank in others]
+    def return_values(self, bucket):
+        """Start sending the values that this rank owns to all others, and receiving theirs.
+
+        Returns:
+            train.ranks.Pending.
+        """
+        sends, receives = [], []
+        for part in bucket.owned:
+            if part.owner == self.ranks.rank:
+                sends += [(rank, part.value) for rank in self.others]
             else:
                 receives.append((part.owner, part.value))
-        self.ranks.swap(sends, receives).wait()
+        return self.ranks.swap(sends, receives)
 
     @torch.no_grad()
-    def clear_sent(self):
+    def clear_sent(self, buckets):
         """Set the gradients of what others own to zero, where they lie."""
-        sent = [part.grad() for part in self.owned if part.owner != self.ranks.rank]
-        if sent:
+        owned = (part for bucket in buckets for part in bucket.owned)
+        if sent := [part.grad() for part in owned if part.owner != self.ranks.rank]:
             torch._foreach_zero_(sent)
-
-
-def _width(dtype):
-    return torch.finfo(dtype).bits

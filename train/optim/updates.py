@@ -1,7 +1,7 @@
 """How MuonAdamW's numbers are computed: in torch, eager or compiled, or by the kernels.
 
-An update is made of the optimiser's tables, stacks and shares. `squares` gives the sums of
-squares of all gradients, and a call takes one step; both leave it to the optimiser what the tensors
+An update is made of tables, stacks and the shares of parameters in them. `squares_of` prepares sums
+of squares of gradients, and a call takes one step; both leave it to the optimiser what the tensors
 are, whose they are and what they are called. The formulas are those of kernels/adamw.py and
 kernels/muon_update.py.
 """
@@ -46,7 +46,7 @@ class EagerUpdate:
     def __init__(
         self, tables, stacks, shares, config, compile=False, newton_schulz_dtype=torch.float32
     ):
-        self.tables, self.stacks, self.shares = tables, stacks, shares
+        self.tables, self.stacks = tables, stacks
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus, newton_schulz_dtype
         self.waits = shares[0].param.device.type == "cpu" or config.on_nonfinite == "skip"
         self.adamw, self.muon = adamw_ref, muon_update_ref
@@ -55,11 +55,16 @@ class EagerUpdate:
             self.adamw = torch.compile(adamw_ref, dynamic=False, fullgraph=True)
             self.muon = torch.compile(muon_update_ref, dynamic=False, fullgraph=True)
 
-    def squares(self):
-        """Sum of squares of each share's gradient, (S,)."""
-        grads = [share.grad for share in self.shares]
-        dtype = torch.promote_types(torch.float32, grads[0].dtype)
-        return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square()
+    @staticmethod
+    def squares_of(shares):
+        """A function that gives the sum of squares of each share's gradient, (S,)."""
+
+        def squares():
+            grads = [share.grad for share in shares]
+            dtype = torch.promote_types(torch.float32, grads[0].dtype)
+            return torch.stack(torch._foreach_norm(grads, dtype=dtype)).square()
+
+        return squares
 
     def __call__(
         self,
@@ -99,16 +104,21 @@ class KernelUpdate:
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus
         self.device = shares[0].param.device
         fields = [(x.param, x.grad, x.exp_avg, x.exp_avg_sq, x.hyper) for x in tables]
-        self.tensors = AdamWTensors(*zip(*fields, strict=True))
-        self.squares = GradientSquares([share.grad for share in shares])
+        self.tensors = AdamWTensors(*zip(*fields, strict=True)) if tables else None
+
+    @staticmethod
+    def squares_of(shares):
+        """A function that gives the sum of squares of each share's gradient, (S,) fp32."""
+        return GradientSquares([share.grad for share in shares])
 
     def __call__(
         self,
         numbers,
         take,  # (1,) fp32, 0 where the step is to be left out
     ):
-        schedule = adamw_schedule(numbers.lr_mult, numbers.step, self.device)
-        adamw(self.tensors, schedule, clear_grad=True, take=take)
+        if self.tensors is not None:
+            schedule = adamw_schedule(numbers.lr_mult, numbers.step, self.device)
+            adamw(self.tensors, schedule, clear_grad=True, take=take)
         rates = numbers.matrix_lr, numbers.momentum, numbers.weight_decay
         hyper = muon_hyper(*rates, self.device)
         for stack in self.stacks:

@@ -10,7 +10,7 @@ from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.train.assemble import fused_optimizer
 from nanofuse.train.errors import UserError
-from nanofuse.train.optim import sharing
+from nanofuse.train.optim import parts
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.sharing import in_rank_order
@@ -80,9 +80,9 @@ def test_many_ranks_update_as_one(world):
 def test_moments_are_kept_once(world):
     (_, alone), *_ = run_ranks(1, lambda r: eager(r, torch.float64, 2))
     found = [optimizer for _, optimizer in run_ranks(world, lambda r: eager(r, torch.float64, 2))]
-    whole, parts = alone.state_dict(), [optimizer.state_dict() for optimizer in found]
+    whole, states = alone.state_dict(), [optimizer.state_dict() for optimizer in found]
     seen = {name: torch.zeros(len(x) if x.dim() else 1) for name, x in whole.items()}
-    for optimizer, tensors in zip(found, parts, strict=True):
+    for optimizer, tensors in zip(found, states, strict=True):
         assert optimizer.rows().keys() == tensors.keys()
         for name, (shape, rows) in optimizer.rows().items():
             assert shape == whole[name].shape
@@ -94,7 +94,7 @@ def test_moments_are_kept_once(world):
                 seen[name][at : at + count] += 1
                 start += count
     assert all((count == 1).all() for count in seen.values())
-    sizes = [sum(x.numel() for x in tensors.values()) for tensors in parts]
+    sizes = [sum(x.numel() for x in tensors.values()) for tensors in states]
     assert max(sizes) < 1.3 * sum(sizes) / world
 
 
@@ -107,8 +107,8 @@ def test_state_moves_between_numbers_of_ranks(worlds):
     for _, optimizer in before:
         tensors = optimizer.state_dict()
         for name, (shape, rows) in optimizer.rows().items():
-            parts = tensors[name].split([n for _, n in rows]) if shape else [tensors[name]]
-            for (at, count), part in zip(rows, parts, strict=True):
+            pieces = tensors[name].split([n for _, n in rows]) if shape else [tensors[name]]
+            for (at, count), part in zip(rows, pieces, strict=True):
                 (whole[name][at : at + count] if shape else whole[name]).copy_(part)
 
     def go_on(ranks):
@@ -175,12 +175,13 @@ def test_kernels_update_as_one():
     assert_close(run_ranks(2, fused), truth, 0.0)
 
 
-def test_gradients_move_in_pieces_of_the_buffers_size(monkeypatch):
-    """However small the buffer is, the sums are the same, to the bit."""
-    large = run_ranks(3, lambda r: eager(r, torch.float32, 1)[0])
-    monkeypatch.setattr(sharing, "BUFFER_BYTES", 2000)
-    small = run_ranks(3, lambda r: eager(r, torch.float32, 1)[0])
-    pairs = zip(large[0].parameters(), small[0].parameters(), strict=True)
+def test_buckets_of_tables_change_nothing(monkeypatch):
+    """However few tables travel together, the weights are the same, to the bit."""
+    together = run_ranks(3, lambda r: eager(r, torch.float32, 2))
+    monkeypatch.setattr(parts, "BUCKET_BYTES", 1)
+    apart = run_ranks(3, lambda r: eager(r, torch.float32, 2))
+    assert len(apart[0][1].buckets) > len(together[0][1].buckets)
+    pairs = zip(together[0][0].parameters(), apart[0][0].parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
@@ -198,10 +199,10 @@ def test_every_rank_sends_its_part_of_each_gradient_and_value_once():
 
 
 def test_sums_are_in_rank_order_and_rounded_once():
-    parts = [torch.tensor([1.0]), torch.tensor([2.0**-9]), torch.tensor([2.0**-9])]
-    total = in_rank_order([x.bfloat16() for x in parts])
+    values = [torch.tensor([1.0]), torch.tensor([2.0**-9]), torch.tensor([2.0**-9])]
+    total = in_rank_order([x.bfloat16() for x in values])
     assert total.dtype == torch.float32
     assert total.item() == 1 + 2.0**-8
-    assert in_rank_order([x.double() for x in parts]).dtype == torch.float64
+    assert in_rank_order([x.double() for x in values]).dtype == torch.float64
     big = [torch.tensor([x]) for x in (2.0**24, 1.0, 1.0)]
     assert in_rank_order(big).item() == 2.0**24  # from the first on, one after another
