@@ -20,7 +20,6 @@ BLOCK = 1024
 def bigram_rows_ref(
     tokens,  # (B, T) integer
     num_rows,
-    prev_token=None,  # (B,) integer: the token before tokens[:, 0], or None at the start of a row
 ):
     """Table row of every position, (B, T) int64 in [0, num_rows); num_rows - 1 is the reserved row.
 
@@ -30,22 +29,18 @@ def bigram_rows_ref(
     if num_rows < 2:
         raise ValueError(f"a bigram table needs at least 2 rows, got {num_rows}")
     tokens = tokens.long()
-    first = tokens.new_zeros(tokens.size(0)) if prev_token is None else prev_token.long()
-    previous = torch.cat([first[:, None], tokens[:, :-1]], dim=1)  # (B, T)
-    rows = torch.bitwise_xor(HASH_CURRENT * tokens, HASH_PREVIOUS * previous) % (num_rows - 1)
-    if prev_token is not None:
-        return rows
-    reserved = rows.new_full((rows.size(0), 1), num_rows - 1)
-    return torch.cat([reserved, rows[:, 1:]], dim=1)
+    current, previous = tokens[:, 1:], tokens[:, :-1]
+    rows = torch.bitwise_xor(HASH_CURRENT * current, HASH_PREVIOUS * previous) % (num_rows - 1)
+    reserved = tokens.new_full((tokens.size(0), 1), num_rows - 1)
+    return torch.cat([reserved, rows], dim=1)
 
 
 def bigram_embedding_ref(
     tokens,  # (B, T) integer
     table,  # (rows, D)
-    prev_token=None,  # (B,) integer or None
 ):
     """Embedding of every (previous, current) token pair, (B, T, D) in the table's dtype."""
-    return F.embedding(bigram_rows_ref(tokens, table.size(0), prev_token), table)
+    return F.embedding(bigram_rows_ref(tokens, table.size(0)), table)
 
 
 @triton.jit
@@ -74,7 +69,7 @@ def bigram_rows(
     tokens,  # (B, T) integer, contiguous
     num_rows,
 ):
-    """Table row of every position, (B, T) int32: bigram_rows_ref in a kernel, without prev_token.
+    """Table row of every position, (B, T) int32: bigram_rows_ref in a kernel.
 
     The rows are in [0, num_rows) for every token, negative ones included.
 

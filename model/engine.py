@@ -1,7 +1,7 @@
 """Text generation with a KV cache: one prefill of the prompt, then batched decoding.
 
-Beside keys and values the cache holds what else a position reads of the one before it: the previous
-token, for the bigram hash, and the previous normalised embedding, for smear.
+Beside keys and values the cache holds what else a position reads of those before it: the previous
+tokens, for the tables of the mixes, and the previous normalised embedding, for smear.
 """
 
 import hashlib
@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+from nanofuse.model.pieces.mix import LOOKBACK
 
 LEAST_TEMPERATURE = 1e-6  # below it the draw is greedy, and rounding would decide
 
@@ -18,7 +20,7 @@ class KVCache:
 
     Attributes:
         length: positions stored so far.
-        prev_token: (B,) last token; None before the first.
+        prev_tokens: (B, P) last tokens, LOOKBACK or all; None before the first.
         prev_embedding: (B, C) last token embedding, normalised, before smear; None before the
             first.
     """
@@ -28,7 +30,7 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(k) for k in self.keys]
         self.length = 0
-        self.prev_token = None
+        self.prev_tokens = None
         self.prev_embedding = None
 
     @property
@@ -66,14 +68,15 @@ class KVCache:
 
     def advance(
         self,
-        prev_token,  # (B,)
+        tokens,  # (B, T)
         prev_embedding,  # (B, C)
-        count,
     ):
-        """Count `count` positions as stored, once every layer has inserted them, and remember the
-        last token and embedding."""
-        self.prev_token, self.prev_embedding = prev_token, prev_embedding
-        self.length += count
+        """Count T positions as stored, once every layer has inserted them, and remember their last
+        tokens and embedding."""
+        self.length += tokens.size(1)
+        if self.prev_tokens is not None:
+            tokens = torch.cat([self.prev_tokens, tokens], dim=1)
+        self.prev_tokens, self.prev_embedding = tokens[:, -LOOKBACK:], prev_embedding
 
     def expand(self, batch_size):
         """A copy of a one-row cache for batch_size rows.
@@ -87,7 +90,7 @@ class KVCache:
         other.keys = [k.repeat(batch_size, 1, 1, 1) for k in self.keys]
         other.values = [v.repeat(batch_size, 1, 1, 1) for v in self.values]
         other.length = self.length
-        other.prev_token = self.prev_token.repeat(batch_size)
+        other.prev_tokens = self.prev_tokens.repeat(batch_size, 1)
         other.prev_embedding = self.prev_embedding.repeat(batch_size, 1)
         return other
 

@@ -149,7 +149,7 @@ class FusedGPT(nn.Module):
             ops.remove("quantize")
             off.append("quantize (no FP8)")
         if not self.model.config.table_rows:
-            off.append("bigram lookup (dense model)")
+            off.append("lookups (dense model)")
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"
 
     def fp8_clipped(self):

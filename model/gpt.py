@@ -171,12 +171,12 @@ class GPT(nn.Module):
             raise ValueError(f"position {stop} is beyond the rotary table of {self.cos.size(0)}")
         rotary = self.cos[start:stop], self.sin[start:stop]  # (T, D) each
         attend = self.attention if cache is None else self.cached_attention
-        prev_token = cache.prev_token if cache is not None else None  # (B,) or None
+        before = cache.prev_tokens if cache is not None else None  # (B, P) or None
         prev_embedding = cache.prev_embedding if cache is not None else None  # (B, C) or None
         pieces = self.pieces
 
         x0, embedding = pieces.embedding(tokens, prev_embedding)  # (B, T, C) each
-        looked_up = pieces.tables(tokens, prev_token)
+        looked_up = pieces.tables(tokens, before)
         x = x0
         for i, block in enumerate(self.transformer.h):
             x = pieces.mix(i, x, x0, looked_up)
@@ -187,7 +187,7 @@ class GPT(nn.Module):
                 x_mid = x
         x = rms_norm_ref(pieces.backout(x, x_mid))
         if cache is not None:
-            cache.advance(tokens[:, -1], embedding[:, -1], tokens.size(1))
+            cache.advance(tokens, embedding[:, -1])
         return pieces.head(x, targets, reduction)
 
 

@@ -20,8 +20,9 @@ from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd, re
 from nanofuse.model.pieces.stream import Stream, StreamGrad
 
 # how each table of GPTConfig.table_rows is looked up: its rows of the tokens (B, T), as the module
-# takes them, given the token before the first one, and as the fused pass does
+# takes them and as the fused pass does
 ROWS = {"bigram": (bigram_rows_ref, bigram_rows)}
+LOOKBACK = 1  # how many tokens before its own a row may depend on, the most of all tables
 
 
 class Tables(nn.Module):
@@ -50,11 +51,13 @@ class Tables(nn.Module):
     def forward(
         self,
         tokens,  # (B, T) integer
-        prev_token=None,  # (B,) integer: the token before tokens[:, 0], or None
+        before=None,  # (B, P) integer: the P tokens before tokens[:, 0], LOOKBACK or all, or None
     ):
         """[(embeddings (B, T, C), lambdas (L,))] of each table."""
+        whole = tokens if before is None else torch.cat([before, tokens], dim=1)
+        own = slice(whole.size(1) - tokens.size(1), None)
         return [
-            (F.embedding(ROWS[name][0](tokens, table.size(0), prev_token), table), lambdas)
+            (F.embedding(ROWS[name][0](whole, table.size(0))[:, own], table), lambdas)
             for name, table, lambdas in self.all()
         ]
 
@@ -159,8 +162,7 @@ class FusedMix(FusedNorm):
     def __init__(self, mix, tables, layer):
         self.layer, self.tables = layer, tables.all()
         self.resid_lambdas, self.x0_lambdas = mix.resid_lambdas, mix.x0_lambdas
-        if self.tables:
-            self.ops += ("bigram_rows",)
+        self.ops += tuple(f"{name}_rows" for name, _, _ in self.tables)
 
     def _one(
         self,

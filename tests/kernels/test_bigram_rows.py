@@ -26,14 +26,6 @@ def test_int32_tokens_do_not_overflow():
     assert bigram_rows_ref(tokens, 1601).tolist() == [hash_in_python(tokens[0].tolist(), 1601)]
 
 
-def test_previous_token_continues_a_row():
-    tokens = torch.randint(320, (2, 30))
-    whole = bigram_rows_ref(tokens, 961)
-    for cut in (1, 2, 29):
-        rest = bigram_rows_ref(tokens[:, cut:], 961, prev_token=tokens[:, cut - 1])
-        assert torch.equal(rest, whole[:, cut:])
-
-
 @pytest.mark.parametrize("rows_of", [bigram_rows, bigram_rows_ref])
 def test_a_table_of_one_row_is_refused(rows_of):
     with pytest.raises(ValueError, match="at least 2 rows"):

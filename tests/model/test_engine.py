@@ -60,13 +60,13 @@ def test_previous_token_survives_expansion_and_growth(model):
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     assert cache.capacity == 4
     wide = cache.expand(3)
-    assert wide.prev_token.tolist() == [7, 7, 7]
+    assert wide.prev_tokens.tolist() == [[7], [7], [7]]
     torch.testing.assert_close(wide.prev_embedding, cache.prev_embedding.expand(3, -1))
     step = model(torch.tensor([[8], [8], [9]]), cache=wide)
     expected = model(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]))[:, -1]
     torch.testing.assert_close(step[0, 0], expected[0])
     torch.testing.assert_close(step[2, 0], expected[1])
-    assert cache.length == 3 and cache.prev_token.tolist() == [7]  # the original is untouched
+    assert cache.length == 3 and cache.prev_tokens.tolist() == [[7]]  # the original is untouched
     with pytest.raises(ValueError, match="one-row"):
         wide.expand(2)
 
@@ -76,7 +76,7 @@ def test_previous_state_matters(model):
     notice."""
     tokens = torch.tensor([prompt_of(6)])
     expected = model(tokens)[0, -1]
-    for name in ("prev_token", "prev_embedding"):
+    for name in ("prev_tokens", "prev_embedding"):
         cache = KVCache(model.config, 1, model.dtype, "cpu")
         model(tokens[:, :5], cache=cache)
         setattr(cache, name, torch.zeros_like(getattr(cache, name)))

@@ -8,6 +8,7 @@ from nanofuse.kernels.common.rms_norm import rms_norm_ref
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.pieces import mix as mix_module
 from nanofuse.model.pieces.mix import (
+    LOOKBACK,
     Backout,
     FusedBackout,
     FusedMiddle,
@@ -130,6 +131,16 @@ def test_without_tables():
     run(layers_of(3, bigram_embed_factor=0), tables=())
 
 
+@pytest.mark.parametrize("cut", [1, 2, T - 1])
+def test_tables_go_on_from_the_tokens_before(cut):
+    tables, _ = module_and_truth(Tables(small_config()))
+    tokens = micro_step(small_config()).tokens
+    whole, lambdas = tables(tokens)[0]
+    for before in (tokens[:, :cut], tokens[:, max(0, cut - LOOKBACK) : cut]):
+        [(rest, same)] = tables(tokens[:, cut:], before)
+        assert torch.equal(rest, whole[:, cut:]) and same is lambdas
+
+
 def test_another_table_is_a_name_and_its_rows(monkeypatch):
     """Pairs of every other token: what a table adds is an entry of ROWS and of the config."""
 
@@ -140,8 +151,8 @@ def test_another_table_is_a_name_and_its_rows(monkeypatch):
         def table_rows(self):
             return {**super().table_rows, "skip": 17}
 
-    def rows_ref(tokens, count, prev_token=None):
-        return bigram_rows_ref(tokens[:, ::2].repeat_interleave(2, dim=1), count, prev_token)
+    def rows_ref(tokens, count):
+        return bigram_rows_ref(tokens[:, ::2].repeat_interleave(2, dim=1), count)
 
     def rows(tokens, count):
         return bigram_rows(tokens[:, ::2].repeat_interleave(2, dim=1).contiguous(), count)
