@@ -7,11 +7,18 @@ with the tensors' headers before anything of that size is allocated.
 import math
 import os
 import stat
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 
 from nanofuse.model.config import (
@@ -52,11 +59,22 @@ class Sizes(Strict):
     window_pattern: str = Field(min_length=1, max_length=MAX_LAYERS)
 
 
-class Architecture(Sizes):
-    """GPTConfig's fields."""
+def _own_fields() -> dict[str, Any]:
+    """{name: (type, default or ...)} of GPTConfig's fields that are not in Sizes; those of dials
+    that came with a later version have a default."""
+    since = {dial.name: dial.metadata["since"] for dial in options(Dials)}
+    return {
+        f.name: (Count if f.type is int else f.type, f.default if since[f.name] else ...)
+        for f in fields(GPTConfig)
+        if f.name not in Sizes.model_fields
+    }
 
-    bigram_embed_factor: Count
-    bigram_lambda_init: float
+
+_Own: Any = create_model("_Own", __base__=Sizes, **_own_fields())
+
+
+class Architecture(_Own):
+    """GPTConfig's fields."""
 
 
 class NanochatSizes(Sizes):
