@@ -47,6 +47,9 @@ class MuonAdamW:
             together, Weights.stacks; None: those of one shape are stacked for each step.
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
 
+    Raises:
+        ValueError: a role without a group in OptimConfig.adamw_groups.
+
     Attributes:
         step_count: steps so far; it travels in the checkpoint's meta.
         watch: GradientWatch of every step's gradients.
@@ -61,8 +64,10 @@ class MuonAdamW:
         self.step_count = 0
         named = dict(member for members in roles.values() for member in members)
         self.parameters = list(named.values())
-        tables = []
-        for role, group in config.adamw_groups().items():
+        tables, groups = [], config.adamw_groups()
+        if nowhere := roles.keys() - groups.keys() - {"matrices"}:
+            raise ValueError(f"no rates for {', '.join(sorted(nowhere))} in OptimConfig")
+        for role, group in groups.items():
             lr = group.lr_at(width, lr_scale)
             hyper = AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay)
             tables += [(name, p, hyper) for name, p in roles.get(role, [])]

@@ -86,6 +86,13 @@ def test_adamw_groups_are_the_recipes():
         torch.testing.assert_close(after[name].detach(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_role_without_rates_is_refused():
+    """Its parameters would stay as they are, and nothing would show it."""
+    roles = random_model(small_config()).param_roles()
+    with pytest.raises(ValueError, match="no rates for other_embed"):
+        MuonAdamW({**roles, "other_embed": roles["wte"]}, OptimConfig(), 32)
+
+
 def test_lr_scale_multiplies_everything_but_smear_and_backout():
     a, b, c = with_gradients(), with_gradients(), with_gradients()
     optimizer_of(a).step(lr_mult=0.25)
