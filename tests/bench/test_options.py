@@ -11,6 +11,7 @@ import torch
 
 from nanofuse.bench.conftest import pytest_configure
 from nanofuse.bench.training import gpu_workload
+from nanofuse.model.providers import PRODUCTS, choices
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {
@@ -31,7 +32,7 @@ DEFAULTS = {
         ({"--rounds": 0}, "--rounds: give a number"),
         ({"--rounds": 2**63}, "--rounds: give a number"),
         ({"--bigram-factor": -1}, "--bigram-factor: give a number"),
-        ({"--fp8": "off,warp"}, "--fp8 warp: choose from auto, te, torch, nvmath, off"),
+        ({"--fp8": "off,warp"}, f"--fp8 warp: choose from {', '.join(choices(PRODUCTS))}"),
         ({"--device-batch-size": 24}, "--device-batch-size 24: give a divisor of 256"),
         ({"--device-batch-size": 2**63}, "give a divisor of 256"),
         ({"--device-batch-size": 0}, "--device-batch-size 0: give a divisor of 256"),
