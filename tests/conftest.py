@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanofuse.kernels import newton_schulz
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
 from tests.helpers import documents
 from tests.interpreter import interpreter_casts_exactly
@@ -45,6 +46,14 @@ def work_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NANOFUSE_DIR", raising=False)
     return directory
+
+
+@pytest.fixture
+def short_muon(monkeypatch):
+    """One step of Muon's iteration in place of five, where the test is not about it: of a fused
+    step in the interpreter, it is most of the time."""
+    segments = (newton_schulz.POLAR_EXPRESS[:1],)
+    monkeypatch.setattr(newton_schulz, "_segments", lambda shape, gram: segments)
 
 
 @pytest.fixture(autouse=True)

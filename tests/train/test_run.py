@@ -294,7 +294,7 @@ def test_what_is_in_the_way_ends_with_one_line_and_stays(data_dir, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPU tests take larger models")
-def test_a_fused_run_continues_bit_for_bit(data_dir, work_dir):
+def test_a_fused_run_continues_bit_for_bit(data_dir, work_dir, short_muon):
     """In Triton's interpreter, with the fused optimiser's state in the checkpoint."""
     tiny = (
         "--backend fused --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 16 "

@@ -16,6 +16,7 @@ from nanofuse.train.state import load_training_state, training_state
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("short_muon")
 
 
 def make(kind, seed=0):
@@ -64,11 +65,12 @@ def test_a_state_restores_exactly_before_or_after_the_weights(kind, weights_firs
     load_training_state(other[0], other[2], state, 1)
     if not weights_first:
         other[1].load_state_dict(one[1].state_dict())
-    for seed in (2, 3):
+    for seed in (2, None):
         a, b = everything(*one), everything(*other)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        step(*one, seed=seed)
-        step(*other, seed=seed)
+        if seed:
+            step(*one, seed=seed)
+            step(*other, seed=seed)
 
 
 @pytest.mark.parametrize("reader", ["eager", "fused", "fp8"])

@@ -15,6 +15,7 @@ from nanofuse.train.optim.watch import GradientWatch
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("short_muon")
 SIZES = {"sequence_len": 16, "vocab_size": 96, "bigram_embed_factor": 3}
 BAD = ["lm_head.weight", "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "x0_lambdas"]
 
