@@ -28,7 +28,10 @@ def tokenizer():
 @pytest.fixture
 def data_dir(tmp_path, tokenizer):
     """Folder of three parquet shards with a tokenizer; the last shard validates."""
-    directory = tmp_path / "data"
+    return write_data(tmp_path / "data", tokenizer)
+
+
+def write_data(directory, tokenizer):
     directory.mkdir()
     for index, count in enumerate((90, 70, 60)):
         table = pa.table({"text": documents(count, seed=index + 1)})

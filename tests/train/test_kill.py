@@ -7,6 +7,7 @@ import pytest
 
 from nanofuse.train.files import LEFTOVER
 from nanofuse.train.run_folder import checkpoints
+from tests.conftest import write_data
 from tests.train.forks import Forks
 from tests.train.tiny import TINY, assert_same_run, strangers
 
@@ -20,13 +21,15 @@ def forks():
         yield started
 
 
-@pytest.fixture
-def whole(forks, data_dir, work_dir):
+@pytest.fixture(scope="module")
+def whole(forks, tokenizer, tmp_path_factory):
     """Arguments of a run, and its folder after it ended undisturbed."""
+    place = tmp_path_factory.mktemp("whole")
+    data_dir = write_data(place / "data", tokenizer)
     args = [*TINY, "--data", data_dir, "--num-iterations", STEPS]
-    code, err = forks.run([*args, "--run", "whole"], work_dir)
+    code, err = forks.run([*args, "--run", "whole"], place)
     assert code == 0, err
-    return args, work_dir / "runs" / "whole"
+    return args, place / "runs" / "whole"
 
 
 def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
