@@ -1,5 +1,6 @@
 """Without Triton, which exists on Linux only: everything but the kernels works."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,9 +40,19 @@ def fine(run):
     return run.stdout
 
 
-def command(module, *argv, cwd=ROOT):
-    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    return blocked(code, *argv, cwd=cwd)
+def commands(*lines, cwd=ROOT):
+    """Commands, each [module, argument, ...], in one process, which ends with the first that has an
+    exit code."""
+    code = """
+import json, runpy
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code: raise
+    print("done", flush=True)
+"""
+    return blocked(code, json.dumps(lines), cwd=cwd)
 
 
 def test_every_module_can_be_imported():
@@ -112,11 +123,16 @@ except UserError as error: print(error)
 
 
 def test_training_generation_and_export(tmp_path, data_dir):
-    train = [*TINY, "--data", str(data_dir)]
-    assert "--backend" in fine(command("nanofuse.train.run", "--help"))
-    fine(command("nanofuse.train.run", *train, "--run", "a", cwd=tmp_path))
-    fine(command("nanofuse.model.generate", "--run", "a", "--max-tokens", "3", cwd=tmp_path))
-    fine(command("nanofuse.train.convert", "to-nanochat", "out", "--run", "a", cwd=tmp_path))
-    run = command("nanofuse.train.run", *train, "--run", "b", "--backend", "fused", cwd=tmp_path)
+    train = ["nanofuse.train.run", *TINY, "--data", str(data_dir)]
+    run = commands(
+        ["nanofuse.train.run", "--help"],
+        [*train, "--run", "a"],
+        ["nanofuse.model.generate", "--run", "a", "--max-tokens", "3"],
+        ["nanofuse.train.convert", "to-nanochat", "out", "--run", "a"],
+        [*train, "--run", "b", "--backend", "fused"],
+        cwd=tmp_path,
+    )
+    assert "--backend" in run.stdout and run.stdout.splitlines().count("done") == 4, run.stderr
+    assert list(tmp_path.glob("out/model_*.pt"))
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "error: --backend fused needs Triton" in run.stderr

@@ -82,8 +82,8 @@ def test_trains_evaluates_samples_and_saves(data_dir, work_dir, capsys):
 
 
 def test_two_runs_of_one_seed_are_identical(data_dir, work_dir):
-    """d4, 20 steps: every loss and BPB equal, and another seed differs."""
-    flags = ("--num-iterations", 20, "--train-log-every", 1)
+    """d4, 8 steps: every loss and BPB equal, and another seed differs."""
+    flags = ("--num-iterations", 8, "--train-log-every", 1)
     a, b = (train(data_dir, run, *flags) for run in "ab")
     c = train(data_dir, "c", *flags, "--seed", 7)
     for kind, name in (("train", "loss"), ("val", "bpb")):
@@ -104,20 +104,22 @@ def test_losses_are_the_golden_ones(data_dir, work_dir):
 
 def test_resume_is_bit_for_bit(data_dir, work_dir):
     flags = ("--num-iterations", 14, "--train-log-every", 1, "--save-every", 6)
-    whole = train(data_dir, "whole", *flags)
-    train(data_dir, "part", *flags)
-    for folder in ("step_000014", "step_000012"):  # as if it had been cut off after step 6
-        for path in (run_dir("part") / folder).iterdir():
-            path.unlink()
-        (run_dir("part") / folder).rmdir()
-    (run_dir("part") / "metrics.jsonl").unlink()
-    main(["--run", "part", "--resume"])
-    lines = (run_dir("part") / "metrics.jsonl").read_text().splitlines()
+    whole = train(data_dir, "a", *flags)
+    last = run_dir("a") / "step_000014"
+    files = {
+        name: {key: x.clone() for key, x in load_tensors(last / name).items()}
+        for name in (MODEL, OPTIM)
+    }
+    for folder in (last, run_dir("a") / "step_000012"):  # as if it had been cut off after step 6
+        shutil.rmtree(folder)
+    (run_dir("a") / "metrics.jsonl").unlink()
+    main(["--run", "a", "--resume"])
+    lines = (run_dir("a") / "metrics.jsonl").read_text().splitlines()
     resumed = [json.loads(line) for line in lines]
     assert figures(resumed, "train", "loss") == figures(whole, "train", "loss")[6:]
     assert figures(resumed, "val", "bpb") == figures(whole, "val", "bpb")[1:]
-    for name in (MODEL, OPTIM):
-        a, b = (load_tensors(run_dir(run) / "step_000014" / name) for run in ("whole", "part"))
+    for name, a in files.items():
+        b = load_tensors(last / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -485,12 +487,12 @@ def test_the_same_validation_rows_at_every_device_batch(data_dir, work_dir):
     found = {}
     for eval_tokens in (64 * 3, 64 * 3 + 1, 64 * 11):
         bpbs = []
-        for rows in (1, 2, 3, 7):
+        for rows in (1, 3, 7):
             flags = ("--device-batch-size", rows, "--total-batch-size", 64 * rows)
             records = train(data_dir, f"b{rows}-{eval_tokens}", "--num-iterations", 1,
                             "--eval-tokens", eval_tokens, *flags)  # fmt: skip
             bpbs.append(figures(records, "val", "bpb")[0])
-        assert bpbs == pytest.approx([bpbs[0]] * 4, rel=1e-6)
+        assert bpbs == pytest.approx([bpbs[0]] * 3, rel=1e-6)
         found[eval_tokens] = bpbs[0]
     assert len(set(found.values())) == 3
 
