@@ -15,6 +15,7 @@ from nanofuse.train.console import (
     show_every_character,
 )
 from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.signals import Interrupted
 
 LOADED = time.perf_counter()  # close to the start of the process
 DEBUG_ENV = "NANOFUSE_DEBUG"
@@ -43,6 +44,46 @@ def first_words(error):
     return lines[0][:200]
 
 
+def command_module(unknown="train.run"):
+    """Name of the training command's module, for python -m, as this process was started."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec and spec.name.endswith("train.run") else unknown
+
+
+def exit_code(error):
+    """The code that a command ends with for an error, 0 for None."""
+    if error is None:
+        return 0
+    if isinstance(error, RunEnded):
+        return error.code
+    if isinstance(error, Interrupted):
+        return 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(error, (UserError, OSError)) or is_out_of_memory(error) else 1
+
+
+def ending(error, shown=True):
+    """The line that a command ends with for an error, without line breaks; '' where there is none
+    to say.
+
+    Args:
+        shown: whether stdout takes what is printed.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return ""
+    message = str(error)
+    if isinstance(error, OSError):
+        where = error.filename or ("" if shown else "stdout")
+        message = f"{where}{': ' if where else ''}{error.strerror or error}"
+    elif not isinstance(error, (UserError, RunEnded)) and is_out_of_memory(error):
+        message = f"out of memory ({first_words(error)}); ask for a smaller size"
+    elif not isinstance(error, (UserError, RunEnded)):
+        message = f"{type(error).__name__}: {first_words(error)}"
+    signalled = isinstance(error, RunEnded) and error.code > 128
+    return "\\n".join((message if signalled else f"error: {message}").splitlines())
+
+
 def run_command(main, lossy=False):
     """Call main(); errors that are told in one line become that line on stderr and an exit code: 2
     for a UserError or a file or folder that cannot be read or written.
@@ -69,24 +110,15 @@ def run_command(main, lossy=False):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        failure = UserError(f"out of memory ({first_words(error)}); ask for a smaller size")
+        failure = error
     shown = flush_or_drop()
     if isinstance(failure, BrokenPipeError):
         sys.exit(0)
-    message, code = f"error: {failure}", 2
-    if isinstance(failure, RunEnded):
-        code = failure.code
-        message = str(failure) if code > 128 else message
-    elif isinstance(failure, KeyboardInterrupt):
-        message, code = "", 128 + signal.SIGINT
-    elif isinstance(failure, OSError):
-        where = failure.filename or ("" if shown else "stdout")
-        message = f"error: {where}{': ' if where else ''}{failure.strerror or failure}"
     if os.environ.get(DEBUG_ENV):
         traceback.print_exception(failure)
-    if message:  # one line, whatever the names in it
-        print("\\n".join(message.splitlines()), file=sys.stderr, flush=True)
-    sys.exit(code)
+    if message := ending(failure, shown):  # one line, whatever the names in it
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(exit_code(failure))
 
 
 def not_empty(text):

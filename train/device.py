@@ -33,17 +33,26 @@ BF16_PEAKS = {
 }
 
 
-def select_device(device_type):
+def select_device(device_type, local=0):
     """torch.device for --device-type; "auto" takes the GPU if there is one.
 
+    Args:
+        local: which GPU of the machine, for a process that is one of several.
+
     Raises:
-        UserError: cuda is asked for and absent.
+        UserError: cuda is asked for and absent, or it has fewer GPUs.
     """
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device-type cuda: no CUDA GPU is visible; use --device-type cpu")
-    return torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if local and local >= torch.cuda.device_count():
+        raise UserError(
+            f"{local + 1} processes or more on {torch.cuda.device_count()} GPUs; start one a GPU"
+        )
+    return torch.device("cuda", local)
 
 
 def device_name(device):
@@ -77,13 +86,16 @@ class Machine:
         return providers.Need(self.backend, self.device.type, self.capability, words)
 
 
-def select_machine(device_type, backend):
+def select_machine(device_type, backend, local=0):
     """Machine for --device-type and --backend; auto takes the kernels on Hopper.
+
+    Args:
+        local: as of select_device.
 
     Raises:
         UserError: a choice that this machine cannot serve; the message names the flag.
     """
-    device = select_device(device_type)
+    device = select_device(device_type, local)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     machine = Machine(device, device_name(device), backend, "asked for", dtype)

@@ -18,3 +18,12 @@ class RunEnded(Exception):
     def __init__(self, message, code):
         super().__init__(message)
         self.code = code
+
+
+class PeerFailed(RunEnded):
+    """Another rank has failed, and all have agreed to end; their state is that of one step."""
+
+
+class RunBroken(RunEnded):
+    """Another rank is gone without a word that all have heard: nothing can be done together any
+    more."""

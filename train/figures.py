@@ -1,19 +1,45 @@
 """The figures of a run: those of a window of steps, and those of the whole."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from nanofuse.model.fused import FusedGPT
 
 
-def window_figures(trainer, loss, found, step_seconds):
+@dataclass(frozen=True)
+class Crew:
+    """The ranks of a window of steps.
+
+    Attributes:
+        size: their number.
+        skew: time of the slowest in its own micro-steps, in times the mean.
+        peak_gib: memory of the fullest GPU, None on CPUs.
+    """
+
+    size: int
+    skew: float
+    peak_gib: float | None
+
+    @classmethod
+    def of(cls, ranks):
+        """Of each rank's (seconds in micro-steps, bytes at most or None)."""
+        seconds = [own for own, _ in ranks]
+        peaks = [peak for _, peak in ranks if peak is not None]
+        mean = sum(seconds) / len(seconds)
+        skew = max(seconds) / mean if mean else 1.0
+        return cls(len(ranks), skew, max(peaks) / 2**30 if peaks else None)
+
+
+def window_figures(trainer, loss, found, step_seconds, crew):
     """Figures of the steps since the last report.
 
     Args:
         loss: of the last of them.
         found: their Gradients (train.optim.watch).
         step_seconds: of one step.
+        crew: Crew.
 
     Returns:
         {name: number} for the metrics, and a line for people.
@@ -37,25 +63,36 @@ def window_figures(trainer, loss, found, step_seconds):
         f"loss {smoothed:.4f} (step {loss:.4f})  |g| {found.norm:.3g}  lr x{lr_mult:.3f}  "
         f"epoch {values['epoch']}  {1e3 * step_seconds:.1f} ms/step  {tok_per_s:,.0f} tok/s"
     )
+    if crew.size > 1:
+        values |= {
+            "ranks": crew.size,
+            "tok_per_s_per_rank": tok_per_s / crew.size,
+            "skew": crew.skew,
+            "peak_gib": crew.peak_gib,
+        }
+        status += f" on {crew.size} ranks, skew {crew.skew:.3f}"
     model = trainer.model
     clipped = model.fp8_clipped() if isinstance(model, FusedGPT) else None
     if clipped is not None:
         values["fp8_clipped"] = clipped
     if peak := trainer.peak_flops:
-        values["mfu"] = tok_per_s * trainer.raw_model.config.flops_per_token / peak
+        flops = trainer.raw_model.config.flops_per_token
+        values["mfu"] = tok_per_s * flops / (peak * crew.size)
         status += f"  MFU {100 * values['mfu']:.1f} % of {peak / 1e12:.0f} TFLOP/s"
     return values, status
 
 
 def summary(trainer):
-    """The run in one JSON-able dict."""
+    """The run in one JSON-able dict; memory is that of the fullest rank."""
     progress, steps, device = trainer.progress, trainer.steady_steps, trainer.device
     peak = reserved = None
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        reserved = torch.cuda.max_memory_reserved(device) / 2**30  # CUDA graphs' included
+        own = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        peaks, reserves = zip(*trainer.ranks.collect(own), strict=True)
+        peak, reserved = max(peaks) / 2**30, max(reserves) / 2**30  # CUDA graphs' included
     return {
         "run": trainer.directory.name,
+        "ranks": trainer.ranks.world,
         "steps": progress.step,
         "tokens": progress.step * trainer.plan.total_batch_size,
         "loss": progress.loss,

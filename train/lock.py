@@ -168,6 +168,15 @@ class RunLock:
         self.made = []
 
 
+class Followed:
+    """The folder of a run that rank 0 has locked, for the other ranks."""
+
+    lost = False
+
+    def __init__(self, directory):
+        self.directory = directory
+
+
 def owner_of(directory):
     """Words for the process that trains in a folder, "process 12 on host"; None: there is none.
 

@@ -1,4 +1,8 @@
-"""The training loop: micro-steps, optimiser step, and what happens between steps."""
+"""The training loop: micro-steps, optimiser step, and what happens between steps.
+
+Several ranks go through it together. Whatever may fail on one of them alone runs under
+`Trainer.together`, which ends it on all or on none: the weights are whole then, and all can save.
+"""
 
 import dataclasses
 import gc
@@ -13,15 +17,19 @@ import torch
 from nanofuse.model.gpt import GPT
 from nanofuse.train.assemble import follow
 from nanofuse.train.bpb import Validation
+from nanofuse.train.command import exit_code
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
-from nanofuse.train.errors import UserError
-from nanofuse.train.figures import window_figures
+from nanofuse.train.errors import PeerFailed, RunBroken, UserError
+from nanofuse.train.figures import Crew, window_figures
+from nanofuse.train.guard import START_SECONDS
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.watch import NAMED
+from nanofuse.train.pace import Pace
 from nanofuse.train.plan import Plan
 from nanofuse.train.progress import EMA_DECAY, Progress
+from nanofuse.train.ranks import ALONE, Alone
 from nanofuse.train.runlog import RunLog, first_line
 from nanofuse.train.samples import draw_sample
 from nanofuse.train.saving import Saver
@@ -30,10 +38,18 @@ from nanofuse.train.settings import Settings
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import training_state
 
+LEAST_SECONDS = 15  # that a step may take before a rank counts as hung
+PATIENCE = 4  # times the slowest step so far, where that is longer
+
 RATES_HINT = (
     "--resume from the checkpoint before it, with a lower --matrix-lr, --embedding-lr, "
     "--unembedding-lr or --scalar-lr"
 )
+
+
+def peak_bytes(device):
+    """The most memory that this process has held on a GPU so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def settle_garbage():
@@ -72,6 +88,7 @@ class Trainer:
     started: float  # time.perf_counter() at the start of the process
     progress: Progress
     signals: Signals = field(default_factory=Signals)
+    ranks: Alone = ALONE  # those that train together
     resumed: bool = False  # from a checkpoint of progress.step
     done: frozenset = frozenset()  # kinds of reports of that step that were made before
     first_step_seconds: float | None = None  # since the start of the process
@@ -80,12 +97,16 @@ class Trainer:
     steady_steps: int = 0
     window_steps: int = 0  # since the device was last waited for
     whole: bool = True  # false where an update was cut off, so that weights lie between two steps
+    stop: int = 0  # number of the signal on which all ranks end
+    speaker: int | None = None  # rank that says why all end, where all have agreed to
+    slowest: float = START_SECONDS  # seconds of a step
 
     def __post_init__(self):
         self.device = self.loader.device
+        self.pace = Pace(self.device)
         # cropped whatever training does, so that BPB of both can be compared
         packing = dataclasses.replace(self.loader.packing, split="val", long_documents="crop")
-        self.validation = Validation(packing, self.device)
+        self.validation = Validation(packing, self.device, self.ranks)
         self.state = self.loader.state  # of the loader, after the last whole step
         self.loss = None  # of that step, a tensor ()
         self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
@@ -100,15 +121,80 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def decide(self, failure=None):
+        """One decision of all ranks: whether a signal has come, which `stop` notes, and whether one
+        has failed.
+
+        Args:
+            failure: what went wrong on this rank, or None.
+
+        Raises:
+            PeerFailed: something went wrong on another rank, and nothing here.
+            BaseException: failure.
+        """
+        if isinstance(failure, RunBroken):  # there is nobody to decide with
+            raise failure
+        rank, world = self.ranks.rank, self.ranks.world
+        own = failure is not None and not isinstance(failure, PeerFailed)
+        codes = self.signals.number or 0, exit_code(failure), (world - rank) * own
+        number, code, first = self.ranks.agree(*codes)
+        self.stop = self.stop or number
+        if first:
+            self.speaker = world - first
+        if not code:
+            return
+        raise failure or PeerFailed(f"rank {rank} ends with rank {self.speaker}", code)
+
+    def decide_now(self, failure=None):
+        """As decide; a signal ends what is going on.
+
+        Raises:
+            Interrupted: a signal came, on any rank.
+        """
+        self.decide(failure)
+        self.check_stop()
+
+    def check_stop(self):
+        """Raise Interrupted if all ranks are to end."""
+        if self.stop:
+            self.speaker = 0
+            raise Interrupted(self.stop)
+
+    def together(self, action, *args):
+        """action(*args), on all ranks or on none: where it raises on one, all raise, as decide
+        does."""
+        failure = result = None
+        try:
+            result = action(*args)
+        except BaseException as error:  # panics of native libraries are no Exception
+            failure = error
+        self.decide(failure)
+        return result
+
+    def by_main(self, action, *args):
+        """action(*args) on rank 0, under `together`."""
+        self.together(action if self.ranks.main else lambda *_: None, *args)
+
+    def allow(self, steps):
+        """Promise the other ranks to be heard of within the time of so many steps."""
+        self.ranks.guard.allow(max(LEAST_SECONDS, PATIENCE * self.slowest * steps))
+
+    def micro_steps(self):
+        """This rank's micro-steps of a step; returns the sum of their losses, ()."""
+        total = torch.zeros((), device=self.device)
+        with self.pace:
+            for _ in range(self.plan.micro_steps // self.ranks.world):
+                inputs, targets = next(self.loader)
+                loss = self.model(inputs, targets)
+                (loss / self.plan.micro_steps).backward()
+                total += loss.detach()
+        return total
+
     def train_step(self):
         """One optimiser step over a total batch; returns its mean loss as a tensor ()."""
-        step, micro_steps = self.progress.step, self.plan.micro_steps
-        total = torch.zeros((), device=self.device)
-        for _ in range(micro_steps):
-            inputs, targets = next(self.loader)
-            loss = self.model(inputs, targets)
-            (loss / micro_steps).backward()
-            total += loss.detach()
+        step = self.progress.step
+        self.allow(1)
+        total = self.together(self.micro_steps)
         before = self.optimizer.step_count
         try:
             self.optimizer.step(
@@ -121,7 +207,7 @@ class Trainer:
             raise
         self.optimizer.zero_grad()
         follow(self.model)
-        self.loss = total / micro_steps
+        self.loss = self.ranks.total(total) / self.plan.micro_steps
         ema = self.ema.lerp(self.loss, 1 - EMA_DECAY)
         self.ema.copy_(torch.where(torch.isfinite(ema), ema, self.ema))
         self.progress.step += 1
@@ -136,7 +222,7 @@ class Trainer:
             UserError: it is not finite, or the split cannot be read.
         """
         progress = self.progress
-        bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.signals.check)
+        bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.decide_now)
         if not math.isfinite(bpb):
             raise UserError(f"validation BPB is {bpb} at step {progress.step}; {RATES_HINT}")
         progress.note_bpb(bpb)
@@ -220,6 +306,7 @@ class Trainer:
             self.raw_model,
             training_state(self.model, self.optimizer),
             {name: torch.from_numpy(array) for name, array in self.state.to_arrays().items()},
+            self.optimizer.rows() if self.ranks.world > 1 else None,
         )
         self.log.print(f"step {self.progress.step:>6}  saved {folder}")
 
@@ -253,14 +340,26 @@ class Trainer:
         Raises:
             UserError: loss or gradients are no longer finite.
         """
-        progress, steps, self.window_steps = self.progress, self.window_steps, 0
+        steps, self.window_steps = self.window_steps, 0
         if not steps:
             return None
-        loss, found = self.loss.item(), self.optimizer.watch.read()  # the only wait for the device
+        self.allow(steps)
+        loss, found = self.together(self.read_window)
+        seconds = time.perf_counter() - self.window_start
+        crew = Crew.of(self.ranks.collect((self.pace.take(), peak_bytes(self.device))))
+        return self.together(self.report_window, steps, seconds, loss, found, crew)
+
+    def read_window(self):
+        """Loss and Gradients of the latest step; waits for the device, which nothing else does."""
+        loss, found = self.loss.item(), self.optimizer.watch.read()
         self.check_finite(loss, found)
+        return loss, found
+
+    def report_window(self, steps, seconds, loss, found, crew):
+        """Log `steps` steps that took `seconds`; returns what stands beside the bar."""
+        progress = self.progress
         progress.loss = loss if math.isfinite(loss) else None
         progress.loss_ema = self.ema.item()
-        seconds = time.perf_counter() - self.window_start
         progress.count_seconds(seconds, steps)
         first = self.first_step_seconds is None
         if first:
@@ -269,11 +368,14 @@ class Trainer:
             note = f", {spent:.1f} s of them evaluation" if spent else ""
             self.log.print(f"first step after {self.first_step_seconds:.1f} s{note}")
         else:
+            if not self.steady_steps:
+                self.slowest = 0.0  # the first step compiled
             self.steady_seconds += seconds
             self.steady_steps += steps
-        values, status = window_figures(self, loss, found, seconds / steps)
+        self.slowest = seconds if first else max(self.slowest, seconds / steps)
+        values, status = window_figures(self, loss, found, seconds / steps, crew)
         self.log.metrics("train", progress.step, **values)
-        if self.log.bar.disable:
+        if not self.log.has_bar:
             remaining = (self.plan.num_iterations - progress.step) * seconds / steps
             self.log.print(f"step {progress.step:>6}  {status}  ETA {remaining / 60:.1f} min")
         if first:
@@ -295,20 +397,22 @@ class Trainer:
 
         The checkpoint comes before what may fail, and gets the BPB of its weights afterwards.
         """
+        if due:
+            self.ranks.guard.allow(START_SECONDS)
         saved = "save" in due or self.saver.saved_step == self.progress.step
         if "save" in due:
-            self.save()
+            self.together(self.save)
         if "val" in due:
             began = time.perf_counter()
-            self.evaluate()
+            self.together(self.evaluate)
             if self.first_step_seconds is None:
                 self.first_evaluation_seconds = time.perf_counter() - began
             if saved:
-                self.saver.amend(self.progress.step, self.meta())
+                self.by_main(self.saver.amend, self.progress.step, self.meta())
         if saved:
-            self.saver.prune()
+            self.by_main(self.saver.prune)
         if "sample" in due:
-            self.try_sample()
+            self.by_main(self.try_sample)
 
     def run(self):
         """Train from the current step to the last one; saves, evaluates and samples on the way.
@@ -318,16 +422,18 @@ class Trainer:
             Interrupted: a signal came; the last step is whole, and not saved.
         """
         progress, num_iterations = self.progress, self.plan.num_iterations
+        self.ranks.guard.allow(START_SECONDS)
         self.model.train()
         self.signals.defer()
         due = self.reports_due()
         if self.resumed:  # what was made before the checkpoint's process ended is not made again
             due -= {"save", *self.done}
         if "val" not in due and progress.step < num_iterations:
-            self.validation.check()
+            self.together(self.validation.check)
         self.between_steps(due)
+        self.decide()
         while progress.step < num_iterations:
-            self.signals.check()
+            self.check_stop()
             if self.window_steps == 0:  # nothing above happens inside a window
                 self.synchronize()
                 self.window_start = time.perf_counter()
@@ -335,7 +441,7 @@ class Trainer:
             self.window_steps += 1
             due, status = self.reports_due(), None
             log = progress.step % self.settings.reports.train_log_every == 0
-            if due or log or self.first_step_seconds is None or self.signals.number is not None:
+            if due or log or self.first_step_seconds is None or self.stop:
                 status = self.close_window()
             self.log.advance(status)
             self.between_steps(due)

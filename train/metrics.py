@@ -14,7 +14,8 @@ from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.schemas import Count, first_reason, read_bounded
 
 MAX_METRICS_BYTES = 2**30
-NOT_COMPARED = {"run", "seed", "resume"}  # settings in which runs of one configuration may differ
+# Settings in which runs of one configuration may differ.
+NOT_COMPARED = {"run", "seed", "resume", "gpus"}
 
 
 class Record(BaseModel):

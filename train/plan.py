@@ -17,7 +17,7 @@ class Plan:
     Attributes:
         num_iterations: optimiser steps.
         total_batch_size: tokens per optimiser step.
-        micro_steps: forward and backward passes per optimiser step.
+        micro_steps: forward and backward passes per optimiser step, of all ranks together.
         eval_rows: rows per evaluation, at most.
         lr_scale: the batch's factor on learning rates.
         weight_decay: Muon's decay before its schedule.
@@ -35,11 +35,14 @@ class Plan:
         return self.num_iterations * self.total_batch_size
 
 
-def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -> Plan:
+def make_plan(
+    settings: Settings, config: GPTConfig, total: int | None = None, world: int = 1
+) -> Plan:
     """Plan of a run; the horizon is --num-iterations, else --target-flops, else the data ratio.
 
     Args:
         total: tokens per step, in place of the settings'.
+        world: ranks that share the micro-steps.
 
     Raises:
         UserError: no horizon, or batch sizes that do not divide.
@@ -68,6 +71,13 @@ def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -
             f"--total-batch-size {total} is not a multiple of --device-batch-size "
             f"{rows} x --max-seq-len {length} = {device_tokens} tokens"
         )
+    micro_steps = total // device_tokens
+    if micro_steps % world:
+        fitting = max(n for n in range(1, world) if micro_steps % n == 0)
+        raise UserError(
+            f"--gpus {world} does not divide the {micro_steps} micro-steps of a step of {total} "
+            f"tokens; take --gpus {fitting}, or another --device-batch-size or --total-batch-size"
+        )
     if s.num_iterations != -1:
         steps, flag = s.num_iterations, "--num-iterations"
     elif s.target_flops > 0:
@@ -83,7 +93,7 @@ def make_plan(settings: Settings, config: GPTConfig, total: int | None = None) -
     return Plan(
         num_iterations=steps,
         total_batch_size=total,
-        micro_steps=total // device_tokens,
+        micro_steps=micro_steps,
         eval_rows=-(-eval_tokens // length),
         lr_scale=batch_lr_scale(total),
         weight_decay=scaled_weight_decay(
@@ -99,6 +109,7 @@ def make_resumed_plan(
     step: int,
     num_iterations: int,
     evaluated: bool = True,
+    world: int = 1,
 ) -> Plan:
     """Plan of a run that goes on: the batch is the run's, the length too unless asked anew.
 
@@ -106,12 +117,13 @@ def make_resumed_plan(
         settings, saved: those of now, and those of the checkpoint.
         step, num_iterations: where the checkpoint stands, and the length it was on the way to.
         evaluated: whether its evaluation was done too; otherwise that may be all that is left.
+        world: ranks that share the micro-steps.
 
     Raises:
         UserError: sizes that do not divide, or nothing left to do.
     """
     total = make_plan(saved, config).total_batch_size
-    plan = make_plan(settings, config, total)
+    plan = make_plan(settings, config, total, world)
     now, then = (vars(s.horizon) for s in (settings, saved))
     changed = [name for name in LENGTHS if now[name] != then[name]]
     if not changed:

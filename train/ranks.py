@@ -8,14 +8,24 @@ bits depend on no library's algorithm; a maximum has no order.
 NVLink multicast stays off, unless the environment says otherwise.
 """
 
+import contextlib
 import os
+import sys
+import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-START_SECONDS = 3600  # for the slowest rank to build caches, train a tokenizer and compile
+from nanofuse.train.command import DEBUG_ENV, ending, exit_code
+from nanofuse.train.console import flush_or_drop
+from nanofuse.train.errors import PeerFailed, RunBroken, UserError
+from nanofuse.train.guard import START_SECONDS, Guard, NoGuard
+from nanofuse.train.launch import PARENT, STORE_FD
+
+POLL_SECONDS = 0.0005  # between two looks at a word that is on its way
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -41,19 +51,24 @@ class Place:
 class Pending:
     """Transfers on their way; `wait` orders what follows behind them."""
 
-    def __init__(self, works=()):
-        self.works = works
+    def __init__(self, works=(), within=contextlib.nullcontext):
+        self.works, self.within = works, within
 
     def wait(self):
         """Have the current stream (on a CPU: this thread) wait for them."""
-        for work in self.works:
-            work.wait()
+        with self.within():
+            for work in self.works:
+                work.wait()
 
 
 class Alone:
     """A run of one process: nothing to exchange, nobody to wait for."""
 
-    rank, world, main = 0, 1, True
+    rank, local, world, main = 0, 0, 1, True
+    guard = NoGuard()
+
+    def use(self, device):
+        """From now on tensors travel that are on this device."""
 
     def swap(self, sends, receives):
         """Move tensors between ranks.
@@ -94,7 +109,8 @@ class Alone:
         """Replace x by the largest over all ranks, element by element; a NaN may be lost."""
 
     def agree(self, *numbers):
-        """The largest of each number over all ranks; every rank waits for every other one."""
+        """The largest of each number (int) over all ranks; every rank waits for every other one,
+        and no GPU does."""
         return numbers
 
     def share(self, thing):
@@ -105,8 +121,29 @@ class Alone:
         """[thing of rank 0, of rank 1, …] on every rank."""
         return [thing]
 
+    def by_main(self, action, *args):
+        """What rank 0's action(*args) returns, on every rank.
+
+        Raises:
+            PeerFailed: on the others, where it fails, with nothing to say.
+        """
+        if self.world == 1:
+            return action(*args)
+        failure, result = None, None
+        if self.main:
+            try:
+                result = action(*args)
+            except BaseException as error:
+                failure = error
+        code, result = self.share((exit_code(failure), None if failure else result))
+        if failure is not None:
+            raise failure
+        if code:
+            raise PeerFailed("", code)
+        return result
+
     def close(self):
-        """Leave the others."""
+        """Leave the others, at the end."""
 
 
 ALONE = Alone()
@@ -115,50 +152,153 @@ ALONE = Alone()
 class Ranks(Alone):
     """A run of several processes, each of which calls the same methods in the same order.
 
+    The first two messages of the ranks go by Gloo, over the store of torchrun or of --gpus.
+
     Args:
         place: Place.
-        device: of the tensors that travel: a GPU, for NCCL, or the CPU, for Gloo.
+        device: of the tensors that travel: a GPU, for NCCL, or the CPU, for Gloo; as `use`.
+
+    Raises:
+        UserError: the others are not there.
+        RunBroken: from every method: another rank has failed, or is gone.
     """
 
-    def __init__(self, place, device):
+    def __init__(self, place, device="cpu"):
         self.rank, self.world, self.main = place.rank, place.world, place.rank == 0
-        self.device = torch.device(device)
+        self.local = place.local
         for name, value in NO_MULTICAST.items():
             os.environ.setdefault(name, value)
         patience = timedelta(seconds=START_SECONDS)
-        dist.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=patience)
-        self.host = dist.group.WORLD
+        try:
+            store = open_store(place, patience, host=self.main)
+            parent = os.environ.get(PARENT)
+            self.guard = Guard(
+                open_store(place, patience), self.rank, self.world, parent and int(parent)
+            )
+            groups = dist.PrefixStore("groups", store)
+            dist.init_process_group(
+                "gloo", store=groups, rank=self.rank, world_size=self.world, timeout=patience
+            )
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(f"rank {self.rank} does not reach the others ({reason})") from None
+        self.host = self.fabric = dist.group.WORLD
+        self.guard.start()
+        self.use(device)
+
+    def use(self, device):
+        self.device = torch.device(device)
         self.fabric = self.host
         if self.device.type == "cuda":
             self.fabric = dist.new_group(backend="nccl")
 
+    @contextlib.contextmanager
+    def _among_others(self):
+        """A call of torch.distributed: an error of it is that of a rank that has gone."""
+        with self.guard.waiting():
+            try:
+                yield
+            except RuntimeError as error:
+                self.guard.listen()
+                reason = str(error).split("\n")[0].partition("] ")[2].partition(". ")[0][:100]
+                raise RunBroken(
+                    f"rank {self.rank} ends, as another one is gone ({reason})", 1
+                ) from None
+
     def swap(self, sends, receives):
         ops = [dist.P2POp(dist.isend, x, peer, self.fabric) for peer, x in sends]
         ops += [dist.P2POp(dist.irecv, x, peer, self.fabric) for peer, x in receives]
-        return Pending(dist.batch_isend_irecv(ops) if ops else ())
+        with self._among_others():
+            works = dist.batch_isend_irecv(ops) if ops else ()
+        return Pending(works, self._among_others)
 
     def gather(self, x):
         parts = x.new_empty(self.world, *x.shape)
-        dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.fabric)
+        with self._among_others():
+            dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.fabric)
         return parts
 
     def maximum_(self, x):
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.fabric)
+        with self._among_others():
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.fabric)
 
     def agree(self, *numbers):
-        votes = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host)
-        return tuple(votes.tolist())
+        votes = torch.tensor(numbers or [0], dtype=torch.int64)
+        with self._among_others():
+            work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host, async_op=True)
+            while not work.is_completed():
+                self.guard.check()
+                time.sleep(POLL_SECONDS)
+            work.wait()
+        return tuple(votes.tolist()[: len(numbers)])
 
     def share(self, thing):
         box = [thing]
-        dist.broadcast_object_list(box, src=0, group=self.host)
+        self.agree()  # which hears of a rank that has failed; the next call does not
+        with self._among_others():
+            dist.broadcast_object_list(box, src=0, group=self.host)
         return box[0]
 
     def collect(self, thing):
         things = [None] * self.world
-        dist.all_gather_object(things, thing, group=self.host)
+        self.agree()
+        with self._among_others():
+            dist.all_gather_object(things, thing, group=self.host)
         return things
 
+    def leave(self, failure):
+        """End this process for an error: the first rank to fail says its line and an exit code, the
+        others in a few words that they end with it. Does not return."""
+        self.guard.stop()
+        code, line = exit_code(failure), ending(failure, flush_or_drop())
+        if os.environ.get(DEBUG_ENV):
+            traceback.print_exception(failure)
+        if isinstance(failure, (PeerFailed, RunBroken)):
+            line = str(failure)
+        elif self.guard.claim(code, line).rank == self.rank:
+            print(line, file=sys.stderr, flush=True)
+            self.guard.tell()
+            os._exit(code)
+        self.guard.wait_for_the_first()
+        if line and code < 128:
+            print(line, file=sys.stderr, flush=True)
+        os._exit(code)
+
     def close(self):
+        self.agree()
+        self.guard.stop()
+        self.agree()  # the host of the store leaves when nobody looks there any more
         dist.destroy_process_group()
+
+
+def open_store(place, patience, host=False):
+    """A connection to the store of all ranks.
+
+    Args:
+        host: whether this process is to serve it, unless torchrun or another one does.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listening = {}
+    if host and STORE_FD in os.environ:
+        listening = {"master_listen_fd": int(os.environ[STORE_FD])}
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=host and not served,
+        wait_for_workers=False,
+        timeout=patience,
+        **listening,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"nanofuse {attempt}", store)
+
+
+def join():
+    """The Ranks that this process is one of; ALONE without others.
+
+    Raises:
+        UserError: the others are not there.
+    """
+    place = Place.of_environment()
+    return ALONE if place.world == 1 else Ranks(place)

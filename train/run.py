@@ -1,21 +1,31 @@
 """The command that trains.
 
-    python -m train.run [--depth 16] [--data DIR] [--run NAME [--resume]] ...
+    python -m train.run [--depth 16] [--data DIR] [--run NAME [--resume]] [--gpus N] ...
+    torchrun --standalone --nproc_per_node=N -m train.run ...
 
 See --help for every flag; runs/NAME/ gets the tokenizer, metrics.jsonl and the checkpoints.
 """
 
 import os
+import sys
 
-from nanofuse.train.command import run_command
+from nanofuse.train.command import DEBUG_ENV, command_module, run_command
+from nanofuse.train.launch import is_rank, launch, number_of_ranks
 from nanofuse.train.settings import build_parser
 
 
 def main(argv=None):
     given = vars(build_parser().parse_args(argv))
+    if not is_rank():
+        world = number_of_ranks(given.get("gpus", "1"), given.get("device_type", "auto"))
+        if world > 1:
+            argv = sys.argv[1:] if argv is None else argv
+            sys.exit(launch(argv, command_module("nanofuse.train.run"), world))
     # read when torch is loaded: threads that spin while they wait for each other take the cores
     # from whatever else runs there, and from the thread that they wait for
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if is_rank() and not os.environ.get(DEBUG_ENV):  # pages about every connection that ends
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from nanofuse.train.start import train  # loads torch: --help and bad flags need not wait for it
 
     train(given)

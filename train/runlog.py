@@ -99,6 +99,11 @@ class RunLog:
             bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:20}| {desc} ETA {remaining}",
         )
 
+    @property
+    def has_bar(self):
+        """Whether the bar is shown."""
+        return not self.bar.disable
+
     def metrics(self, kind, step, **values):
         """Append one JSON object {"kind", "step", ...} and pass it on to wandb.
 
@@ -155,6 +160,25 @@ class RunLog:
                 self.wandb.finish()
             except Exception as error:
                 self._tell_wandb(error)
+
+
+class Silent:
+    """The RunLog of every rank but rank 0, which speaks for all."""
+
+    wandb_id = None
+    has_bar = True  # so that no line takes its place
+
+    def metrics(self, kind, step, **values):
+        pass
+
+    def advance(self, status=None):
+        pass
+
+    def print(self, text):
+        pass
+
+    def close(self):
+        pass
 
 
 def start_wandb(name, wandb_id=None):

@@ -1,18 +1,19 @@
 """Checkpoints of a run that is on, and what is saved and said when it ends before its last step."""
 
 import os
-import sys
 import traceback
 
 import torch
 
 from nanofuse.train.checkpoint import save_checkpoint
-from nanofuse.train.command import DEBUG_ENV
+from nanofuse.train.command import DEBUG_ENV, command_module, exit_code
 from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.device import device_name
 from nanofuse.train.disk import SaveError
-from nanofuse.train.errors import RunEnded, UserError
+from nanofuse.train.errors import PeerFailed, RunBroken, RunEnded, UserError
 from nanofuse.train.files import portable
+from nanofuse.train.guard import START_SECONDS
+from nanofuse.train.ranks import ALONE
 from nanofuse.train.run_folder import amend_meta, checkpoints, prune
 from nanofuse.train.runlog import first_line
 from nanofuse.train.signals import Interrupted
@@ -20,7 +21,8 @@ from nanofuse.train.versions import code, versions
 
 
 class Saver:
-    """Writes the checkpoints of one run into its folder.
+    """Writes the checkpoints of one run into its folder; `save` is for all ranks at once, `amend`
+    and `prune` are rank 0's.
 
     Args:
         lock: train.lock.RunLock that holds the folder.
@@ -28,13 +30,15 @@ class Saver:
         tokenizer: written again where the folder was removed.
         keep: checkpoints that `prune` leaves, beside the best one.
         saved_step: step of the checkpoint that the run goes on from, or None.
+        ranks: those that train.
 
     Attributes:
         saved_step: step of the latest checkpoint of this run, or None.
         lost_at: step at which the folder was found to be gone, or None.
     """
 
-    def __init__(self, lock, log, tokenizer, keep, saved_step=None):
+    def __init__(self, lock, log, tokenizer, keep, saved_step=None, ranks=ALONE):
+        self.ranks = ranks
         self.lock, self.log, self.tokenizer, self.keep = lock, log, tokenizer, keep
         self.directory = lock.directory
         self.saved_step, self.lost_at = saved_step, None
@@ -47,25 +51,26 @@ class Saver:
         at = {name: portable(value) for name, value in whole["loader"]["at"].items()}
         return {**whole, "settings": settings, "loader": {**whole["loader"], "at": at}}
 
-    def save(self, step, meta, model, optim_state, loader_tensors):
+    def save(self, step, meta, model, optim_state, loader_tensors, rows=None):
         """As save_checkpoint; a folder that was removed is made again, with all that belongs there.
 
         Raises:
             UserError: it cannot be written.
         """
-        if self.lock.lost:
-            self._restore(step)
-        meta = self._complete(meta)
-        folder = save_checkpoint(self.directory, step, meta, model, optim_state, loader_tensors)
+        self.ranks.by_main(self._restore, step)
+        meta, tensors = self._complete(meta), (model, optim_state, loader_tensors)
+        folder = save_checkpoint(self.directory, step, meta, *tensors, self.ranks, rows)
         self.saved_step = step
         return folder
 
     def _restore(self, step):
-        """Make the run's folder again: lock, tokenizer and metrics.
+        """Make the run's folder again where it was lost: lock, tokenizer and metrics.
 
         Raises:
             UserError: it cannot be made, or another process has it.
         """
+        if not self.lock.lost:
+            return
         self.lost_at = step
         self.lock.retake()
         self.tokenizer.save(self.directory / FILE_NAME)
@@ -87,9 +92,8 @@ class Saver:
         """The command that goes on from the newest checkpoint, or None without one."""
         if not checkpoints(self.directory):
             return None
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        module = spec.name if spec and spec.name.endswith("train.run") else "train.run"
-        return f"python -m {module} --run {self.directory.name} --resume"
+        gpus = f" --gpus {self.ranks.world}" if self.ranks.world > 1 else ""
+        return f"python -m {command_module()} --run {self.directory.name} --resume{gpus}"
 
 
 def out_of_memory(rows, device):
@@ -101,7 +105,8 @@ def out_of_memory(rows, device):
 
 
 def run_and_save(trainer):
-    """trainer.run(); whatever ends it early, the steps that were made are saved first.
+    """trainer.run(); whatever ends it early, the steps that were made are saved first, unless ranks
+    have no common end.
 
     Raises:
         UserError: bad input, met on the way.
@@ -115,15 +120,26 @@ def run_and_save(trainer):
         failure = error
         if not os.environ.get(DEBUG_ENV):  # frames hold tensors, and memory may be short
             traceback.clear_frames(error.__traceback__)
-    saver, step = trainer.saver, trainer.progress.step
+    saver, step, ranks = trainer.saver, trainer.progress.step, trainer.ranks
     notes = []
     if failure is not None:
         notes.append(describe_failure(failure, trainer))
-    unsaved = step > (saver.saved_step or 0) or (step and saver.lock.lost)
-    if unsaved and not isinstance(failure, SaveError):
-        notes.append(save_now(trainer))
+    united = ranks.world == 1 or failure is None or trainer.speaker is not None
+    if united:
+        ranks.guard.allow(START_SECONDS)
+        unsaved = step > (saver.saved_step or 0) or bool(step and saver.lock.lost)
+        unsaved, vain = ranks.agree(unsaved, isinstance(failure, SaveError))
+        if unsaved and not vain:
+            notes.append(save_now(trainer))
+        saver.lost_at = ranks.share(saver.lost_at)
     if failure is None and saver.lost_at is None:
         return
+    if isinstance(failure, PeerFailed) or (isinstance(failure, RunBroken) and not ranks.main):
+        raise failure
+    if united and trainer.speaker not in (None, ranks.rank):
+        raise PeerFailed(f"rank {ranks.rank} ends with rank {trainer.speaker}", exit_code(failure))
+    if not united:
+        notes.append(f"step {step} is not saved")
     if step and saver.saved_step == step:
         notes.append(f"step {step} is saved")
     if saver.lost_at is not None:
@@ -134,15 +150,17 @@ def run_and_save(trainer):
     if failure is not None and (command := saver.command()):
         notes.append(f"go on with {command}")
     message = "; ".join(filter(None, notes))
+    if ranks.rank and not isinstance(failure, RunBroken):
+        message = f"rank {ranks.rank}: {message}"
     if isinstance(failure, (UserError, OSError, torch.OutOfMemoryError, MemoryError)):
         raise UserError(message) from failure
-    code = 128 + failure.number if isinstance(failure, Interrupted) else 1
-    raise RunEnded(message, code) from failure
+    kind = RunBroken if isinstance(failure, RunBroken) else RunEnded
+    raise kind(message, 1 if failure is None else exit_code(failure)) from failure
 
 
 def describe_failure(failure, trainer):
     """One line for what ended a run."""
-    if isinstance(failure, UserError):
+    if isinstance(failure, (UserError, RunEnded)):
         return str(failure)
     if isinstance(failure, Interrupted):
         return f"stopped by {failure} after step {trainer.progress.step}"
@@ -155,17 +173,24 @@ def describe_failure(failure, trainer):
 
 def save_now(trainer):
     """Save the last whole step, if it can be; returns words for why not, or None."""
-    step = trainer.progress.step
+    step, ranks = trainer.progress.step, trainer.ranks
     try:
         if trainer.device.type == "cuda":
             torch.cuda.empty_cache()
         trainer.close_window()
         reason = trainer.not_savable()
-        if reason is None:
-            trainer.save()
-            trainer.saver.prune()
     except UserError as error:
         reason = str(error)
     except Exception as error:  # such as those of a GPU that has failed
         reason = first_line(error)
+    if ranks.agree(reason is not None)[0]:
+        reason = reason or "another rank cannot"
+    else:
+        try:
+            trainer.save()
+            ranks.by_main(trainer.saver.prune)
+        except UserError as error:
+            reason = str(error)
+        except Exception as error:
+            reason = first_line(error)
     return f"step {step} is not saved ({reason})" if reason else None

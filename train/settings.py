@@ -125,6 +125,12 @@ class MachineOptions:
     """Where and how to compute."""
 
     device_type: str = option("auto", "where to run", ("auto", "cuda", "cpu"))
+    gpus: str = option(
+        "1",
+        "GPUs of this machine to train on, each by a process; auto: all (without a GPU: processes)",
+        metavar="N",
+        since="0.2",
+    )
     backend: str = option("auto", "how ops run", ("auto", *providers.BACKENDS))
     compile_mode: str = option("default", "torch.compile's mode", COMPILE_MODES, "MODE")
     attention: str = option("auto", "attention backend", providers.choices(providers.ATTENTION))

@@ -1,11 +1,10 @@
 """The start of a run: from the flags that were given to a Trainer, all checked on the way."""
 
-import dataclasses
 import gc
 import itertools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,11 +31,12 @@ from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.figures import summary
 from nanofuse.train.files import native
-from nanofuse.train.lock import RunLock, Taken
+from nanofuse.train.lock import Followed, RunLock, Taken
 from nanofuse.train.loop import Trainer
 from nanofuse.train.memory import check_training_memory
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
 from nanofuse.train.progress import Progress
+from nanofuse.train.ranks import ALONE, Alone, join
 from nanofuse.train.run_folder import (
     LOADER,
     MODEL,
@@ -45,7 +45,7 @@ from nanofuse.train.run_folder import (
     load_meta,
     run_dir,
 )
-from nanofuse.train.runlog import METRICS_FILE, RunLog, cut_back
+from nanofuse.train.runlog import METRICS_FILE, RunLog, Silent, cut_back
 from nanofuse.train.saving import Saver, out_of_memory, run_and_save
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import (
@@ -121,11 +121,13 @@ def find_tokenizer(corpus, vocab_size, size_given):
 def describe(start, plan):
     """Lines that say what is about to run."""
     settings, config, machine = start.settings, start.config, start.machine
-    rows = settings.horizon.device_batch_size
+    rows, world = settings.horizon.device_batch_size, start.ranks.world
+    count = f"{world} x " if world > 1 else ""
+    shared = f" on each of {world} ranks" if world > 1 else ""
     counts = "  ".join(f"{role} {n:,}" for role, n in config.param_counts().items())
     mode = f", mode {settings.machine.compile_mode}" if machine.backend == "compile" else ""
     return [
-        f"device: {machine.name}, {machine.dtype}, torch {torch.__version__}",
+        f"device: {count}{machine.name}, {machine.dtype}, torch {torch.__version__}",
         f"backend: {machine.backend} ({machine.why}{mode})",
         *describe_data(start.packing, plan.tokens // config.sequence_len),
         f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads "
@@ -133,7 +135,7 @@ def describe(start, plan):
         f"parameters: {config.num_params:,} ({config.num_scaling_params:,} scaling): {counts}",
         f"FLOPs per token: {config.flops_per_token:,}",
         f"plan: {plan.num_iterations:,} steps x {plan.total_batch_size:,} tokens = "
-        f"{plan.tokens:,}; {plan.micro_steps} micro-steps of {rows} rows; "
+        f"{plan.tokens:,}; {plan.micro_steps // world} micro-steps of {rows} rows{shared}; "
         f"lr x{plan.lr_scale:.4f}, weight decay {plan.weight_decay:.4f}",
         f"run: {start.directory}"
         + (f", resumed at step {start.meta['step']}" if start.checkpoint else ""),
@@ -151,7 +153,8 @@ class Start:
     config: GPTConfig
     fp8: Choice
     plan: Plan
-    lock: RunLock
+    lock: RunLock | Followed
+    ranks: Alone
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
 
@@ -162,7 +165,10 @@ class Start:
     @property
     def packing(self):
         """What the training loader packs."""
-        job = self.settings.job
+        job, ranks = self.settings.job, self.ranks
+        cache = open_cache(self.corpus, self.tokenizer, job.cache)
+        if cache and not ranks.main:
+            cache.keeps = False  # rank 0 does
         return Packing(
             self.corpus,
             "train",
@@ -170,8 +176,14 @@ class Start:
             self.settings.horizon.device_batch_size,
             self.settings.model.max_seq_len,
             job.long_documents,
-            open_cache(self.corpus, self.tokenizer, job.cache),
+            cache,
+            ranks.rank,
+            ranks.world,
         )
+
+    def for_others(self):
+        """What the other ranks need to start, in place of what belongs to this process."""
+        return replace(self, machine=None, fp8=None, lock=None, ranks=None), self.directory
 
 
 def check_backend_flags(given, machine):
@@ -188,25 +200,52 @@ def check_backend_flags(given, machine):
             )
 
 
-def start_new(given, lock):
+def start_with_rank_0(given, lock, ranks):
+    """The Start of every rank: rank 0 finds out what it is, for all.
+
+    Raises:
+        UserError: any bad input.
+        PeerFailed: of rank 0's.
+    """
+    start = None
+
+    def settle():
+        nonlocal start
+        start = (start_resumed if given.get("resume") else start_new)(given, lock, ranks)
+        return start.for_others()
+
+    found, directory = ranks.by_main(settle)
+    if start is None:
+        settings, options = found.settings, found.settings.machine
+        machine = select_machine(options.device_type, options.backend, ranks.local)
+        rows = settings.horizon.device_batch_size
+        fp8 = select_fp8(options.fp8, machine, found.config, rows)
+        folder = Followed(directory)
+        start = replace(found, machine=machine, fp8=fp8, lock=folder, ranks=ranks)
+    return start
+
+
+def start_new(given, lock, ranks=ALONE):
     """Start of a new run from the flags that were given ({field: value}).
 
     Args:
         lock: train.lock.RunLock, which takes the run's folder.
+        ranks: those that train.
 
     Raises:
         UserError: any bad input.
     """
     device_type = select_device(given.get("device_type", "auto")).type
     settings = resolve(given, device_type)
-    machine = select_machine(settings.machine.device_type, settings.machine.backend)
+    options = settings.machine
+    machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     with naming_flags():
         config = settings.model.config()
     # bad sizes are refused before a tokenizer is trained
-    make_plan(settings, config)
-    fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
-    least = config if "vocab_size" in given else dataclasses.replace(config, vocab_size=1)
+    make_plan(settings, config, world=ranks.world)
+    fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+    least = config if "vocab_size" in given else replace(config, vocab_size=1)
     check_training_memory(settings, least, machine, fp8.name)
     take_new_folder(settings, lock)
     job = settings.job
@@ -214,16 +253,17 @@ def start_new(given, lock):
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
     if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
-    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    plan = make_plan(settings, config)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock)
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    plan = make_plan(settings, config, world=ranks.world)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks)
 
 
-def start_resumed(given, lock):
+def start_resumed(given, lock, ranks=ALONE):
     """Start of a run that continues from its latest checkpoint.
 
     Args:
         lock: train.lock.RunLock, which takes the run's folder.
+        ranks: those that train.
 
     Raises:
         UserError: nothing to resume, flags or data that differ from the run's, damaged files.
@@ -244,21 +284,24 @@ def start_resumed(given, lock):
     saved = resolve_resumed({}, settled)
     length = meta["num_iterations"]
     evaluated = meta.get("val_bpb") is not None
-    plan = make_resumed_plan(settings, saved, config, meta["step"], length, evaluated)
+    at = meta["step"], length, evaluated, ranks.world
+    plan = make_resumed_plan(settings, saved, config, *at)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     if meta["loader"]["corpus"] != corpus.fingerprint:
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
     tokenizer = load_tokenizer(directory, config, meta)
-    machine = select_machine(settings.machine.device_type, settings.machine.backend)
+    options = settings.machine
+    machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
-    fp8 = select_fp8(settings.machine.fp8, machine, config, settings.horizon.device_batch_size)
+    fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
     if plan.num_iterations != length:
         print(
             f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "
             "is that of a run of this length"
         )
-    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, checkpoint, meta)
+    known = settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks
+    return Start(*known, checkpoint, meta)
 
 
 def build_trainer(start, started, signals=None):
@@ -272,10 +315,14 @@ def build_trainer(start, started, signals=None):
         UserError: an attention backend that cannot run here, or a damaged checkpoint.
     """
     settings, config, machine = start.settings, start.config, start.machine
-    plan, directory = start.plan, start.directory
+    plan, directory, ranks = start.plan, start.directory, start.ranks
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    ranks.use(machine.device)
     memory = check_training_memory(settings, config, machine, start.fp8.name)
-    for line in (*describe(start, plan), f"memory: {memory} expected"):
-        print(line, flush=True)
+    if ranks.main:
+        for line in (*describe(start, plan), f"memory: {memory} expected"):
+            print(line, flush=True)
 
     def set_weights(model):
         if start.checkpoint:
@@ -295,6 +342,7 @@ def build_trainer(start, started, signals=None):
         plan.lr_scale,
         set_weights,
         settings.horizon.device_batch_size,
+        ranks,
     )
     state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:
@@ -309,17 +357,19 @@ def build_trainer(start, started, signals=None):
         wandb_id = meta.get("wandb")
         evaluated = meta.get("val_bpb") is not None
         again = set() if evaluated else {"val"}
-        done = cut_back(directory / METRICS_FILE, progress.step, again) | {"val"} - again
+        kept = ranks.by_main(cut_back, directory / METRICS_FILE, progress.step, again)
+        done = kept | {"val"} - again
     else:
-        start.tokenizer.save(directory / FILE_NAME)
+        ranks.by_main(start.tokenizer.save, directory / FILE_NAME)
 
     reports = settings.reports
-    log = RunLog(directory, progress.step, plan.num_iterations, reports.wandb, wandb_id)
-    saver = Saver(
-        start.lock, log, start.tokenizer, reports.keep, progress.step if start.checkpoint else None
-    )
-    beside = training_state(built.model, built.optimizer)
-    needed = size_of(built.raw_model.state_dict(), beside)
+    log = Silent()
+    if ranks.main:
+        log = RunLog(directory, progress.step, plan.num_iterations, reports.wandb, wandb_id)
+    at = progress.step if start.checkpoint else None
+    saver = Saver(start.lock, log, start.tokenizer, reports.keep, at, ranks)
+    beside = ranks.collect(size_of(training_state(built.model, built.optimizer)))
+    needed = size_of(built.raw_model.state_dict()) + sum(beside)
     for line in (*built.facts, room(needed, directory)):
         log.print(line)
     loader = DeviceLoader(start.packing, machine.device, state)
@@ -341,22 +391,42 @@ def build_trainer(start, started, signals=None):
         started=started,
         progress=progress,
         signals=signals or Signals(),
+        ranks=ranks,
         resumed=start.checkpoint is not None,
         done=frozenset(done),
     )
 
 
 def train(given):
-    """Train as the flags say that were given ({name: value}); prints the summary as JSON.
+    """Train as the flags say that were given ({name: value}), as one of several ranks where it is
+    one; rank 0 prints the summary as JSON.
 
     Raises:
         UserError: any bad input.
         RunEnded: an error on the way, or a signal.
     """
     started = time.perf_counter() - process_seconds()
+    ranks = join()
+    if ranks is ALONE:
+        return train_as(ranks, given, started)
+    try:
+        train_as(ranks, given, started)
+        ranks.close()
+    except BaseException as failure:
+        ranks.leave(failure)
+
+
+def train_as(ranks, given, started):
+    """As train.
+
+    Args:
+        ranks: train.ranks.Ranks.
+        started: time.perf_counter() at the start of the process.
+    """
+    given = {**given, "gpus": str(ranks.world)}
     try:
         with Signals() as signals, RunLock() as lock:
-            start = (start_resumed if given.get("resume") else start_new)(given, lock)
+            start = start_with_rank_0(given, lock, ranks)
             try:
                 trainer = build_trainer(start, started, signals)
             except torch.OutOfMemoryError:
@@ -370,4 +440,6 @@ def train(given):
                 gc.unfreeze()
     except Interrupted as stop:
         raise RunEnded(f"stopped by {stop} before the first step", 128 + stop.number) from None
-    print(json.dumps(summary(trainer)))
+    facts = summary(trainer)
+    if ranks.main:
+        print(json.dumps(facts))

@@ -147,6 +147,11 @@ class Packing:
     rank: int = 0
     world: int = 1
 
+    def say(self, line):
+        """Tell the user, by rank 0 for all."""
+        if self.rank == 0:
+            tell(line)
+
 
 def packed_batches(packing, state=None, say=print):
     """Endless iterator of (rows (B, T+1) int32, LoaderState after the micro-batch).
@@ -212,7 +217,7 @@ class ThreadLoader:
 
     def __init__(self, packing, state=None):
         self.packing = packing
-        self.batches = packed_batches(packing, state, tell)
+        self.batches = packed_batches(packing, state, packing.say)
         self.queue = queue.Queue(BATCHES_AHEAD)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._fill, name="loader", daemon=True)
@@ -300,7 +305,7 @@ class ProcessLoader:
                 self.error = WorkerError(f"the data loader's process {how}")
                 break
             if kind == "line":
-                tell(content)
+                self.packing.say(content)
             else:
                 self.error, text = content
                 self.error.__cause__ = text and WorkerError(text)
