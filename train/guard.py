@@ -52,7 +52,8 @@ class Guard:
 
     def __init__(self, store, rank, world, parent=None):
         self.store, self.rank, self.world, self.parent = store, rank, world, parent
-        self.word = self.heard = None  # and when
+        self.word = self.heard = self.ends = None  # when it was heard, and what to say then
+        self.cut_off = False  # from the store
         self.lock = threading.Lock()  # of the store's connection
         self.main = threading.main_thread()
         self.limit, self.since, self.waits = START_SECONDS, time.monotonic(), 0
@@ -103,7 +104,7 @@ class Guard:
             RunBroken: it has.
         """
         if self.word is not None:
-            raise RunBroken(f"rank {self.rank} ends with rank {self.word.rank}", self.word.code)
+            raise RunBroken(self.ends, self.word.code)
 
     def listen(self):
         """As check, after time for a last word to arrive."""
@@ -128,12 +129,16 @@ class Guard:
     def wait_for_the_first(self):
         """Wait until the first rank to fail has printed its line; a moment at most."""
         until = time.monotonic() + TOLD_SECONDS
-        while time.monotonic() < until and not self._ask(lambda: self.store.check([TOLD])):
+        while time.monotonic() < until and not self.cut_off:
+            if self._ask(lambda: self.store.check([TOLD])):
+                return
             time.sleep(0.02)
 
     def _ask(self, question):
         """What the store answers; None where it does not within TOLD_SECONDS."""
         answers = []
+        if self.cut_off:
+            return None
 
         def ask():
             with contextlib.suppress(RuntimeError), self.lock:
@@ -161,7 +166,7 @@ class Guard:
                     self._beat()
                     self._look()
             except RuntimeError as error:
-                self._hear(LastWord(0, 1, f"the ranks' store is gone ({_first_line(error)})"))
+                self._miss(f"rank 0's store is gone ({_first_line(error)})")
                 return
             self.contact = time.monotonic()
             if limit == self.limit:
@@ -186,7 +191,15 @@ class Guard:
 
     def _hear(self, word):
         if self.word is None:
+            self.ends = f"rank {self.rank} ends with rank {word.rank}"
             self.word, self.heard = word, time.monotonic()
+
+    def _miss(self, what):
+        """The store does not answer, so that this rank decides by itself."""
+        if self.word is None:
+            self.cut_off = True
+            self._hear(LastWord(0, 1, what))
+            self.ends += f", as {what}"
 
     def _watch(self):
         """Look after the main thread, and after the thread that talks to the store."""
@@ -202,10 +215,9 @@ class Guard:
                 self.parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             if self.word is None and now - self.contact > SILENT_SECONDS:
-                line = f"the ranks' store gives no sign of life for {SILENT_SECONDS} s"
-                self._hear(LastWord(0, 1, line))
+                self._miss(f"rank 0's store gives no sign of life for {SILENT_SECONDS} s")
             if self.word is not None and now - self.heard > DEAF_SECONDS:
-                self._end(self.word.code, f"rank {self.rank} ends with rank {self.word.rank}")
+                self._end(self.word.code, self.ends)
             if self.word is None and not self.waits and now - self.since > self.limit:
                 seconds = now - self.since
                 line = f"rank {self.rank} hangs since {seconds:.0f} s, {self._place()}"

@@ -25,6 +25,7 @@ from nanofuse.train.errors import PeerFailed, RunBroken, UserError
 from nanofuse.train.guard import START_SECONDS, Guard, NoGuard
 from nanofuse.train.launch import PARENT, STORE_FD
 
+MOST_VOTES = 6  # of one agreement
 POLL_SECONDS = 0.0005  # between two looks at a word that is on its way
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
@@ -223,25 +224,37 @@ class Ranks(Alone):
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.fabric)
 
     def agree(self, *numbers):
-        votes = torch.tensor(numbers or [0], dtype=torch.int64)
+        return self._meet(1, numbers)
+
+    def _meet(self, kind, numbers=()):
+        """As agree, of at most MOST_VOTES numbers; hears of a rank that has failed.
+
+        Args:
+            kind: of the call, which all ranks must be in.
+        """
+        most = [0] * (MOST_VOTES - len(numbers))
+        votes = torch.tensor([kind, -kind, *numbers, *most], dtype=torch.int64)
         with self._among_others():
             work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host, async_op=True)
             while not work.is_completed():
                 self.guard.check()
                 time.sleep(POLL_SECONDS)
             work.wait()
-        return tuple(votes.tolist()[: len(numbers)])
+        largest, smallest, *votes = votes.tolist()
+        if largest != -smallest:
+            raise RunBroken(f"rank {self.rank} ends, as the ranks are out of step", 1)
+        return tuple(votes[: len(numbers)])
 
     def share(self, thing):
         box = [thing]
-        self.agree()  # which hears of a rank that has failed; the next call does not
+        self._meet(2)
         with self._among_others():
             dist.broadcast_object_list(box, src=0, group=self.host)
         return box[0]
 
     def collect(self, thing):
         things = [None] * self.world
-        self.agree()
+        self._meet(3)
         with self._among_others():
             dist.all_gather_object(things, thing, group=self.host)
         return things

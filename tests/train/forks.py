@@ -122,7 +122,7 @@ def commit(kind, rank, step):
     """Have this rank fail at a step, counted from 1, or at the first call of what fails."""
     import torch
 
-    from nanofuse.train import bpb, loop, saving
+    from nanofuse.train import bpb, checkpoint, loop
 
     micro_steps = loop.Trainer.micro_steps
 
@@ -136,6 +136,7 @@ def commit(kind, rank, step):
         if self.progress.step + 1 != step:
             return micro_steps(self)
         if kind in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+            time.sleep(kind == "SIGSTOP")  # so that the others know what it has promised
             os.kill(os.getpid(), getattr(signal, kind))
         elif kind == "hang":
             threading.Event().wait()
@@ -156,7 +157,7 @@ def commit(kind, rank, step):
     if kind == "evaluation":
         bpb._batch_sums = fail(RuntimeError("no sums"))
     elif kind == "disk":
-        saving.save_checkpoint = fail(saving.SaveError("the disk is full"))
+        checkpoint.save_file = fail(OSError(28, "No space left on device"))
 
 
 def child(job, err):

@@ -46,6 +46,14 @@ def methods(ranks):
         assert isinstance(error, KeyError if ranks.main else PeerFailed)
 
 
+def out_of_step(ranks):
+    """Ranks that wait for each other in different calls."""
+    if ranks.main:
+        ranks.agree(1)
+    else:
+        ranks.collect(1)
+
+
 def one_fails(ranks):
     """Rank 1 leaves with an error that the others hear of while they wait."""
     if ranks.rank == 1:

@@ -47,6 +47,13 @@ def test_a_rank_that_fails_ends_all_with_its_line(forks, work_dir):
     assert forks.seconds < 10
 
 
+def test_ranks_in_different_calls_end(forks, work_dir):
+    code, err = forks.run(["--gpus", 2], work_dir, job="tests.train.rank_jobs:out_of_step")
+    assert code == 1 and forks.seconds < 10
+    said = [f"rank {rank} ends, as the ranks are out of step" for rank in range(2)]
+    assert sorted(err.splitlines()) == said
+
+
 def test_losses_and_bpb_are_those_of_one_rank(train):
     """The first evaluation, of the same weights, to the bit."""
     flags = ["--num-iterations", 4, "--eval-every", 2, "--no-skip-initial-eval"]
