@@ -25,6 +25,8 @@ from nanofuse.train.errors import PeerFailed, RunBroken, UserError
 from nanofuse.train.guard import START_SECONDS, Guard, NoGuard
 from nanofuse.train.launch import PARENT, STORE_FD
 
+# of this rank's GPU, though a call of torch.distributed may raise them
+OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 MOST_VOTES = 6  # of one agreement
 POLL_SECONDS = 0.0005  # between two looks at a word that is on its way
 NO_MULTICAST = {
@@ -153,7 +155,7 @@ ALONE = Alone()
 class Ranks(Alone):
     """A run of several processes, each of which calls the same methods in the same order.
 
-    The first two messages of the ranks go by Gloo, over the store of torchrun or of --gpus.
+    They meet over the store of torchrun or of --gpus.
 
     Args:
         place: Place.
@@ -199,9 +201,12 @@ class Ranks(Alone):
         with self.guard.waiting():
             try:
                 yield
+            except OWN_ERRORS:
+                raise
             except RuntimeError as error:
                 self.guard.listen()
-                reason = str(error).split("\n")[0].partition("] ")[2].partition(". ")[0][:100]
+                line = str(error).split("\n")[0]  # of Gloo: [file:line] What. More
+                reason = line.rpartition("] ")[2].partition(". ")[0][:100]
                 raise RunBroken(
                     f"rank {self.rank} ends, as another one is gone ({reason})", 1
                 ) from None
