@@ -120,8 +120,8 @@ def _cell(product, name):
     seconds = product["seconds"].get(name)
     if seconds is None:
         return ""
-    rate = product["flops"] / seconds
-    return f"{1e6 * seconds:.0f} ({rate / 1e12:.0f}, {rate / product['ceiling']:.0%})"
+    rate, by = product["flops"] / seconds, f" {product['tuned']}" if "tuned" in name else ""
+    return f"{1e6 * seconds:.0f} ({rate / 1e12:.0f}, {rate / product['ceiling']:.0%}){by}"
 
 
 def _products_table(products):

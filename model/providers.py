@@ -73,7 +73,7 @@ class Provider:
             needs = f"{self.name} needs {self.title}" + (
                 f": {self.install}" if self.install else ""
             )
-            raise ValueError(f"{needs} ({_line(error)})") from error
+            raise ValueError(f"{needs} ({message_line(error)})") from error
 
     def explain(self, error: Exception) -> str:
         """What an error of `make` or of a check means, in one line."""
@@ -81,7 +81,7 @@ class Provider:
             f"{error.name}."
         ):
             return f"{self.name} is not installed: {self.install}"
-        return f"{self.name}: {_line(error)}"
+        return f"{self.name}: {message_line(error)}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,16 @@ ATTENTION = (
 
 PRODUCTS = (
     Provider(
+        name="nvmath",
+        title="nvmath-python",
+        made_by="nanofuse.model.fp8.tuned:NvmathGemm",
+        library="nvmath",
+        install="pip install 'nanofuse[products]'",
+        backends=("fused",),
+        dtypes=("fp8",),
+        capabilities=((8, 9), (99, 0)),
+    ),
+    Provider(
         name="te",
         title="Transformer Engine",
         made_by="nanofuse.model.fp8.products:TransformerEngineGemm",
@@ -162,32 +172,20 @@ PRODUCTS = (
         capabilities=((8, 9), (99, 0)),
     ),
     Provider(
-        name="nvmath",
-        title="cuBLASLt's measured best, by nvmath-python",
-        made_by="nanofuse.model.fp8.tuned:NvmathGemm",
+        name="off-nvmath",
+        title="nvmath-python, in bf16",
+        made_by="nanofuse.model.fp8.tuned:NvmathPlainGemm",
         library="nvmath",
         install="pip install 'nanofuse[products]'",
         backends=("fused",),
-        by_name=("fused",),
-        dtypes=("fp8",),
-        capabilities=((8, 9), (99, 0)),
+        dtypes=("bf16",),
+        capabilities=((8, 0), (99, 0)),
     ),
     Provider(
         name="off",
         title="products in the activations' dtype",
         made_by="nanofuse.model.fp8.products:PlainGemm",
         cuda_only=False,
-    ),
-    Provider(
-        name="off-nvmath",
-        title="bf16 products by cuBLASLt's measured best, by nvmath-python",
-        made_by="nanofuse.model.fp8.tuned:NvmathPlainGemm",
-        library="nvmath",
-        install="pip install 'nanofuse[products]'",
-        backends=("fused",),
-        by_name=("fused",),
-        dtypes=("bf16",),
-        capabilities=((8, 0), (99, 0)),
     ),
 )
 
@@ -267,6 +265,6 @@ def _version(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _line(error: Exception) -> str:
+def message_line(error: Exception) -> str:
     """First line of an error's message; the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

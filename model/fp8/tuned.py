@@ -9,6 +9,7 @@ choice. Weight gradients, which accumulate in fp32, are the other library's.
 
 import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,11 +18,12 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
 from nanofuse.kernels.common.store import Store, user_folder
 from nanofuse.kernels.common.tuning import gpu_name
 from nanofuse.model.fp8.cublaslt import ALIGNMENT, CublasLt, Product
-from nanofuse.model.fp8.products import PlainGemm, TorchGemm, TransformerEngineGemm
+from nanofuse.model.fp8.products import Gemm, PlainGemm, TorchGemm, TransformerEngineGemm
 from nanofuse.model.fp8.winners import Winners
+from nanofuse.model.providers import message_line
 
 FILE = "products.json"
-ROUNDS = 10
+ROUNDS = 16
 SAMPLE = 1e-3  # seconds of GPU time that a sample should take
 MOST_CALLS = 20  # in a sample
 RANDOM = 1 << 20  # elements that are drawn; a larger matrix repeats them
@@ -52,9 +54,14 @@ def graph_seconds(calls):
                 call()
             graph.capture_end()
             graphs.append(graph)
-        rounds = [[timed(graph.replay) for graph in graphs] for _ in range(ROUNDS)]
+        times = [[] for _ in calls]
+        pairs = list(zip(graphs, times, strict=True))
+        for _ in range(ROUNDS):
+            for graph, taken in pairs:
+                taken.append(timed(graph.replay))
+            pairs.reverse()  # nobody always comes first, or after the same one
     torch.cuda.current_stream().wait_stream(stream)
-    return [statistics.median(times) / repeats for times in zip(*rounds, strict=True)]
+    return [statistics.median(taken) / repeats for taken in times]
 
 
 def random_matrix(rows, cols, dtype, device):
@@ -82,21 +89,32 @@ def random_operands(shape, fp8, device="cuda"):
     return [random_operand(*each, fp8, device) for each in pair]
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The library beside nvmath: name of its record, version, provider, and in words why it is not
+    a better one."""
+
+    name: str
+    version: str
+    gemm: Gemm
+    why: str = ""
+
+
 def fp8_beside():
-    """(name of its record, version, provider) of FP8 products beside nvmath: Transformer Engine, or
-    torch where that does not load."""
+    """Of FP8 products Transformer Engine, or torch where that does not load."""
     try:
         made = TransformerEngineGemm()
-    except Exception:  # a broken install may raise anything; `prepare` says who computes
-        return "torch", torch.__version__, TorchGemm()
+    except Exception as error:  # a broken install may raise anything
+        why = f" (te: {message_line(error)})"
+        return Beside("torch", torch.__version__, TorchGemm(), why)
     import transformer_engine
 
-    return "te", getattr(transformer_engine, "__version__", "unknown"), made
+    return Beside("te", getattr(transformer_engine, "__version__", "unknown"), made)
 
 
 def plain_beside():
-    """As fp8_beside, of products in bf16: torch."""
-    return "torch", torch.__version__, PlainGemm()
+    """Of products in bf16 torch."""
+    return Beside("torch", torch.__version__, PlainGemm())
 
 
 class NvmathGemm:
@@ -110,9 +128,12 @@ class NvmathGemm:
 
     def __init__(self, store=None):
         self.library = CublasLt()
-        self.other_name, version, self.other = self._beside()
+        self.beside = self._beside()
+        self.other_name, self.other = self.beside.name, self.beside.gemm
         if store is None:
-            section = f"{gpu_name()}, {self.library.version}, {self.other_name} {version}"
+            section = (
+                f"{gpu_name()}, {self.library.version}, {self.other_name} {self.beside.version}"
+            )
             store = Store(user_folder() / FILE, section)
         self.winners = Winners(self.library, graph_seconds, store)
         self._plans = {}  # Product: Plan, or None: the other library
@@ -140,10 +161,10 @@ class NvmathGemm:
             tuned[product] = self._tune(product, wanted[product])
         chosen |= tuned
         self._plans |= {product: winner.plan for product, winner in chosen.items()}
-        by_other = sum(winner.plan is None for winner in chosen.values())
+        by_other = sum(self.chosen(shape) != "nvmath" for shape in wanted.values())
         line = f"products: {len(chosen) - by_other} of {len(chosen)} shapes by nvmath"
         line += f", {by_other} by {self.other_name}" if by_other else ""
-        line += f", weight gradients by {self.other_name}; "
+        line += f", weight gradients by {self.other_name}{self.beside.why}; "
         path = self.winners.store.path
         if not tuned:
             return line + f"as in {path}"
@@ -151,6 +172,11 @@ class NvmathGemm:
         why = self.winners.keep(tuned)
         line += f"{len(tuned)} measured in {time.perf_counter() - started:.1f} s, "
         return line + (f"not kept ({why})" if why else f"kept in {path}")
+
+    def chosen(self, shape):
+        """Name of the library that computes a Shape: nvmath, or the other one."""
+        beaten = self._plans.get(self._product(shape), "") is None
+        return self.other_name if beaten or shape.kind == "weight_grad" else "nvmath"
 
     def _product(self, shape):
         """The Product of a Shape."""

@@ -33,10 +33,16 @@ def hopper(monkeypatch):
 
 
 @pytest.fixture
-def without_te(monkeypatch):
-    for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+def without_libraries(monkeypatch):
+    """Neither Transformer Engine nor nvmath-python."""
+    hide(monkeypatch, "transformer_engine", "nvmath")
+
+
+def hide(monkeypatch, *packages):
+    for package in packages:
+        for name in [n for n in sys.modules if n.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
 
 
 def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):
@@ -63,10 +69,13 @@ def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
             select_machine("cuda", "fused")
 
 
-def test_a_missing_transformer_engine_is_announced(without_te):
+def test_missing_libraries_are_announced(without_libraries):
     chosen = select_fp8("auto", machine("fused"), CONFIG, 32)
     assert chosen.name == "torch" and isinstance(chosen.made, TorchGemm)
-    assert chosen.why == "auto on cuda: te is not installed: pip install 'nanofuse[fp8]'"
+    assert chosen.why == (
+        "auto on cuda: nvmath is not installed: pip install 'nanofuse[products]'; "
+        "te is not installed: pip install 'nanofuse[fp8]'"
+    )
     with pytest.raises(UserError, match="--fp8 te needs Transformer Engine: pip .*; or use --fp8"):
         select_fp8("te", machine("fused"), CONFIG, 32)
 
@@ -76,7 +85,7 @@ def test_a_missing_transformer_engine_is_announced(without_te):
     [
         ("off", "fused", (9, 0), "off", "asked for"),
         ("auto", "eager", (9, 0), "off", "torch is for eager by name only"),
-        ("auto", "compile", (9, 0), "torch", "auto on cuda: te serves fused, not compile"),
+        ("auto", "compile", (9, 0), "torch", "cuda: nvmath serves fused, not compile; te serves"),
         ("auto", "compile", (8, 0), "off", "torch needs compute capability 8.9 or later, this GPU"),
         ("torch", "eager", (9, 0), "torch", "asked for"),
     ],
@@ -86,7 +95,7 @@ def test_choice_of_fp8(name, backend, capability, provider, why):
     assert chosen.name == provider and why in chosen.why
 
 
-def test_sizes_that_fp8_kernels_do_not_take():
+def test_sizes_that_fp8_kernels_do_not_take(without_libraries):
     odd = GPTConfig.from_depth(4, head_dim=24)
     chosen = select_fp8("auto", machine("fused"), odd, 32)
     assert chosen.name == "off" and "multiples of 16" in chosen.why
@@ -102,9 +111,10 @@ def test_a_damaged_library_is_told_in_one_line(monkeypatch):
     def damaged(self):
         raise FileNotFoundError("no shared object\nand a page of text")
 
+    hide(monkeypatch, "nvmath")
     monkeypatch.setattr(TransformerEngineGemm, "__init__", damaged)
     chosen = select_fp8("auto", machine("fused"), CONFIG, 32)
-    assert chosen.name == "torch" and chosen.why == "auto on cuda: te: no shared object"
+    assert chosen.name == "torch" and chosen.why.endswith("; te: no shared object")
     with pytest.raises(UserError, match="Engine: pip install .* .no shared object.; or use"):
         select_fp8("te", machine("fused"), CONFIG, 32)
 
