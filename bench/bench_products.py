@@ -3,9 +3,9 @@
 Columns: Transformer Engine, torch, nvmath with cuBLASLt's first choice, and nvmath as tuned: what
 `--fp8 nvmath` (`off-nvmath`) takes, measured here and not read from the user's file, with the
 library that won. Each cell: microseconds with a cold L2 cache, TFLOP/s, and the share of the rate
-of an 8192^3 product of that dtype. Weight gradients, which add to fp32, are not nvmath's. fc's
-forward product and mlp_proj's input gradient are in kernels of ours in training
-(bench_linear_relu_squared.py); here they are plain.
+of an 8192^3 product of that dtype. Weight gradients, which add to fp32, are not nvmath's. The
+forward products of fc and lm_head and mlp_proj's input gradient are in kernels of ours in training
+(bench_linear_relu_squared.py, bench_linear_softcap_cross_entropy.py); here they are plain.
 """
 
 import functools

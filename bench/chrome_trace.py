@@ -24,14 +24,17 @@ RULES = [
             r"^_?(momentum|apply|factors|unit_rows|initial_scale|shrink_rows|rescale|adamw"
             r"|adamw_scalars|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
         ),
-        ("GEMM", r"^linear_relu_squared_kernel"),
+        ("GEMM", r"^(linear_relu_squared|product)_kernel"),
         (
             "norm/rotary",
             r"^_?(residual_mix|residual_gradients|resid_lambda_grad|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
         ),
         ("quantise", r"^_?(quantize|relu_squared)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),
-        ("cross-entropy", r"^(fwd|bwd)_kernel$|triton_.*tanh|[sS]oft[mM]ax|nll_loss"),
+        (
+            "cross-entropy",
+            r"^(fwd|bwd|rows|weighted|dx)_kernel$|triton_.*tanh|[sS]oft[mM]ax|nll_loss",
+        ),
         ("attention", r"(?i)flash|fmha|sdpa|attention|attn|cudnn::fusion"),
         ("embedding", r"triton_.*(embedding_dense_backward|index_put)"),
         ("GEMM", r"(?i)nvjet|cutlass|xmma|gemm|gemv|splitkreduce|cublas|triton_tem_fused.*mm"),

@@ -1,6 +1,6 @@
 """Gradient of an embedding table from the gradients of its looked-up rows.
 
-    table_grad[r] += sum of grad_rows[n] over all positions n with indices[n] == r
+    table_grad[r] += sum of factors[n] * grad_rows[n] over all positions n with indices[n] == r
 
 `sort_rows` sorts the positions by table row, once per micro-step: all tables that are indexed by
 the same tokens share the order. Equal rows then form segments of the sorted positions. A program
@@ -40,8 +40,11 @@ def embedding_grad_ref(
     grad_rows,  # (N, C)
     indices,  # (N,) or (B, T) integer
     table_grad,  # (R, C); not written
+    factors=None,  # (N,) that multiply the rows; 1 if None
 ):
     """table_grad plus the rows of grad_rows, each at its index; new (R, C), table_grad's dtype."""
+    if factors is not None:
+        grad_rows = factors[:, None] * grad_rows
     return table_grad.index_add(0, indices.flatten(), grad_rows.to(table_grad.dtype))
 
 
@@ -54,6 +57,7 @@ def _load_position(
     rows_ptr,  # (N,) int32
     order_ptr,  # (N,) int32
     grad_ptr,  # (N, C), rows grad_stride apart
+    factors_ptr,  # (N,) fp32, or None
     table_ptr,  # (R, C), rows table_stride apart
     R,
     grad_stride,
@@ -77,6 +81,8 @@ def _load_position(
     flush = ends & (spans == 0) & (row >= 0) & (row < R)
     x_width, width = tl.where(valid, C, 0), tl.where(flush, C, 0)
     x = tl.load(grad_ptr + source * grad_stride + col, mask=col < x_width, other=0.0)
+    if factors_ptr is not None:
+        x = x.to(tl.float32) * tl.load(factors_ptr + source)
     target = table_ptr + row.to(tl.int64) * table_stride + col
     old = tl.load(target, mask=col < width, other=0.0)
     return x, old, target, width, ends, spans, row != previous
@@ -111,6 +117,7 @@ def _embedding_grad_kernel(
     grad_ptr,  # (N, C), rows grad_stride apart
     rows_ptr,  # (N,) int32
     order_ptr,  # (N,) int32
+    factors_ptr,  # (N,) fp32, or None
     table_ptr,  # (R, C), rows table_stride apart
     partial_ptr,  # (blocks, 2, C) fp32
     N,
@@ -131,20 +138,20 @@ def _embedding_grad_kernel(
     acc = tl.zeros((BC,), tl.float32)
     for i in range(start, stop, 4):  # loads of four gradient and four table rows in flight
         x0, old0, to0, width0, ends0, spans0, slot0 = _load_position(
-            i, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
-            R, grad_stride, table_stride, C, col,
+            i, stop, previous, following, rows_ptr, order_ptr, grad_ptr, factors_ptr,
+            table_ptr, R, grad_stride, table_stride, C, col,
         )  # fmt: skip
         x1, old1, to1, width1, ends1, spans1, slot1 = _load_position(
-            i + 1, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
-            R, grad_stride, table_stride, C, col,
+            i + 1, stop, previous, following, rows_ptr, order_ptr, grad_ptr, factors_ptr,
+            table_ptr, R, grad_stride, table_stride, C, col,
         )  # fmt: skip
         x2, old2, to2, width2, ends2, spans2, slot2 = _load_position(
-            i + 2, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
-            R, grad_stride, table_stride, C, col,
+            i + 2, stop, previous, following, rows_ptr, order_ptr, grad_ptr, factors_ptr,
+            table_ptr, R, grad_stride, table_stride, C, col,
         )  # fmt: skip
         x3, old3, to3, width3, ends3, spans3, slot3 = _load_position(
-            i + 3, stop, previous, following, rows_ptr, order_ptr, grad_ptr, table_ptr,
-            R, grad_stride, table_stride, C, col,
+            i + 3, stop, previous, following, rows_ptr, order_ptr, grad_ptr, factors_ptr,
+            table_ptr, R, grad_stride, table_stride, C, col,
         )  # fmt: skip
         acc = _fold(acc, x0, old0, to0, width0, ends0, spans0, slot0, partial_ptr, C, col)
         acc = _fold(acc, x1, old1, to1, width1, ends1, spans1, slot1, partial_ptr, C, col)
@@ -209,9 +216,10 @@ def sort_rows(
 
 
 def embedding_grad(
-    grad_rows,  # (N, C) bf16 or fp32, stride 1 along the rows
+    grad_rows,  # (N, C) bf16, fp32 or FP8, stride 1 along the rows
     sorted_rows,  # SortedRows of the N positions
     table_grad,  # (R, C) bf16 or fp32, stride 1 along the rows; accumulated into
+    factors=None,  # (N,) fp32 that multiply the rows; 1 if None
 ):
     """Accumulate the gradient row of every look-up into `table_grad`, in place; returns table_grad.
 
@@ -232,6 +240,7 @@ def embedding_grad(
             raise ValueError(f"{name} must have contiguous rows; call .contiguous() on it")
     for name, x in (("rows", sorted_rows.rows), ("order", sorted_rows.order)):
         check_tensor("embedding_grad", name, x, (positions,), torch.int32)
+    check_tensor("embedding_grad", "factors", factors, (positions,), torch.float32)
     if grad_rows.numel() == 0:
         return table_grad
     cols = grad_rows.size(1)
@@ -243,6 +252,7 @@ def embedding_grad(
         grad_ptr=grad_rows,
         rows_ptr=sorted_rows.rows,
         order_ptr=sorted_rows.order,
+        factors_ptr=factors,
         table_ptr=table_grad,
         partial_ptr=partial,
         N=positions,

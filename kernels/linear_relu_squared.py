@@ -96,7 +96,7 @@ FOLD = tl.constexpr(16)  # columns that the running maxima fold into one: adjace
 
 
 @triton.jit
-def _tile_corner(
+def tile_corner(
     tile,
     M,
     N,
@@ -148,7 +148,7 @@ def linear_relu_squared_kernel(
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     tl.assume(K > 0)  # otherwise the compiler does not flatten the loops
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
-        row, col = _tile_corner(tile, M, N, BM, BN, GROUP)
+        row, col = tile_corner(tile, M, N, BM, BN, GROUP)
         product = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.cdiv(K, BK)):
             a = a_desc.load([row, k * BK])

@@ -159,6 +159,12 @@ class FusedGPT(nn.Module):
         clipped = self.precision.scaling.clipped
         return None if clipped is None else clipped.item()
 
+    def lse_range(self):
+        """Smallest and largest logsumexp of a position's softcapped logits in the latest training
+        pass: in FP8, what is far below the largest loses precision in lm_head's gradient
+        (kernels/linear_softcap_cross_entropy.py). Synchronises with the GPU."""
+        return self.head.lse_range.tolist()
+
     def forward(
         self,
         tokens,  # (B, T) integer

@@ -72,9 +72,12 @@ def window_figures(trainer, loss, found, step_seconds, crew):
         }
         status += f" on {crew.size} ranks, skew {crew.skew:.3f}"
     model = trainer.model
-    clipped = model.fp8_clipped() if isinstance(model, FusedGPT) else None
-    if clipped is not None:
-        values["fp8_clipped"] = clipped
+    if isinstance(model, FusedGPT):
+        values["lse_min"], values["lse_max"] = (
+            x if math.isfinite(x) else None for x in model.lse_range()
+        )
+        if (clipped := model.fp8_clipped()) is not None:
+            values["fp8_clipped"] = clipped
     if peak := trainer.peak_flops:
         flops = trainer.raw_model.config.flops_per_token
         values["mfu"] = tok_per_s * flops / (peak * crew.size)

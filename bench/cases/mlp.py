@@ -2,10 +2,16 @@
 
 import torch
 
-from nanofuse.bench.cases.case import Case, randn, sizes
+from nanofuse.bench.cases.case import Case, looked_up, randn, sizes
 from nanofuse.bench.harness import zipf_tokens
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
+from nanofuse.kernels.linear_softcap_cross_entropy import (
+    linear_softcap_cross_entropy_dw,
+    linear_softcap_cross_entropy_dx,
+    linear_softcap_cross_entropy_fwd,
+    weighted_rows,
+)
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.relu_squared import relu_squared_bwd, relu_squared_fwd
 from nanofuse.kernels.softcap_cross_entropy import (
@@ -139,3 +145,79 @@ def softcap_cross_entropy_case(rows, device, fp8):
         )
 
     return Case(run, tuple(logits.shape), (logits, targets), args=(logits, targets, vocab))
+
+
+def head_inputs(rows, device, fp8, width=None, dtype=torch.bfloat16):
+    """x (N, C) and w (V, C), FP8Operands or in `dtype`; targets (N,) and V."""
+    width, vocab = width or sizes(device).width, sizes(device).vocab
+    targets = zipf_tokens((rows,), vocab, device)
+    if fp8:
+        x = operand(device, 6.0, E4M3, rows, width)
+        w = operand(device, 18 / width**0.5, E4M3, vocab, width, factor=3 * width**-0.5)
+    else:
+        x = torch.randn(rows, width, device=device).to(dtype)
+        w = (torch.randn(vocab, width, device=device) * (3 * width**-0.5)).to(dtype)
+    return x, w, targets, vocab
+
+
+def linear_softcap_case(rows, device, fp8, width=None, dtype=torch.bfloat16):
+    """lm_head's product with losses and u, in FP8 in both layouts."""
+    args = head_inputs(rows, device, fp8, width, dtype)
+    x, w, targets, vocab = args
+
+    def run():
+        losses, lse, grad = linear_softcap_cross_entropy_fwd(*args)
+        return losses, lse, grad.u, grad.weights, grad.at_target
+
+    read = (x.data, w.data, targets) if fp8 else (x, w, targets)
+    c = (x.data if fp8 else x).size(1)
+    return Case(run, (rows, c, vocab), read, flops=2 * rows * c * vocab, args=args)
+
+
+def head_grad(rows, device, fp8, width=None):
+    """x, w and targets, and the LogitsGrad and scale of their mean loss."""
+    args = head_inputs(rows, device, fp8, width)
+    *_, grad = linear_softcap_cross_entropy_fwd(*args)
+    return *args[:3], grad, mean_grad_scale(args[2])
+
+
+def weighted_rows_case(rows, device, fp8, width=None):
+    x, _, _, grad, scale = head_grad(rows, device, fp8, width)
+    read = x.transposed if fp8 else x
+
+    def run():
+        weighted = weighted_rows(x, grad, scale)
+        return weighted.transposed if fp8 else weighted
+
+    return Case(run, tuple(read.shape), (read, grad.weights), args=(x, grad, scale))
+
+
+def linear_softcap_dx_case(rows, device, fp8, width=None):
+    """In place of the product; rows of w are gathered."""
+    x, w, targets, grad, scale = head_grad(rows, device, fp8, width)
+    matrix = w.data if fp8 else w
+    product = torch.zeros(rows, matrix.size(1), dtype=torch.bfloat16, device=device)
+    return Case(
+        lambda: linear_softcap_cross_entropy_dx(product, w, grad, scale),
+        tuple(product.shape),
+        (product, grad.weights, grad.at_target, looked_up(matrix, targets)),
+        product,
+        returns_new=False,
+        args=(product, w, grad, scale),
+    )
+
+
+def linear_softcap_dw_case(rows, device, fp8, width=None):
+    """Adds the targets' rows, sorted, to the gradient of w."""
+    x, w, targets, grad, scale = head_grad(rows, device, fp8, width)
+    x_data = x.data if fp8 else x
+    out = torch.zeros(grad.u.data.size(1) if fp8 else w.size(0), x_data.size(1), device=device)
+    rows_moved = looked_up(out, targets)
+    return Case(
+        lambda: linear_softcap_cross_entropy_dw(x, grad, scale, out),
+        tuple(x_data.shape),
+        (x_data, targets, grad.at_target, rows_moved),
+        rows_moved,
+        returns_new=False,
+        args=(x, grad, scale, out),
+    )

@@ -135,8 +135,27 @@ OPS = (
     ),
     Op(
         "linear_softcap_cross_entropy",
-        "softcap_cross_entropy(x·wᵀ, targets), in chunks",
-        bench="-",
+        "losses, and u = e·(1 − z²/15²) with e = exp(z − 15) for the gradient, of x·wᵀ",
+        (
+            Call("FP8", ("linear_softcap_cross_entropy[1024]",), "linear_softcap_cross_entropy"),
+            Call(
+                "bf16",
+                ("linear_softcap_cross_entropy_bf16[1024]",),
+                "linear_softcap_cross_entropy_bf16",
+            ),
+            Call("all, by the tile of its rows", (), "linear_softcap_cross_entropy_rows"),
+            Call(
+                "weighted_rows, FP8",
+                ("linear_softcap_cross_entropy_rows[weighted_rows]",),
+                "linear_softcap_cross_entropy_weighted",
+            ),
+            Call(
+                "dx, FP8",
+                ("linear_softcap_cross_entropy_rows[dx]",),
+                "linear_softcap_cross_entropy_dx",
+            ),
+            Call("dw, FP8", ("linear_softcap_cross_entropy_rows[dw]",)),
+        ),
     ),
     Op(
         "embedding_grad",

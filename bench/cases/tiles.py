@@ -74,6 +74,23 @@ LINEAR_BF16 = [
     *(LinearTile(*shape, 128, 8, n) for shape in ((128, 256), (256, 128)) for n in (3, 4)),
     *(LinearTile(128, 256, 128, 8, 4, group) for group in (4, 16)),
 ]
+LOGITS = [
+    *(LinearTile(128, 128, 128, 4, 3, group, 2) for group in (4, 8, 16)),
+    *(LinearTile(128, 128, 128, 8, 3, group, 2, 128) for group in (8, 16)),
+    LinearTile(128, 128, 64, 4, 4, 8, 2),
+    LinearTile(64, 128, 128, 4, 2, 16, 3, 128),
+    LinearTile(64, 128, 64, 4, 3, 16, 4, 128),
+    LinearTile(128, 64, 128, 4, 2, 16, 4, 128),
+    LinearTile(64, 256, 128, 4, 2, 16, 2),
+    LinearTile(256, 128, 128, 8, 3),
+]
+LOGITS_BF16 = [
+    *(LinearTile(128, 128, 128, 4, 3, group, 2) for group in (8, 16)),
+    LinearTile(128, 128, 128, 8, 2, 16, 2, 128),
+    *(LinearTile(128, 256, 128, 8, stages) for stages in (3, 4)),
+    LinearTile(128, 256, 128, 8, 4, 16),
+    LinearTile(256, 128, 128, 8, 3),
+]
 HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
     for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))
@@ -127,6 +144,20 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
                 (64, 128, 8, 8, None),
             )
         ],
+    ),
+    "linear_softcap_cross_entropy": (partial(mlp.linear_softcap_case, fp8=True), LOGITS),
+    "linear_softcap_cross_entropy_bf16": (partial(mlp.linear_softcap_case, fp8=False), LOGITS_BF16),
+    "linear_softcap_cross_entropy_rows": (
+        partial(mlp.linear_softcap_case, fp8=True),
+        tiles((64, 128, 256), (16, 32, 64), (4, 8)),
+    ),
+    "linear_softcap_cross_entropy_weighted": (
+        partial(mlp.weighted_rows_case, fp8=True),
+        tiles((16, 32, 64), (256, 512), (4, 8)),
+    ),
+    "linear_softcap_cross_entropy_dx": (
+        partial(mlp.linear_softcap_dx_case, fp8=True),
+        tiles((8, 16, 32), (256, 512), (4, 8)),
     ),
     "embedding_grad": (
         tables.embedding_grad_case,

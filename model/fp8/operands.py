@@ -64,10 +64,11 @@ class Operands:
         tensors,  # {name: tensor}
     ):
         """Raise ValueError for tensors that `load_state_dict` cannot take."""
-        if not tensors:
+        if not tensors or not self.scaling.state_dict():
             return
-        mine = self.scaling.state_dict()
-        shapes = {name: x.shape for name, x in mine.items()} | ({"updates": ()} if mine else {})
+        scale = tensors.get("scale")
+        count = scale.size(0) if scale is not None and scale.dim() else self.scaling.count
+        shapes = self.scaling.shapes(count) | {"updates": ()}
         for name, shape in shapes.items():
             if name not in tensors or tensors[name].shape != shape:
                 raise ValueError(f"FP8 scale {name!r} is missing or of another shape")
@@ -77,8 +78,9 @@ class Operands:
         self,
         tensors,  # {name: tensor}
     ):
-        """Restore what `state_dict` gave, before or after the weights are loaded. Without tensors,
-        or without FP8, start with fresh scales.
+        """Restore what `state_dict` gave, before or after the weights are loaded. Start with fresh
+        scales without FP8, without tensors, and with scales of another number of tensors: those of
+        a version that wrote others in FP8.
 
         Raises:
             ValueError: a tensor is missing or of another shape; nothing has changed.
@@ -86,6 +88,8 @@ class Operands:
         self.check(tensors)
         self.scaling.reset()
         self.steps, self.recorded, self._version = 0, False, None
-        if tensors and self.scaling.state_dict():
+        if not tensors or not self.scaling.state_dict():
+            return
+        if tensors["scale"].size(0) == self.scaling.count:
             self.scaling.load_state_dict(tensors)
             self.steps = int(tensors["updates"]) - 1

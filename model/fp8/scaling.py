@@ -30,6 +30,7 @@ class DelayedScaling:
             that all have the same scales; None: there is one rank.
 
     Attributes:
+        count: S.
         history: (HISTORY, S) fp32, the amax of every tensor in the latest finished steps.
         scale, inverse_scale, amax: (S, SLOT) fp32, of which only the first column is used.
         calibrating: whether a tensor is still to be calibrated, for which `produce` runs its kernel
@@ -40,7 +41,7 @@ class DelayedScaling:
 
     def __init__(self, dtypes, device, maximum=None):
         self.maximum = maximum or (lambda x: None)
-        count = len(dtypes)
+        self.count = count = len(dtypes)
         self.fp8_max = torch.tensor([torch.finfo(d).max for d in dtypes.values()], device=device)
         self.history = torch.empty(HISTORY, count, device=device)
         self.scale, self.inverse_scale, self.amax = (
@@ -115,6 +116,13 @@ class DelayedScaling:
         scale = (self.fp8_max[at] / (MARGIN * peak)).clamp_max(LARGEST_SCALE)[:, None]
         self.scale[at] = torch.where(known, scale, self.scale[at])
         self.inverse_scale[at] = torch.where(known, 1 / scale, self.inverse_scale[at])
+
+    @staticmethod
+    def shapes(count):
+        """Shapes of `state_dict` for `count` tensors, {name: shape}."""
+        return {"history": (HISTORY, count)} | dict.fromkeys(
+            ("scale", "inverse_scale"), (count, SLOT)
+        )
 
     def state_dict(self):
         """The tensors that a checkpoint stores, {name: tensor}."""

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 KINDS = ("forward", "input_grad", "weight_grad")
-# those that kernels/linear_relu_squared.py computes; a provider does all others
-IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad")}
+# those of kernels/linear_relu_squared.py and linear_softcap_cross_entropy.py; a provider does all
+# others
+IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad"), ("lm_head", "forward")}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanofuse.kernels.common.fp8 import E5M2
+from nanofuse.kernels.linear_softcap_cross_entropy import (
+    LogitsGrad,
+    linear_softcap_cross_entropy_dw,
+    linear_softcap_cross_entropy_dx,
+    linear_softcap_cross_entropy_fwd,
+    weighted_rows,
+)
 from nanofuse.kernels.softcap_cross_entropy import (
     mean_grad_scale,
-    softcap_cross_entropy_bwd,
     softcap_cross_entropy_fwd,
     softcap_cross_entropy_ref,
     softcap_ref,
@@ -55,27 +60,30 @@ class Head(nn.Module):
 class Saved:
     """What the forward pass saves."""
 
-    normed: Any  # operand (N, C), of which the weight gradient's part
-    logits: torch.Tensor  # (N, V) before the softcap
-    lse: torch.Tensor  # (N,) logsumexp of the softcapped logits
+    normed: Any  # operand (N, C)
+    grad: LogitsGrad | None
 
 
 class FusedHead:
     """The end of the list: gives losses (N,) instead of a stream, and takes grad_loss () back."""
 
-    ops = ("softcap_cross_entropy",)
-    matrices, fp8 = (), {"grad_logits": E5M2}
+    ops = ("linear_softcap_cross_entropy", "embedding_grad")
+    matrices, fp8 = (), {}
 
     def __init__(self, module):
         self.vocab_size = module.vocab_size
         self.lm_head = LinearWeight("lm_head", [module.lm_head], stacked=False)
         self.weights = (self.lm_head,)
+        # smallest and largest logsumexp of the latest micro-step
+        self.lse_range = torch.zeros(2, device=module.lm_head.weight.device)
 
     def forward(self, step, stream):
-        gemm, normed = step.precision.gemm, stream.take_normed()
-        logits = gemm.forward(normed, step.precision.weight(self.lm_head))
-        losses, lse = softcap_cross_entropy_fwd(logits, step.targets, self.vocab_size)
-        return losses, Saved(gemm.keep(normed), logits, lse)
+        normed, weight = stream.take_normed(), step.precision.weight(self.lm_head)
+        losses, lse, grad = linear_softcap_cross_entropy_fwd(
+            normed, weight, step.targets, self.vocab_size
+        )
+        torch.aminmax(lse, out=tuple(self.lse_range))
+        return losses, Saved(normed, grad)
 
     def losses(self, step, stream):
         """The losses (N,) alone, with the logits of EVALUATION_ROWS positions at a time."""
@@ -93,15 +101,12 @@ class FusedHead:
         saved,
         grad_loss,  # ()
     ):
-        gemm, scale = step.precision.gemm, mean_grad_scale(step.targets) * grad_loss
-
-        def run(scaling):
-            return softcap_cross_entropy_bwd(
-                saved.logits, step.targets, saved.lse, scale, self.vocab_size,
-                scaling, inplace=scaling is None,
-            )  # fmt: skip
-
-        grad_logits = step.precision.scaling.produce("grad_logits", run)
-        saved.logits = None
-        gemm.weight_grad(grad_logits, saved.normed, self.lm_head.grad)
-        return StreamGrad(normed=gemm.input_grad(grad_logits, self.lm_head.operand))
+        gemm, grad, normed = step.precision.gemm, saved.grad, saved.normed
+        saved.grad = saved.normed = None
+        scale = mean_grad_scale(step.targets) * grad_loss
+        gemm.weight_grad(grad.u, weighted_rows(normed, grad, scale), self.lm_head.grad)
+        linear_softcap_cross_entropy_dw(normed, grad, scale, self.lm_head.grad)
+        product = gemm.input_grad(grad.u, self.lm_head.operand)
+        return StreamGrad(
+            normed=linear_softcap_cross_entropy_dx(product, self.lm_head.operand, grad, scale)
+        )

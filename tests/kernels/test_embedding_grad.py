@@ -72,6 +72,19 @@ def test_widths_and_dtypes(cols, dtype, table_dtype, device):
     check("random", *case("random", 33, cols, dtype, table_dtype, device))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+def test_factors_of_the_rows(dtype, device):
+    """Also of FP8 rows; what is skipped may have a factor that is no number."""
+    grad_rows, indices, table, _ = case("zipf", 67, 24, torch.float32, torch.float32, device)
+    grad_rows, factors = grad_rows.to(dtype), torch.randn(67, device=device)
+    exact = embedding_grad_ref(grad_rows.double(), indices, table.double(), factors.double())
+    factors = torch.cat([factors, factors.new_full((3,), NAN)])
+    grad_rows = torch.cat([grad_rows.float(), grad_rows[:3].float()]).to(dtype)
+    indices = torch.cat([indices, torch.tensor([-1, -1, table.size(0)], device=device)])
+    got = embedding_grad(grad_rows, sort_rows(indices, table.size(0)), table, factors)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_a_table_of_one_row(device):
     grad_rows = torch.randn(65, 8, device=device)
     table = torch.zeros(1, 8, device=device)

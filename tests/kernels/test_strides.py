@@ -9,12 +9,12 @@ import torch
 
 from nanofuse.kernels import adamw as adamw_module
 from nanofuse.kernels import linear_relu_squared as linear
+from nanofuse.kernels import linear_softcap_cross_entropy as head
 from nanofuse.kernels.bigram_rows import bigram_rows
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
-from nanofuse.kernels.linear_softcap_cross_entropy import linear_softcap_cross_entropy
 from nanofuse.kernels.muon_momentum import muon_momentum
 from nanofuse.kernels.muon_update import WeightCopies, muon_apply, muon_factors, muon_update
 from nanofuse.kernels.newton_schulz import (
@@ -108,6 +108,10 @@ def loss(**more):
     return {"logits": rand(N, 32), "targets": ids(N), "vocab_size": 30, **more}
 
 
+def logits_grad(u):
+    return head.LogitsGrad(u, rand(N), -rand(N), rand(1) + 1, ids(N), 30)
+
+
 def muon():
     shape = (2, 32, 16)
     return {
@@ -153,9 +157,29 @@ CASES = {
     "linear_relu_squared_bwd fp8": (linear.linear_relu_squared_bwd, lambda: {
         "dz": operand(N, 16), "v": operand(16, C), "y": operand(N, C), "scaling": scaling(E5M2),
     }),
-    "linear_softcap_cross_entropy": (linear_softcap_cross_entropy, lambda: {
+    "linear_softcap_cross_entropy": (head.linear_softcap_cross_entropy, lambda: {
         "x": rand(N, 16), "weight": rand(32, 16), "targets": ids(N), "vocab_size": 30,
         "chunk_rows": 8,
+    }),
+    "linear_softcap_cross_entropy_fwd": (head.linear_softcap_cross_entropy_fwd, lambda: {
+        "x": rand(N, 16), "w": rand(32, 16), "targets": ids(N), "vocab_size": 30,
+    }),
+    "linear_softcap_cross_entropy_fwd fp8": (head.linear_softcap_cross_entropy_fwd, lambda: {
+        "x": operand(N, 16), "w": operand(32, 16), "targets": ids(N), "vocab_size": 30,
+    }),
+    "weighted_rows": (head.weighted_rows, lambda: {
+        "x": rand(N, 16), "grad": logits_grad(rand(N, C)), "scale": rand(1),
+    }),
+    "weighted_rows fp8": (head.weighted_rows, lambda: {
+        "x": operand(N, 16), "grad": logits_grad(operand(N, C)), "scale": rand(1),
+    }),
+    "linear_softcap_cross_entropy_dx": (head.linear_softcap_cross_entropy_dx, lambda: {
+        "product": rand(N, 16), "w": operand(C, 16), "grad": logits_grad(operand(N, C)),
+        "scale": rand(1),
+    }),
+    "linear_softcap_cross_entropy_dw": (head.linear_softcap_cross_entropy_dw, lambda: {
+        "x": operand(N, 16), "grad": logits_grad(operand(N, C)), "scale": rand(1),
+        "out": rand(C, 16),
     }),
     "muon_momentum": (muon_momentum, lambda: {
         "grad": rand(2, 8, 16), "momentum_buffer": rand(2, 8, 16), "hyper": rand(3),

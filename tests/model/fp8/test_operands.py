@@ -173,10 +173,18 @@ def test_a_state_is_loaded_in_any_order(order, steps):
     assert torch.equal(operands.scaling.amax, again.scaling.amax)
 
 
+def scales_of_0_1():
+    """Of the same tensors and one more, the gradient of the logits, after six steps."""
+    count = make_operands()[1].scaling.count + 1
+    shapes = DelayedScaling.shapes(count)
+    return {n: torch.rand(s) for n, s in shapes.items()} | {"updates": torch.tensor(7)}
+
+
 @pytest.mark.parametrize("weights_first", [True, False])
+@pytest.mark.parametrize("tensors", [dict, scales_of_0_1], ids=["none", "0.1"])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_without_scales_everything_starts_anew(scaling, weights_first):
-    """As of a checkpoint of another backend."""
+def test_without_scales_of_ours_everything_starts_anew(scaling, tensors, weights_first):
+    """As of a checkpoint of another backend, or of a version that had other tensors in FP8."""
     model, operands = make_operands(scaling, seed=1)
     twin, again = make_operands(scaling)
     take_step(twin, again, 5.0, 100.0)
@@ -185,7 +193,7 @@ def test_without_scales_everything_starts_anew(scaling, weights_first):
         twin.load_state_dict(model.state_dict())
         again.follow()
     again.recorded = True
-    again.load_state_dict({})
+    again.load_state_dict(tensors())
     if not weights_first:
         twin.load_state_dict(model.state_dict())
     again.follow()
