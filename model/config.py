@@ -258,8 +258,8 @@ class GPTConfig:
         two norms and the stream (7 widths), the MLP's pre-activation and activation (8 widths);
         under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead (the
         fused pass keeps no pre-activation, but the activation in two layouts: as many bytes).
-        Logits count in the activation type and twice in fp32; in the fused pass their gradients
-        are FP8 in two layouts, or take the place of the logits.
+        Logits count in the activation type and twice in fp32; the fused pass has a factor of their
+        gradient alone, in the activation type or in FP8 in two layouts.
         """
         counts = self.param_counts()
         looked_up = sum(counts[f"{name}_embed"] for name in self.table_rows)
@@ -268,6 +268,6 @@ class GPTConfig:
         tokens = batch_size * self.sequence_len
         widths = (8 * activation_bytes + 7) if fp8 else 15 * activation_bytes
         blocks = tokens * self.n_layer * self.n_embd * widths
-        beside = (2 if fp8 else 0) if fused else 8
-        logits = tokens * self.padded_vocab_size * (activation_bytes + beside)
+        per_logit = (2 if fp8 else activation_bytes) if fused else activation_bytes + 8
+        logits = tokens * self.padded_vocab_size * per_logit
         return state + blocks + logits

@@ -74,8 +74,8 @@ def test_memory_estimate_grows_with_the_batch_and_shrinks_with_fp8():
 
 def test_memory_estimate_of_fused_fp8_is_near_what_was_measured():
     """GiB of 32 x 2048 tokens on an H200 (records/2026-11-23-step), the last without the MLP's
-    pre-activation."""
-    for depth, measured in ((4, 10.5), (8, 16.9), (16, 40.5)):
+    pre-activation; 3.9 less since logits are not stored (dev/LOG.md, 2026-11-29)."""
+    for depth, measured in ((4, 10.5 - 3.9), (8, 16.9 - 3.9), (16, 40.5 - 3.9)):
         estimate = GPTConfig.from_depth(depth).memory_estimate(32, 2, fp8=True, fused=True)
         assert abs(estimate / 2**30 / measured - 1) < 0.12, depth
 
