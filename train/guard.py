@@ -23,9 +23,10 @@ START_SECONDS = 3600  # to build caches, train a tokenizer and compile; to evalu
 SILENT_SECONDS = 15  # without a pulse, after which a rank counts as gone
 DEAF_SECONDS = 10  # for the main thread to hear a last word
 PULSE_SECONDS = 0.5
-TOLD_SECONDS = 3  # for the first rank to fail to print its line
+TOLD_SECONDS = 3  # for the first rank to fail to print its line, and for the others to hear of it
 LAST_WORD = "last word"
 TOLD = "told"
+PARTED = "parted"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,18 @@ class Guard:
         until = time.monotonic() + TOLD_SECONDS
         while time.monotonic() < until and not self.cut_off:
             if self._ask(lambda: self.store.check([TOLD])):
+                return
+            time.sleep(0.02)
+
+    def part(self):
+        """The last call of a rank that fails. Rank 0, with whom the store may go, waits a moment
+        until all others have heard."""
+        if self.rank:
+            self._ask(lambda: self.store.add(PARTED, 1))
+            return
+        until = time.monotonic() + TOLD_SECONDS
+        while time.monotonic() < until and not self.cut_off:
+            if self._ask(lambda: self.store.add(PARTED, 0)) == self.world - 1:
                 return
             time.sleep(0.02)
 

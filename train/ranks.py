@@ -276,10 +276,11 @@ class Ranks(Alone):
         elif self.guard.claim(code, line).rank == self.rank:
             print(line, file=sys.stderr, flush=True)
             self.guard.tell()
-            os._exit(code)
+            line = ""
         self.guard.wait_for_the_first()
         if line and code < 128:
             print(line, file=sys.stderr, flush=True)
+        self.guard.part()
         os._exit(code)
 
     def close(self):

@@ -80,6 +80,19 @@ def test_the_others_wait_until_the_first_has_told(guards):
     assert made[0].store.check([module.TOLD])
 
 
+def test_rank_0_parts_when_all_others_have_heard(guards, monkeypatch):
+    monkeypatch.setattr(module, "TOLD_SECONDS", 30)
+    made = guards(3)
+    parted = [threading.Thread(target=guard.part) for guard in made]
+    parted[0].start()
+    parted[1].start()
+    time.sleep(0.1)
+    assert parted[0].is_alive()
+    parted[2].start()
+    parted[0].join(10)
+    assert not parted[0].is_alive()
+
+
 def test_a_rank_that_keeps_no_promise_is_named_with_its_place(guards, ended, capfd):
     made = guards(2)
     made[1].main = threading.current_thread()

@@ -8,7 +8,8 @@ from nanofuse.train.run_folder import checkpoints
 from tests.train.forks import Forks
 from tests.train.tiny import TINY, losses, records, strangers
 
-BATCH = ["--total-batch-size", 2 * 64 * 6, "--eval-tokens", 64 * 9]  # 6 micro-steps, 4.5 batches
+ARGS = [flag for flag in TINY if flag != "--skip-initial-eval"]
+ARGS += ["--total-batch-size", 2 * 64 * 6, "--eval-tokens", 64 * 9]  # 6 micro-steps, 4.5 batches
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def train(forks, data_dir, work_dir):
     """train(name, ranks, flags): the run's folder, after it ended well."""
 
     def run(name, ranks, *flags, **more):
-        args = [*TINY, "--data", data_dir, *BATCH, "--run", name, "--gpus", ranks, *flags]
+        args = [*ARGS, "--data", data_dir, "--run", name, "--gpus", ranks, *flags]
         code, err = forks.run(args, work_dir, **more)
         assert (code, err) == (0, "")
         return work_dir / "runs" / name
@@ -55,13 +56,13 @@ def test_ranks_in_different_calls_end(forks, work_dir):
 
 
 def test_losses_and_bpb_are_those_of_one_rank(train):
-    """The first evaluation, of the same weights, to the bit."""
-    flags = ["--num-iterations", 4, "--eval-every", 2, "--no-skip-initial-eval"]
-    flags.remove("--no-skip-initial-eval")
+    """Evaluations of the same weights, to the bit."""
+    flags = ["--num-iterations", 4, "--eval-every", 2]
     alone = train("w1", 1, *flags)
     for world in (2, 3):
         shared = train(f"w{world}", world, *flags)
         assert losses(shared) == pytest.approx(losses(alone), abs=1e-6)
+        assert bpbs(shared)[0] == bpbs(alone)[0]
         assert bpbs(shared) == pytest.approx(bpbs(alone), abs=1e-6)
         for record in records(shared):
             assert record["ranks"] == world and record["skew"] >= 1
@@ -70,25 +71,24 @@ def test_losses_and_bpb_are_those_of_one_rank(train):
         assert strangers(shared) == []
 
 
-def test_another_number_of_ranks_goes_on(train, forks, work_dir, data_dir):
-    whole = train("whole", 1, "--num-iterations", 6)
-    for name, ranks in (("a", (1, 2, 3)), ("b", (3, 1, 2))):
-        train(name, ranks[0], "--num-iterations", 6, "--save-every", 2, "--keep", 9)
-        for step in (6, 4):  # as if it had been cut off after step 2
-            folder = checkpoints(work_dir / "runs" / name)[step]
-            folder.rename(work_dir / f"{name}-{step}")
-        for world, stop in zip(ranks[1:], (4, 6), strict=True):
-            args = ["--run", name, "--resume", "--gpus", world]
-            assert forks.run(args, work_dir) == (0, "")
-            if stop == 4:
-                checkpoints(work_dir / "runs" / name)[6].rename(work_dir / f"{name}-6-{world}")
-        assert losses(work_dir / "runs" / name) == pytest.approx(losses(whole), abs=1e-5)
+def test_any_number_of_ranks_goes_on(train, forks, work_dir):
+    """1, 2, 3 and 1 again; each but the last is asked to end."""
+    whole, flags = train("whole", 1, "--num-iterations", 8), ["--num-iterations", 8]
+    for world, step in ((1, 2), (2, 4), (3, 6)):
+        args = [*ARGS, *flags] if step == 2 else ["--resume"]
+        args = [*args, "--data", work_dir.parent / "data", "--run", "a", "--gpus", world]
+        code, err = forks.run(args, work_dir, fault=("SIGTERM", world - 1, step))
+        assert code == 143 and f"step {step} is saved" in err
+    assert forks.run(["--run", "a", "--resume", "--gpus", 1], work_dir) == (0, "")
+    directory = work_dir / "runs" / "a"
+    assert list(checkpoints(directory)) == [2, 4, 6, 8]
+    assert losses(directory) == pytest.approx(losses(whole), abs=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_once_and_the_run_goes_on(forks, train, data_dir, work_dir, number):
     directory = work_dir / "runs" / "a"
-    args = [*TINY, "--data", data_dir, *BATCH, "--run", "a", "--gpus", 2, "--num-iterations", 300]
+    args = [*ARGS, "--data", data_dir, "--run", "a", "--gpus", 2, "--num-iterations", 300]
     code, err = forks.run(args, work_dir, number, 0.05, directory / "metrics.jsonl", 3)
     assert code == 128 + number
     (step,) = checkpoints(directory)
@@ -102,7 +102,7 @@ def test_a_signal_saves_once_and_the_run_goes_on(forks, train, data_dir, work_di
 
 
 def test_a_signal_to_one_rank_ends_all(forks, data_dir, work_dir):
-    args = [*TINY, "--data", data_dir, *BATCH, "--run", "a", "--gpus", 2, "--num-iterations", 9]
+    args = [*ARGS, "--data", data_dir, "--run", "a", "--gpus", 2, "--num-iterations", 9]
     code, err = forks.run(args, work_dir, fault=("SIGTERM", 1, 3))
     assert code == 143 and err.startswith("stopped by SIGTERM after step 3; step 3 is saved")
     assert err.count("\n") == 1
