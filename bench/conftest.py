@@ -8,6 +8,7 @@ import torch
 
 from nanofuse.bench.harness import MAX_ROUNDS, listed
 from nanofuse.bench.report import step_table, table_lines
+from nanofuse.bench.scaling import SCHEMES, WORLDS, scaling_table
 from nanofuse.bench.training import STEP_ROWS
 from nanofuse.model.providers import PRODUCTS, choices
 from nanofuse.train.device import device_name, select_device
@@ -27,10 +28,13 @@ def pytest_addoption(parser):
         action="store_true",
         help="the fused path without graphs, whose memory no baseline can use: d16 on 80 GB",
     )
+    group = parser.getgroup("bench_scaling")
+    group.addoption("--worlds", default="", help="numbers of ranks; default 1,2,4,8 as GPUs allow")
+    group.addoption("--schemes", default=",".join(SCHEMES), help="ways to share a step")
 
 
 def pytest_configure(config):
-    """Refuses options of bench_step before anything is collected."""
+    """Refuses options of bench_step and bench_scaling before anything is collected."""
     depths, providers = (listed(config.getoption(name)) for name in ("--depth", "--fp8"))
     for depth in depths:
         if not re.fullmatch(r"[1-9]\d{0,2}", depth):
@@ -42,6 +46,12 @@ def pytest_configure(config):
     rows = config.getoption("--device-batch-size")
     if rows < 1 or STEP_ROWS % rows:
         raise pytest.UsageError(f"--device-batch-size {rows}: give a divisor of {STEP_ROWS}")
+    for world in listed(config.getoption("--worlds")):
+        if world not in map(str, WORLDS):
+            raise pytest.UsageError(f"--worlds {world}: choose from {', '.join(map(str, WORLDS))}")
+    for scheme in listed(config.getoption("--schemes")):
+        if scheme not in SCHEMES:
+            raise pytest.UsageError(f"--schemes {scheme}: choose from {', '.join(SCHEMES)}")
     for fp8 in providers:
         if fp8 not in choices(PRODUCTS):
             raise pytest.UsageError(f"--fp8 {fp8}: choose from {', '.join(choices(PRODUCTS))}")
@@ -151,10 +161,12 @@ def pytest_terminal_summary(terminalreporter, config):
     steps = [b.extra_info for b in benchmarks if "contenders" in b.extra_info]
     loader = [b for b in benchmarks if "m_tok_per_s" in b.extra_info]
     products = [b.extra_info["product"] for b in benchmarks if "product" in b.extra_info]
+    scaling = [b.extra_info for b in benchmarks if "schemes" in b.extra_info]
     sections = (
         ("ops", ops, _ops_table),
         ("products", products, _products_table),
         ("steps", steps, step_table),
+        ("scaling", scaling, scaling_table),
         ("loader", loader, _loader),
     )
     for title, rows, table in sections:

@@ -1,4 +1,4 @@
-"""Shared by bench_step and step_profile: the workload of one training step, and the timed step."""
+"""Shared by all that time whole steps: the workload of one training step, and the timed step."""
 
 import time
 from contextlib import contextmanager
@@ -57,24 +57,32 @@ def synchronize():
 
 
 class PhaseClock:
-    """Times consecutive phases, each from the end of the one before it to its own end.
+    """Times consecutive phases, each from the end of the one before it to its own end. A phase
+    within another one is taken out of that.
 
-    On a GPU the times are those of CUDA events in the current stream; `seconds` synchronises.
+    On a GPU the times are those of CUDA events in the stream that is current when the clock is
+    made: what other streams do meanwhile does not count. `seconds` synchronises.
     """
 
     def __init__(self):
+        self.stream = torch.cuda.current_stream() if ON_GPU else None
         self.marks = [(None, self._now())]
+        self.open = []  # names, the innermost last
 
     def _now(self):
         if not ON_GPU:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self.stream)
         return event
 
     @contextmanager
     def __call__(self, name):
+        if self.open:
+            self.marks.append((self.open[-1], self._now()))
+        self.open.append(name)
         yield
+        self.open.pop()
         self.marks.append((name, self._now()))
 
     def seconds(self):
@@ -87,12 +95,13 @@ class PhaseClock:
         return totals
 
 
-def train_step(built, batches, phase):
+def train_step(built, batches, phase, ranks=1):
     """One optimiser step; returns the loss () of its first micro-step.
 
     Args:
         built: train.assemble.Assembled.
         batches: [(inputs, targets)] of its micro-steps, (B, T) int64 each.
+        ranks: that take a step together, each with as many micro-steps of its own.
         phase: phase(name) gives a context manager for "forward", "backward" or "optimizer".
     """
     losses = []
@@ -100,7 +109,7 @@ def train_step(built, batches, phase):
         with phase("forward"):
             loss = built.model(inputs, targets)
         with phase("backward"):
-            (loss / len(batches)).backward()
+            (loss / (ranks * len(batches))).backward()
         losses.append(loss.detach())
     with phase("optimizer"):
         built.optimizer.step(LR_MULT, MOMENTUM, WEIGHT_DECAY)

@@ -1,4 +1,4 @@
-"""Options of bench_step."""
+"""Options of bench_step and bench_scaling."""
 
 import os
 import subprocess
@@ -20,6 +20,8 @@ DEFAULTS = {
     "--device-batch-size": 32,
     "--rounds": 20,
     "--bigram-factor": 5,
+    "--worlds": "",
+    "--schemes": "owned",
 }
 
 
@@ -33,6 +35,8 @@ DEFAULTS = {
         ({"--rounds": 2**63}, "--rounds: give a number"),
         ({"--bigram-factor": -1}, "--bigram-factor: give a number"),
         ({"--fp8": "off,warp"}, f"--fp8 warp: choose from {', '.join(choices(PRODUCTS))}"),
+        ({"--worlds": "2,3"}, "--worlds 3: choose from 1, 2, 4, 8"),
+        ({"--schemes": "owned,ddp"}, "--schemes ddp: choose from owned, nanochat, all-reduce"),
         ({"--device-batch-size": 24}, "--device-batch-size 24: give a divisor of 256"),
         ({"--device-batch-size": 2**63}, "give a divisor of 256"),
         ({"--device-batch-size": 0}, "--device-batch-size 0: give a divisor of 256"),
