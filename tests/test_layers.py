@@ -15,6 +15,7 @@ ALLOWED["bench"] = ALLOWED["train"] | {"bench"}
 COMMANDS = {"train.run", "train.generate", "train.convert", "train.data.__main__"}
 COMMANDS |= {"train.plot", "train.runs", "train.doctor"}
 COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call", "bench.ops_page"}
+COMMANDS |= {"bench.scaling_model"}
 
 
 def imports(path):

@@ -1,0 +1,120 @@
+"""What several ranks send each other in a step, byte by byte, from a model's shape alone: what
+train/optim/parts.py and train/optim/sharing.py make of it. docs/scaling.md is made of this."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from nanofuse.train.optim.parts import BUCKET_BYTES
+from nanofuse.train.placement import is_small, matrix_owners, muon_cost, table_rows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors of one kind: `units` of `shapes`, each in `width` bytes an element, values and
+    gradients; a matrix has one owner, a table's rows as many as there are ranks."""
+
+    name: str
+    units: int
+    shapes: tuple
+    width: int
+    dtype: str
+    table: bool = True
+
+    @property
+    def elements(self):
+        return self.units * sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def nbytes(self):
+        return self.width * self.elements
+
+
+def kinds(config, low=True):
+    """The Kinds of all that has an owner, the matrices in the order of model.fp8.weights.Weights.
+
+    Args:
+        low: whether the tables are kept in bf16, as on a GPU, and not in fp32.
+    """
+    c, kv, vocab = config.n_embd, config.kv_dim, config.padded_vocab_size
+    fp32, low = (4, "float32"), (2, "bfloat16") if low else (4, "float32")
+    layers, values = config.n_layer, len(config.value_embed_layers)
+    found = [
+        Kind("qkv", layers, ((c, c), (kv, c), (kv, c)), *fp32, table=False),
+        Kind("attn_proj", layers, ((c, c),), *fp32, table=False),
+        Kind("fc", layers, ((4 * c, c),), *fp32, table=False),
+        Kind("mlp_proj", layers, ((c, 4 * c),), *fp32, table=False),
+        Kind("lm_head", 1, ((vocab, c),), *fp32),
+        Kind("wte", 1, ((vocab, c),), *low),
+        Kind("values", values, ((vocab, kv),), *low),
+    ]
+    found += [Kind(name, 1, ((rows, c),), *low) for name, rows in config.table_rows.items()]
+    return [kind for kind in found if not all(map(is_small, kind.shapes))]
+
+
+@dataclass
+class Bucket:
+    """What moves together (train/optim/parts.py), by rank: bytes of the gradients, or values, that
+    it owns, and FLOPs of an iteration of Muon; and elements by bytes of one."""
+
+    owned: list
+    flops: list
+    elements: dict
+
+    @classmethod
+    def empty(cls, world):
+        return cls([0] * world, [0.0] * world, {})
+
+    def sent(self, rank):
+        """Bytes that a rank sends of gradients, and of values."""
+        own = self.owned[rank]
+        return sum(self.owned) - own, own * (len(self.owned) - 1)
+
+    def count(self, kind, owner, rows, columns):
+        size = rows * columns
+        self.owned[owner] += size * kind.width
+        self.elements[kind.width] = self.elements.get(kind.width, 0) + size
+        if not kind.table:
+            self.flops[owner] += muon_cost(rows, columns)
+
+
+@cache
+def buckets(config, world, low=True):
+    """The Buckets of a step, but for what is everybody's: stacks of a shape, then tables."""
+    matrices = [kind for kind in kinds(config, low) if not kind.table]
+    dealt = matrix_owners([(kind.units, kind.shapes) for kind in matrices], world)
+    stacks, room = {}, 0
+    for kind, owners in zip(matrices, dealt, strict=True):
+        alike = len(set(kind.shapes)) == 1
+        for index, shape in enumerate(kind.shapes):
+            # q, k and v of grouped heads have a stack each
+            bucket = stacks.setdefault(shape if alike else (index,), Bucket.empty(world))
+            for owner in owners:
+                bucket.count(kind, owner, *shape)
+    found = list(stacks.values())
+    for kind in kinds(config, low):
+        for _ in range(kind.units if kind.table else 0):
+            ((rows, columns),) = kind.shapes
+            nbytes = rows * columns * kind.width
+            if room < nbytes:
+                found.append(Bucket.empty(world))
+                room = BUCKET_BYTES
+            room -= nbytes
+            for part in table_rows(rows, world):
+                found[-1].count(kind, part.owner, part.stop - part.start, columns)
+    return found
+
+
+def owned_bytes(config, world):
+    """Bytes of the gradients, and of the values, that each rank owns, by rank."""
+    return [sum(own) for own in zip(*(b.owned for b in buckets(config, world)), strict=True)]
+
+
+def busiest(owned):
+    """Bytes of gradients, and of values, of the rank that moves most of them: what one sends of
+    the one it receives of the other.
+
+    Args:
+        owned: bytes by rank.
+    """
+    whole, others = sum(owned), len(owned) - 1
+    return max(max(whole - own, own * others) for own in owned)

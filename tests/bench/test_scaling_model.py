@@ -1,0 +1,62 @@
+"""The cost model's bytes are those that are sent, and docs/scaling.md is what it says."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from nanofuse.bench import scaling_model as model
+from nanofuse.bench.scaling_model import PAGE, page
+from nanofuse.bench.schemes import Nanochat
+from nanofuse.model.config import VALUE_GATE_CHANNELS, GPTConfig
+from nanofuse.model.gpt import GPT
+from nanofuse.train.errors import UserError
+from nanofuse.train.optim.config import OptimConfig
+
+SIZES = {"sequence_len": 32, "vocab_size": 100, "bigram_embed_factor": 3}
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_nanochats_stacks_are_padded_as_the_bench_does(world):
+    config = GPTConfig.from_depth(3, 32, 32, **{**SIZES, "vocab_size": 64})
+    roles = GPT(config).param_roles()
+    numbers = roles, OptimConfig(), config.n_embd, 1, lambda *parts: None
+    scheme = Nanochat(*numbers, SimpleNamespace(rank=0, world=world), None)
+    found = {(chunk.shape[1:], chunk.shape[0]) for chunk in scheme.chunks}
+    gates = {x for x in found if x[0][1] == VALUE_GATE_CHANNELS}
+    assert found - gates == set(model.chunks(config, world))
+
+
+def test_measured_steps_are_on_record():
+    for depth, (ms, record) in model.MEASURED.items():
+        text = (PAGE.parents[1] / record / "README.md").read_text(encoding="utf-8")
+        assert str(ms) in text, (depth, record)
+        assert model.alone_ms(depth) == pytest.approx(ms)
+
+
+def test_a_transfer_between_hosts_goes_at_their_rate():
+    assert model.transfer_ms(320e6, 8) == pytest.approx(1.03)
+    flat = model.transfer_ms(63e6, 64)  # 56 of 63 parts leave the host
+    assert flat == pytest.approx(0.03 + 1e3 * 56e6 / 45e9)
+    # 7/8 inside, and an eighth of 7/8 of it to the seven other hosts
+    levels = model.transfer_ms(64e6, 64, two_levels=True)
+    assert levels == pytest.approx(0.06 + 1e3 * (56e6 / 320e9 + 7e6 / 45e9))
+
+
+def test_more_gpus_take_less_time_and_never_less_than_their_part():
+    for depth in (4, 16, 40):
+        alone = model.step_ms(depth, 1)
+        for scheme in ("today", "hidden", "nanochat", "DDP"):
+            times = [model.step_ms(depth, world, scheme) for world in (1, 2, 4, 8)]
+            assert times == sorted(times, reverse=True), (depth, scheme)
+            assert times[3] > alone / 8
+        assert model.step_ms(depth, 8, "hidden") < model.step_ms(depth, 8) < alone / 7
+
+
+def test_the_page_has_the_models_tables():
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "run python -m bench.scaling_model"
+
+
+def test_a_page_without_a_tables_place_is_refused():
+    with pytest.raises(UserError, match="scaling.md has no place for the table 'hosts'"):
+        page(PAGE.read_text(encoding="utf-8").replace("<!-- table: hosts -->", ""))

@@ -1,0 +1,74 @@
+"""The bytes of bench/traffic.py are those that are sent."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from nanofuse.bench import traffic
+from nanofuse.kernels.common.jit import HAS_TRITON
+from nanofuse.model.config import GPTConfig
+from nanofuse.model.fp8.products import PlainGemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.assemble import fused_optimizer
+from nanofuse.train.optim import parts
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.optim.muon_adamw import MuonAdamW
+from nanofuse.train.placement import matrix_owners
+from tests.train.thread_ranks import run_ranks
+
+SIZES = {"sequence_len": 32, "vocab_size": 100, "bigram_embed_factor": 3}
+
+
+def moved(ranks, config, dtype, fused):
+    """Bytes that a rank sends for the gradients, and for the values, by bucket."""
+    gpt = GPT(config, dtype)
+    gpt.init_weights()
+    if fused:
+        deal = partial(matrix_owners, world=ranks.world)
+        optimizer = fused_optimizer(FusedGPT(gpt, PlainGemm(), deal=deal), OptimConfig(), 1, ranks)
+    else:
+        optimizer = MuonAdamW(gpt.param_roles(), OptimConfig(), config.n_embd, ranks=ranks)
+        for p in gpt.parameters():
+            p.grad = torch.zeros_like(p)
+    found = []
+    for bucket in optimizer.buckets:
+        before = ranks.moved
+        optimizer.sharing.add_gradients(bucket, optimizer.sharing.send_gradients(bucket))
+        between = ranks.moved
+        optimizer.sharing.return_values(bucket).wait()
+        found.append((between - before, ranks.moved - between))
+    return found[1:]  # what is everybody's comes first
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("kv", [0, 1])
+def test_the_bytes_of_every_rank_are_those_that_sharing_sends(world, kv, monkeypatch):
+    """Bucket by bucket, with owners that have nothing, and rows that are uneven."""
+    monkeypatch.setattr(parts, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(traffic, "BUCKET_BYTES", 20_000)
+    config = GPTConfig.from_depth(2, 32, 32, n_kv_head=kv, **SIZES)
+    found = run_ranks(world, lambda r: moved(r, config, torch.bfloat16, True))
+    model = traffic.buckets(config, world)
+    assert len(model) > 4
+    for rank, each in enumerate(found):
+        assert sorted(each) == sorted(bucket.sent(rank) for bucket in model)
+
+
+def test_the_bytes_of_all_do_not_depend_on_the_backend():
+    config = GPTConfig.from_depth(2, 32, 32, **SIZES)
+    found = run_ranks(3, lambda r: moved(r, config, torch.float32, False))
+    size = sum(kind.nbytes for kind in traffic.kinds(config, low=False))
+    for which in (0, 1):  # gradients, values: (W - 1) of each byte, over all
+        assert sum(bucket[which] for rank in found for bucket in rank) == 2 * size
+
+
+def test_bytes_are_those_of_the_parameters():
+    config = GPTConfig.from_depth(16)
+    counts = config.param_counts()
+    counts["matrices"] -= 8 * 8 * 12  # gates are everybody's
+    tables = counts["wte"] + counts["value_embeds"] + counts["bigram_embed"]
+    wanted = 4 * (counts["matrices"] + counts["lm_head"]) + 2 * tables
+    assert sum(kind.nbytes for kind in traffic.kinds(config)) == wanted
