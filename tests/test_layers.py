@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mirrors import MIRRORS, mirror
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "model", "train", "bench")
 ALLOWED = {"nanofuse": {"ops", "kernels"}, "kernels": {"kernels"}}
@@ -92,3 +94,13 @@ def test_no_file_hides_a_standard_module(room):
     """A script that is run as a file finds its neighbours before the standard library."""
     names = {path.stem for path in files(room)} & sys.stdlib_module_names
     assert names <= {"profile"}, names  # the old command, which hands the standard module on
+
+
+@pytest.mark.parametrize("room", ["kernels", "model", "train"])
+def test_every_file_has_a_mirror(room):
+    """Kernels' files are tested with their launchers'."""
+    for path in files(room):
+        if path.stem != "__init__" and not path.stem.endswith("_kernels"):
+            found = mirror(path.relative_to(ROOT))
+            assert (ROOT / found).is_file(), f"{path} has no mirror {found}"
+    assert all((ROOT / f"{name}.py").is_file() for name in MIRRORS)

@@ -1,0 +1,56 @@
+"""Which test is the mirror of a file: the one that finds mistakes in it, by itself."""
+
+from pathlib import Path
+
+MIRRORS = {  # of files without a test of their name, relative to tests/
+    "kernels/common/checks": "kernels/test_strides",
+    "kernels/common/fp8": "kernels/test_quantize",
+    "kernels/common/jit": "test_without_triton",
+    "kernels/common/lanes": "kernels/test_residual_mix",
+    "kernels/common/ptx": "kernels/test_softcap_cross_entropy",
+    "kernels/common/rms_norm": "kernels/test_elementwise",
+    "kernels/muon_momentum": "kernels/test_muon_update",
+    "kernels/relu_squared_mlp": "test_ops",
+    "model/backends/base": "model/backends/test_torch_backends",
+    "model/backends/choice": "model/backends/test_torch_backends",
+    "model/fp8/precision": "model/test_fused",
+    "model/fp8/products": "model/test_fused",
+    "model/fp8/weights": "model/fp8/test_operands",
+    "model/generate": "model/test_engine",
+    "model/option": "train/test_settings",
+    "model/pieces/stream": "model/pieces/test_mix",
+    "train/assemble": "model/test_providers",
+    "train/checkup": "train/test_doctor",
+    "train/clock": "train/test_run",
+    "train/command": "train/test_run",
+    "train/compare": "train/test_plot",
+    "train/data/__main__": "train/data/test_encode",
+    "train/data/library": "train/data/test_corpus",
+    "train/data/token_file": "train/data/test_tokens",
+    "train/disk": "train/test_saving",
+    "train/errors": "test_errors",
+    "train/figures": "train/test_loop",
+    "train/flags": "train/test_settings",
+    "train/gpu": "train/test_doctor",
+    "train/measured": "train/test_doctor",
+    "train/memory": "train/test_run",
+    "train/metrics": "train/test_plot",
+    "train/nanochat": "train/test_nanochat_folders",
+    "train/optim/config": "train/optim/test_optim_config",
+    "train/pictures": "train/test_plot",
+    "train/progress": "train/test_loop",
+    "train/run_folder": "train/test_runlog",
+    "train/samples": "train/test_generate",
+    "train/signals": "train/test_saving",
+    "train/start": "train/test_run",
+    "train/tables": "train/test_runs",
+    "train/tokenizer": "train/data/test_tokenizer",
+    "train/versions": "train/test_doctor",
+}
+
+
+def mirror(file):
+    """The test file of a file; both relative to the root."""
+    path = Path(file).with_suffix("")
+    name = MIRRORS.get(path.as_posix(), f"{path.parent.as_posix()}/test_{path.name}")
+    return f"tests/{name}.py"
