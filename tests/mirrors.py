@@ -39,8 +39,8 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/optim/config": "train/optim/test_optim_config",
     "train/pictures": "train/test_plot",
     "train/progress": "train/test_loop",
-    "train/run_folder": "train/test_runlog",
-    "train/samples": "train/test_generate",
+    "train/run_folder": "train/test_checkpoint",
+    "train/samples": "train/test_loop",
     "train/signals": "train/test_saving",
     "train/start": "train/test_run",
     "train/tables": "train/test_runs",
@@ -52,5 +52,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
 def mirror(file):
     """The test file of a file; both relative to the root."""
     path = Path(file).with_suffix("")
+    path = path.with_name(path.name.removesuffix("_kernels"))
     name = MIRRORS.get(path.as_posix(), f"{path.parent.as_posix()}/test_{path.name}")
     return f"tests/{name}.py"

@@ -98,9 +98,8 @@ def test_no_file_hides_a_standard_module(room):
 
 @pytest.mark.parametrize("room", ["kernels", "model", "train"])
 def test_every_file_has_a_mirror(room):
-    """Kernels' files are tested with their launchers'."""
     for path in files(room):
-        if path.stem != "__init__" and not path.stem.endswith("_kernels"):
+        if path.stem != "__init__":
             found = mirror(path.relative_to(ROOT))
             assert (ROOT / found).is_file(), f"{path} has no mirror {found}"
     assert all((ROOT / f"{name}.py").is_file() for name in MIRRORS)
