@@ -40,7 +40,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/pictures": "train/test_plot",
     "train/progress": "train/test_loop",
     "train/run_folder": "train/test_checkpoint",
-    "train/samples": "train/test_loop",
     "train/signals": "train/test_saving",
     "train/start": "train/test_run",
     "train/tables": "train/test_runs",

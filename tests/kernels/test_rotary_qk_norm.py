@@ -188,6 +188,18 @@ def test_gradient_operand_in_both_layouts(shape, value, device):
     assert_fp8("g_qkv", operand, exact[0], scaling)
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_the_maximum_is_that_of_all_three(part, device):
+    """Wherever it lies: here in the last head of the last row."""
+    case = Case((1, 16, 3, 2, 32), torch.float32, device)
+    case.grads["qkv".index(part)][0, -1, -1] *= 100
+    scaling = Scaling.from_bound(1.0, E5M2, device)
+    saved = case.forward()
+    exact = case.backward(*saved)[0].abs().max()
+    case.backward(*saved, scaling)
+    assert scaling.amax == exact
+
+
 @pytest.mark.parametrize("bad", [VOCAB, -1, 2**32 + 3, -(2**62)])
 def test_a_token_outside_of_the_table_gives_nan_and_reads_nothing(bad, device):
     case = Case((1, 37, 2, 2, 12), torch.float32, device)

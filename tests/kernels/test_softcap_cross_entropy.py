@@ -198,6 +198,18 @@ def test_fp8_gradient_is_the_rounded_gradient(shape, device):
     assert_fp8("gradient", operand, grad, scaling)
 
 
+@pytest.mark.parametrize(("vocab", "columns"), [(13, 16), (48, 48)])
+def test_columns_that_are_no_tokens_stay_out_of_the_maximum(vocab, columns, device):
+    """Padding, and what a tile reads as 0 beyond the last column: both likelier than any token."""
+    logits, targets, upstream = kernel_case(16, vocab, columns, torch.float32, device, 1.0)
+    logits -= 40
+    logits[:, vocab:] = 0
+    scaling = Scaling.from_bound(3.0, E5M2, device)
+    *_, operand = softcap_cross_entropy_fwd_bwd(logits, targets, upstream, vocab, scaling)
+    *_, grad = softcap_cross_entropy_fwd_bwd(logits, targets, upstream, vocab)
+    assert_fp8("gradient", operand, grad, scaling)
+
+
 def test_two_runs_give_the_same_bits(device):
     case = (*kernel_case(32, 257, 320, torch.float32, device), 257)
     same_bits(lambda: run(*case))

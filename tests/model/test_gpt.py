@@ -7,6 +7,7 @@ import torch
 from nanofuse.kernels.softcap_cross_entropy import IGNORE_INDEX
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.engine import KVCache
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import ATTENTION, find
 from tests.helpers import random_model, small_config
@@ -157,8 +158,15 @@ def test_gradient_against_finite_differences():
 
 def test_positions_beyond_the_rotary_table_are_refused():
     config = small_config(sequence_len=8)
-    with pytest.raises(ValueError, match="rotary table of 80"):
-        GPT(config)(torch.zeros(1, 81, dtype=torch.int64))
+    model, cache = GPT(config), KVCache(config, 1, torch.float32, "cpu")
+    tokens = torch.zeros(1, 81, dtype=torch.int64)
+    with torch.no_grad():
+        assert model(tokens[:, :80]).shape[1] == 80  # the last one is not
+        model(tokens[:, :79], cache=cache)
+        model(tokens[:, :1], cache=cache)
+    for arguments in ((tokens,), (tokens[:, :1], None, "mean", cache)):
+        with pytest.raises(ValueError, match="position 81 is beyond the rotary table of 80"):
+            model(*arguments)
 
 
 @pytest.mark.cuda

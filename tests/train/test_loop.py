@@ -3,11 +3,13 @@
 import dataclasses
 import gc
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
+from nanofuse.train import loop
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -124,6 +126,41 @@ def test_evaluation_reads_the_batches_of_the_plan_and_keeps_the_best(make_traine
         bpbs.append(trainer.progress.val_bpb)
     assert bpbs == pytest.approx([bpbs[0], bpbs[0] * 5 / 7, bpbs[0] * 6 / 7])
     assert trainer.progress.best_bpb == bpbs[1]
+
+
+def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
+    """Samples, evaluations and saves between them take much longer on this clock."""
+    now = [100.0]
+    trainer = make_trainer(num_iterations=14, eval_every=3, sample_every=5, save_every=7)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds, run):
+        def timed(*args):
+            now[0] += seconds
+            return run(*args)
+
+        return timed
+
+    def step():
+        trainer.progress.step += 1
+        trainer.progress.loss_ema_steps += 1
+        trainer.loss = torch.zeros(())
+
+    trainer.train_step = taking(2.0, step)
+    trainer.save = taking(1000.0, trainer.save)
+    trainer.evaluate = taking(3000.0, lambda: trainer.progress.note_bpb(1.0))
+    trainer.sample = taking(9000.0, lambda: None)
+    records = []
+    monkeypatch.setattr(trainer.log, "metrics", lambda kind, step, **v: records.append((step, v)))
+    trainer.started = 40.0
+    trainer.run()
+    progress = trainer.progress
+    assert progress.train_seconds == 28.0 and progress.counted_seconds == 6.0
+    assert (trainer.steady_seconds, trainer.steady_steps) == (26.0, 13)
+    assert trainer.first_step_seconds == 3062.0 and trainer.first_evaluation_seconds == 3000.0
+    assert [step for step, _ in records] == [1, 3, 5, 6, 7, 9, 10, 12, 14]
+    assert {values["ms_per_step"] for _, values in records} == {2000.0}
+    assert [values["train_seconds"] for step, values in records] == [2 * s for s, _ in records]
 
 
 def test_samples_follow_the_seed(make_trainer):
