@@ -41,16 +41,15 @@ MEMORY = 24 << 20  # KiB of addresses that a test may take
 def closed_spans(tree):
     """Where no mutant goes: positions (line, column) of kernels and annotations, first and end."""
     for node in ast.walk(tree):
-        found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        if isinstance(node, ast.FunctionDef) and any(
-            "triton." in ast.unparse(decorator) for decorator in node.decorator_list
-        ):
-            yield (node.decorator_list[0].lineno, 0), (node.end_lineno, node.end_col_offset)
-        for x in filter(None, found):
-            yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)
+        decorators = getattr(node, "decorator_list", [])
+        if any("triton." in ast.unparse(x) for x in decorators):
+            yield (decorators[0].lineno, 0), (node.end_lineno, node.end_col_offset)
+        for x in (getattr(node, name, None) for name in ("annotation", "returns")):
+            if x is not None:
+                yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)
 
 
-def places(file, source):
+def places(source):
     """{(line, column): [(operator, occurrence)]} of what cosmic-ray can change in a file."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
@@ -92,19 +91,20 @@ def mutant(file, source, operator, occurrence):
     }
 
 
+def write(path, mutants):
+    """One a line, as JSON."""
+    Path(path).write_text("[\n" + ",\n".join(map(json.dumps, mutants)) + "\n]\n")
+
+
 def make(args):
     try:
         import cosmic_ray  # noqa: F401
     except ImportError:
         sys.exit("error: `make` needs cosmic-ray: pip install -e '.[mutants]'")
-    files = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))]
-    files = [p.relative_to(ROOT).as_posix() for p in files]
-    sources = {f: (ROOT / f).read_text() for f in files if args.only in (None, f)}
-    found = [
-        (file, choices)
-        for file, source in sources.items()
-        for _, choices in sorted(places(file, source).items())
-    ]
+    paths = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))]
+    sources = {p.relative_to(ROOT).as_posix(): p.read_text() for p in paths}
+    sources = {f: source for f, source in sources.items() if args.only in (None, f)}
+    found = [(f, place) for f in sources for _, place in sorted(places(sources[f]).items())]
     draw, mutants = random.Random(args.seed), []
     draw.shuffle(found)
     for file, choices in found:
@@ -112,22 +112,21 @@ def make(args):
             break
         one = mutant(file, sources[file], *draw.choice(choices))
         mutants += [{"number": len(mutants), **one}] if one else []
-    text = ",\n".join(json.dumps(one) for one in mutants)
-    Path(args.file).write_text(f"[\n{text}\n]\n")
+    write(args.file, mutants)
     print(f"{len(mutants)} mutants in {args.file}, of {len(found)} places")
 
 
-def test(tree, mirror, limit):
+def try_mirror(tree, name, limit):
     """Run a mirror in a tree: (whether it passed, the test that failed, seconds)."""
-    folder = tree.parent / f"{tree.name}.tmp"
+    folder = tree.with_suffix(".tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    places = dict.fromkeys(("TMPDIR", "HYPOTHESIS_STORAGE_DIRECTORY"), str(folder))
+    folders = dict.fromkeys(("TMPDIR", "HYPOTHESIS_STORAGE_DIRECTORY"), str(folder))
     flags = dict.fromkeys(("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE"), "1")
     libraries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join([str(tree), *(os.path.abspath(x) for x in libraries if x)])
-    env = {**os.environ, **places, **flags, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", mirror]
+    env = {**os.environ, **folders, **flags, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", name]
     command = ["bash", "-c", f'ulimit -v {MEMORY}; exec "$@"', "-", *pytest]
     began = time.monotonic()
     with open(folder / "output", "w+") as output:
@@ -138,8 +137,8 @@ def test(tree, mirror, limit):
             status = run.wait(limit)
         except subprocess.TimeoutExpired:
             status = "time"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)  # with what the tests have left running
+        with contextlib.suppress(ProcessLookupError):  # the tests leave nothing running
+            os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         output.seek(0)
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read(), re.MULTILINE)
@@ -159,7 +158,7 @@ def run(args):
 
         def measure(name):
             tree = trees.get()
-            clean[name] = test(tree, name, args.slowest)
+            clean[name] = try_mirror(tree, name, args.slowest)
             trees.put(tree)
 
         def attempt(one):
@@ -173,7 +172,7 @@ def run(args):
             tree = trees.get()
             path = tree / one["file"]
             path.write_text(source[: one["start"]] + one["new"] + source[end:])
-            passed, reason, seconds = test(tree, name, 10 + 3 * seconds)
+            passed, reason, seconds = try_mirror(tree, name, 10 + 3 * seconds)
             path.write_text(source)
             trees.put(tree)
             result = "survived" if passed else "timeout" if reason == "time" else "killed"
@@ -185,8 +184,7 @@ def run(args):
             if not passed:
                 print(f"{name} fails without a mutant: {reason}")
         results = list(pool.map(attempt, mutants))
-    text = ",\n".join(json.dumps(one) for one in results)
-    Path(args.out).write_text(f"[\n{text}\n]\n")
+    write(args.out, results)
     print(dict(Counter(one["result"] for one in results)))
 
 
