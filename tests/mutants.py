@@ -141,7 +141,7 @@ def try_mirror(tree, name, limit):
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         output.seek(0)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read(), re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output.read(), re.MULTILINE)
     reason = "time" if status == "time" else failed[1] if failed else f"status {status}"
     return status == 0, None if status == 0 else reason, time.monotonic() - began
 

@@ -3,6 +3,7 @@ import torch
 
 from nanofuse.kernels.rotary_qk_norm import rotary_table
 from nanofuse.model.backends.torch_backends import SDPAttention
+from nanofuse.model.config import GPTConfig
 from nanofuse.model.pieces.attention import Attention, FusedAttention
 from nanofuse.model.pieces.stream import StreamGrad
 from tests.model.pieces.harness import (
@@ -22,6 +23,12 @@ from tests.model.pieces.harness import (
 )
 
 WINDOWS = 5, T  # of which only the second is the whole row
+
+
+def test_the_window_is_that_of_the_layer():
+    config = GPTConfig.from_depth(4, 8, 16, sequence_len=256, window_pattern="LSSL")
+    assert config.windows == [256, 128, 128, 256]
+    assert [Attention(config, layer).window for layer in range(4)] == config.windows
 
 
 @pytest.mark.parametrize("window", WINDOWS)
