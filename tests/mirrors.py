@@ -33,7 +33,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/flags": "train/test_settings",
     "train/gpu": "train/test_doctor",
     "train/measured": "train/test_doctor",
-    "train/memory": "train/test_run",
     "train/metrics": "train/test_plot",
     "train/nanochat": "train/test_nanochat_folders",
     "train/optim/config": "train/optim/test_optim_config",

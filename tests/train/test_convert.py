@@ -96,6 +96,12 @@ def test_compiled_checkpoints_and_named_steps(nanochat_dir):
     (nanochat_dir / "meta_000200.json").write_text((nanochat_dir / "meta_000500.json").read_text())
     main(["from-nanochat", str(nanochat_dir), "--run", "early", "--step", "200"])
     assert find_checkpoint(run_dir("early")).name == "step_000200"
+    main(["from-nanochat", str(nanochat_dir), "--run", "both"])
+    (run_dir("early") / "step_000200").rename(run_dir("both") / "step_000200")
+    for flags, step in (([], 500), (["--step", "200"], 200)):
+        out = nanochat_dir / f"out{step}"
+        main(["to-nanochat", str(out), "--run", "both", *flags])
+        assert (out / f"model_{step:06d}.pt").exists()
 
 
 def test_the_architecture_must_fit(nanochat_dir):

@@ -71,6 +71,18 @@ def write(folder, tensors, model_config):
     (folder / "meta_000500.json").write_text(json.dumps(meta))
 
 
+def test_the_latest_step_is_taken(tmp_path):
+    steps = [500, 7, 100_000, 20, 3000, 1_000_000, 60, 9999]
+    for step in steps:
+        (tmp_path / f"model_{step:06d}.pt").touch()
+    (tmp_path / "model_x.pt").touch()
+    assert nanochat.find_step(tmp_path) == 1_000_000
+    assert nanochat.find_step(tmp_path, 20) == 20
+    names = ", ".join(map(str, sorted(steps)))
+    with pytest.raises(UserError, match=f"has no step 21; there are: {names}$"):
+        nanochat.find_step(tmp_path, 21)
+
+
 def write_pickle(path, tokenizer):
     """As nanochat writes it."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
