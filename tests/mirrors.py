@@ -27,10 +27,8 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/data/__main__": "train/data/test_encode",
     "train/data/library": "train/data/test_corpus",
     "train/data/token_file": "train/data/test_tokens",
-    "train/disk": "train/test_saving",
     "train/errors": "test_errors",
     "train/figures": "train/test_loop",
-    "train/flags": "train/test_settings",
     "train/gpu": "train/test_doctor",
     "train/measured": "train/test_doctor",
     "train/metrics": "train/test_plot",
@@ -41,7 +39,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/run_folder": "train/test_checkpoint",
     "train/signals": "train/test_saving",
     "train/start": "train/test_run",
-    "train/tables": "train/test_runs",
     "train/tokenizer": "train/data/test_tokenizer",
     "train/versions": "train/test_doctor",
 }
