@@ -1,0 +1,82 @@
+"""The figures of a window of steps and of a run, from trainers that are made up."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanofuse.model.fused import FusedGPT
+from nanofuse.train.figures import summary, window_figures
+from nanofuse.train.progress import Progress
+
+
+class Clipping(FusedGPT):
+    """A fused model, as far as the figures ask it."""
+
+    def __init__(self, clipped):
+        torch.nn.Module.__init__(self)
+        self.clipped = clipped
+
+    def fp8_clipped(self):
+        return self.clipped
+
+
+def make(**fields):
+    progress = Progress(5, 7.0004, 6.5, 1.25, 4, 1.2, 3.0, 0.271, 1)
+    return SimpleNamespace(**{
+        "progress": progress,
+        "plan": SimpleNamespace(total_batch_size=1000),
+        "schedule": SimpleNamespace(lr=lambda step: step / 8),
+        "state": SimpleNamespace(epoch=2),
+        "model": None,
+        "peak_flops": None,
+        "raw_model": SimpleNamespace(config=SimpleNamespace(flops_per_token=3e9)),
+        "steady_seconds": 6.0,
+        "steady_steps": 3,
+        "first_step_seconds": 9.0,
+        "first_evaluation_seconds": 1.5,
+        "device": torch.device("cpu"),
+        "directory": Path("runs/d4"),
+        **fields,
+    })  # fmt: skip
+
+
+FOUND = SimpleNamespace(norm=0.12345, nonfinite_steps=4)
+
+
+def test_a_window():
+    values, status = window_figures(make(), 2.5, FOUND, 0.25)
+    assert values == pytest.approx({
+        "loss": 2.5, "loss_ema": 2.71, "grad_norm": 0.12345, "nonfinite_steps": 4, "lr_mult": 0.5,
+        "ms_per_step": 250.0, "tok_per_s": 4000.0, "epoch": 2, "train_seconds": 7.0004,
+    })  # fmt: skip
+    assert status == (
+        "loss 2.7100 (step 2.5000)  |g| 0.123  lr x0.500  epoch 2  250.0 ms/step  4,000 tok/s"
+    )
+
+
+def test_what_is_not_finite_is_not_logged():
+    found = SimpleNamespace(norm=math.inf, nonfinite_steps=1)
+    values, status = window_figures(make(), math.nan, found, 1.0)
+    assert values["loss"] is None and values["grad_norm"] is None and "step nan" in status
+
+
+def test_share_of_the_peak_and_clipped_tensors():
+    values, status = window_figures(make(peak_flops=24e12, model=Clipping(7)), 2.5, FOUND, 0.25)
+    assert values["mfu"] == 0.5 and status.endswith("  MFU 50.0 % of 24 TFLOP/s")
+    assert values["fp8_clipped"] == 7
+    assert "fp8_clipped" not in window_figures(make(model=Clipping(None)), 2.5, FOUND, 0.25)[0]
+
+
+def test_a_summary():
+    found = summary(make())
+    assert found.pop("loss_ema") == pytest.approx(2.71)
+    assert found == {
+        "run": "d4", "steps": 5, "tokens": 5000, "loss": 3.0, "val_bpb": 1.25, "best_bpb": 1.2,
+        "train_seconds": 7.0, "train_seconds_nanochat": 6.5, "ms_per_step": 2000.0,
+        "time_to_first_step_s": 9.0, "first_evaluation_s": 1.5, "peak_gib": None,
+        "reserved_gib": None,
+    }  # fmt: skip
+    assert summary(make(steady_steps=0))["ms_per_step"] is None
