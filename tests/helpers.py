@@ -6,6 +6,7 @@ import torch
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.gpt import GPT
+from nanofuse.model.option import options
 
 WORDS = "the cat sat on a mat while rain fell and 1234 birds sang loudly over hills".split()
 
@@ -20,6 +21,13 @@ def documents(count, seed=0, longest=60):
     return [
         " ".join(WORDS[draw(len(WORDS))] for _ in range(1 + draw(longest))) for _ in range(count)
     ]
+
+
+def ranges(dataclass):
+    """{name: (default, least, most)} of the flags that a dataclass declares."""
+    return {
+        f.name: (f.default, f.metadata["least"], f.metadata["most"]) for f in options(dataclass)
+    }
 
 
 def units_of(corpus, split):

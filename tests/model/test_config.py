@@ -1,8 +1,8 @@
 import pytest
 
-from nanofuse.model.config import GPTConfig
+from nanofuse.model.config import Dials, GPTConfig
 from nanofuse.model.gpt import GPT, count_parameters
-from tests.helpers import small_config
+from tests.helpers import ranges, small_config
 
 
 def test_d16_is_the_recipes():
@@ -12,6 +12,20 @@ def test_d16_is_the_recipes():
     assert config.table_rows == {"bigram": 163_840}
     assert config.value_embed_layers == [1, 3, 5, 7, 9, 11, 13, 15]
     assert config.num_scaling_params == 234_881_792  # 16 * 12 * 1024^2 + gates + lm_head
+
+
+def test_defaults_and_bounds_move_on_purpose_only():
+    assert ranges(Dials) == {
+        "depth": (16, 1, 4096),
+        "aspect_ratio": (64, 1, 65536),
+        "head_dim": (128, 1, 65536),
+        "n_kv_head": (0, 0, 65536),
+        "max_seq_len": (2048, 1, 16_777_216),
+        "window_pattern": ("SSSL", None, None),
+        "vocab_size": (32768, 1, 1_048_576),
+        "bigram_embed_factor": (5, 0, 1_048_576),
+        "bigram_lambda_init": (0.05, -1000, 1000),
+    }
 
 
 @pytest.mark.parametrize(("depth", "width"), [(1, 128), (2, 128), (5, 384), (12, 768), (20, 1280)])

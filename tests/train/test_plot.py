@@ -48,6 +48,16 @@ def test_other_batches_get_a_table_of_tokens(tmp_path, capsys):
     assert "BPB at 0.2 M tokens" in capsys.readouterr().out
 
 
+def test_columns_are_the_evaluations_of_the_first(tmp_path, capsys):
+    a = write_run(tmp_path / "a", FAST)
+    b = write_run(tmp_path / "b", {0: 3.2, 150: 1.5, 200: 1.25})
+    for runs, steps in (((a, b), [100, 200]), ((b, a), [150, 200])):
+        assert [at["at"] for at in as_json(capsys, *runs)["equal"]["steps"]] == steps
+    many = write_run(tmp_path / "many", {10 * i: 2.0 for i in range(31)})
+    equal = as_json(capsys, many)["equal"]["steps"]
+    assert [at["at"] for at in equal] == [10, 70, 130, 180, 240, 300]
+
+
 def test_seeds_of_one_configuration_are_a_mean_and_its_deviation(tmp_path, capsys):
     runs = [
         configured(tmp_path / "a", FAST, seed=1),

@@ -9,8 +9,17 @@ from nanofuse.train.schedules import (
     batch_lr_scale,
     scaled_weight_decay,
 )
+from tests.helpers import ranges
 
 RUN = Schedule(num_iterations=3584)
+
+
+def test_defaults_and_bounds_move_on_purpose_only():
+    assert ranges(ScheduleConfig) == {
+        "warmup_steps": (40, 0, 10**12),
+        "warmdown_ratio": (0.65, 0, 1),
+        "final_lr_frac": (0.05, 0, 1000),
+    }
 
 
 def test_lr_warms_up_stays_and_warms_down():
@@ -48,4 +57,5 @@ def test_batch_rules():
     assert auto_batch_size(8e9, 1e9) == 2**20  # 2^(19 + 3 * 0.383) rounds to 2^20
     assert auto_batch_size(1e9 / 8, 1e9) == 2**18
     assert batch_lr_scale(2**21) == 2.0
+    assert batch_lr_scale(1_048_576) == 2**0.5
     assert scaled_weight_decay(0.28, 2**21, 4e9, 1e9) == pytest.approx(0.28 * 2 / 4)

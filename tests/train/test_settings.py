@@ -19,12 +19,16 @@ from nanofuse.train.settings import (
     CPU_PRESET,
     FLAGS,
     TITLES,
+    Horizon,
+    Job,
+    Reports,
     Settings,
     build_parser,
     naming_flags,
     resolve,
     resolve_resumed,
 )
+from tests.helpers import ranges
 
 NANOCHAT_FLAGS = (
     "--depth --aspect-ratio --head-dim --max-seq-len --window-pattern --num-iterations "
@@ -92,6 +96,37 @@ def test_defaults_are_the_recipes():
     assert (s.schedule.warmdown_ratio, s.schedule.final_lr_frac) == (0.65, 0.05)
     assert s.optim.muon_plus and s.optim.muon_eq == "row"
     assert s.horizon.target_param_data_ratio == 8 and s.reports.train_log_every == 50
+
+
+def test_defaults_and_bounds_move_on_purpose_only():
+    """The rest: tests/model/test_config.py, test_optim_config.py, test_schedules.py."""
+    most = 10**12
+    assert ranges(Horizon) == {
+        "num_iterations": (-1, -1, most),
+        "target_flops": (-1.0, -1, 1e40),
+        "target_param_data_ratio": (8.0, None, 1e9),
+        "device_batch_size": (32, 1, 16_777_216),
+        "total_batch_size": (-1, -1, 4_294_967_296),
+    }
+    assert ranges(Reports) == {
+        "eval_every": (250, -1, most),
+        "eval_tokens": (80 * 524288, 1, 2**48),
+        "skip_initial_eval": (False, None, None),
+        "sample_every": (2000, -1, most),
+        "save_every": (-1, -1, most),
+        "keep": (most, 1, most),
+        "train_log_every": (50, 1, most),
+        "wandb": (False, None, None),
+    }
+    numbers = {n: r for n, r in ranges(Job).items() if r[1:] != (None, None)}
+    assert numbers == {"seed": (42, 0, 2**63 - 1)}
+    assert CPU_PRESET == {
+        "depth": 4, "aspect_ratio": 48, "head_dim": 64, "max_seq_len": 256, "vocab_size": 4096,
+        "device_batch_size": 8, "total_batch_size": 4096, "num_iterations": 100,
+        "warmup_steps": 5, "embedding_lr": 1.0, "unembedding_lr": 0.03, "matrix_lr": 0.08,
+        "scalar_lr": 1.0, "eval_every": 50, "eval_tokens": 65536, "train_log_every": 10,
+        "sample_every": 0,
+    }  # fmt: skip
 
 
 def test_preset_yields_to_flags():

@@ -4,7 +4,7 @@ import pytest
 
 from nanofuse.model.gpt import GPT
 from nanofuse.train.optim.config import ADAMW_EPS, OptimConfig
-from tests.helpers import small_config
+from tests.helpers import ranges, small_config
 
 GROUPS = {  # role: lr at widths 768 and 3072 and a batch scale of 0.5, betas, decay
     "lm_head": (0.004, 0.002, (0.8, 0.96), 0.01),
@@ -37,6 +37,21 @@ def test_muon_is_the_recipes():
     assert (config.matrix_lr, config.weight_decay, config.muon_beta2) == (0.02, 0.28, 0.9)
     assert (config.muon_eq, config.muon_plus) == ("row", True)
     assert ADAMW_EPS == 1e-10
+
+
+def test_defaults_and_bounds_move_on_purpose_only():
+    assert ranges(OptimConfig) == {
+        "embedding_lr": (0.3, 0, 1e30),
+        "unembedding_lr": (0.008, 0, 1e30),
+        "matrix_lr": (0.02, 0, 1e30),
+        "scalar_lr": (0.3, 0, 1e30),
+        "weight_decay": (0.28, 0, 1e30),
+        "bigram_embedding_lr_mult": (1.0, 0, 1e6),
+        "bigram_lambda_lr": (0.004, 0, 1e30),
+        "muon_plus": (True, None, None),
+        "muon_eq": ("row", None, None),
+        "on_nonfinite": ("stop", None, None),
+    }
 
 
 @pytest.mark.parametrize(
