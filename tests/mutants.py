@@ -152,6 +152,7 @@ def run(args):
     mutants = [m for m in mutants if not args.numbers or m["number"] in args.numbers]
     ends, trees, clean = time.monotonic() + args.seconds, queue.Queue(), {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        os.chmod(folder, 0o755)  # some tests become another user
         for job in range(args.jobs):
             trees.put(Path(folder) / str(job))
             shutil.copytree(ROOT, Path(folder) / str(job), ignore=NOT_COPIED)
