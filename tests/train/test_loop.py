@@ -163,6 +163,11 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     assert [values["train_seconds"] for step, values in records] == [2 * s for s, _ in records]
 
 
+@pytest.mark.parametrize(("flag", "skips"), [("stop", False), ("skip", True)])
+def test_steps_are_left_out_if_asked_to(make_trainer, flag, skips):
+    assert make_trainer(on_nonfinite=flag).skips == skips
+
+
 def test_samples_follow_the_seed(make_trainer):
     texts = []
     for seed in (1, 1, 2):
