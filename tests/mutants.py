@@ -16,7 +16,6 @@ import ast
 import contextlib
 import json
 import os
-import queue
 import random
 import re
 import shutil
@@ -24,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -81,14 +81,9 @@ def mutant(file, source, operator, occurrence):
         return None
     start = len(os.path.commonprefix([source, changed]))
     tail = len(os.path.commonprefix([source[start:][::-1], changed[start:][::-1]]))
-    return {
-        "file": file,
-        "line": source.count("\n", 0, start) + 1,
-        "operator": operator.rpartition("/")[2],
-        "start": start,
-        "old": source[start : len(source) - tail],
-        "new": changed[start : len(changed) - tail],
-    }
+    old, new = source[start : len(source) - tail], changed[start : len(changed) - tail]
+    place = {"file": file, "line": source.count("\n", 0, start) + 1, "start": start}
+    return {**place, "operator": operator.rpartition("/")[2], "old": old, "new": new}
 
 
 def write(path, mutants):
@@ -150,36 +145,35 @@ def run(args):
     mutants = json.loads(Path(args.file).read_text())
     mutants = [m for m in mutants if args.only in (None, m["file"])]
     mutants = [m for m in mutants if not args.numbers or m["number"] in args.numbers]
-    ends, trees, clean = time.monotonic() + args.seconds, queue.Queue(), {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        os.chmod(folder, 0o755)  # some tests become another user
-        for job in range(args.jobs):
-            trees.put(Path(folder) / str(job))
-            shutil.copytree(ROOT, Path(folder) / str(job), ignore=NOT_COPIED)
+    ends, clean, mine = time.monotonic() + args.seconds, {}, threading.local()
 
-        def measure(name):
-            tree = trees.get()
-            clean[name] = try_mirror(tree, name, args.slowest)
-            trees.put(tree)
+    def start_worker():
+        mine.tree = Path(tempfile.mkdtemp(dir=folder)) / "tree"
+        mine.tree.parent.chmod(0o755)  # some tests become another user
+        shutil.copytree(ROOT, mine.tree, ignore=NOT_COPIED)
 
-        def attempt(one):
-            name = mirror(one["file"])
-            passed, reason, seconds = clean[name]
-            if not passed or time.monotonic() > ends:
-                return {**one, "result": "not run", "by": reason}
-            source, end = (ROOT / one["file"]).read_text(), one["start"] + len(one["old"])
-            if source[one["start"] : end] != one["old"]:
-                return {**one, "result": "not run", "by": "another version of the file"}
-            tree = trees.get()
-            path = tree / one["file"]
-            path.write_text(source[: one["start"]] + one["new"] + source[end:])
-            passed, reason, seconds = try_mirror(tree, name, 10 + 3 * seconds)
-            path.write_text(source)
-            trees.put(tree)
-            result = "survived" if passed else "timeout" if reason == "time" else "killed"
-            print(f"{one['number']} {one['file']}:{one['line']} {result} {reason}", flush=True)
-            return {**one, "result": result, "by": reason, "seconds": round(seconds, 1)}
+    def measure(name):
+        clean[name] = try_mirror(mine.tree, name, args.slowest)
 
+    def attempt(one):
+        name = mirror(one["file"])
+        passed, reason, seconds = clean[name]
+        if not passed or time.monotonic() > ends:
+            return {**one, "result": "not run", "by": reason}
+        source, end = (ROOT / one["file"]).read_text(), one["start"] + len(one["old"])
+        if source[one["start"] : end] != one["old"]:
+            return {**one, "result": "not run", "by": "another version of the file"}
+        path = mine.tree / one["file"]
+        path.write_text(source[: one["start"]] + one["new"] + source[end:])
+        passed, reason, seconds = try_mirror(mine.tree, name, 10 + 3 * seconds)
+        path.write_text(source)
+        result = "survived" if passed else "timeout" if reason == "time" else "killed"
+        print(f"{one['number']} {one['file']}:{one['line']} {result} {reason}", flush=True)
+        return {**one, "result": result, "by": reason, "seconds": round(seconds, 1)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        pool = ThreadPoolExecutor(args.jobs, initializer=start_worker)
         list(pool.map(measure, sorted({mirror(m["file"]) for m in mutants})))
         for name, (passed, reason, _) in clean.items():
             if not passed:

@@ -143,8 +143,10 @@ def test_what_does_not_fit_is_refused(device):
         embedding_grad(x, sorted_rows, table[:, :3])
     with pytest.raises(ValueError, match="integers"):
         sort_rows(indices.float(), 5)
-    with pytest.raises(ValueError, match="1 to 2"):
-        sort_rows(indices, 0)
+    for count in (0, 2**31):
+        with pytest.raises(ValueError, match="1 to 2"):
+            sort_rows(indices, count)
+    assert sort_rows(indices, 2**31 - 1).num_rows == 2**31 - 1
 
 
 def test_rows_outside_of_the_table_are_skipped(device):

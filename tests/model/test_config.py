@@ -118,4 +118,5 @@ def test_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="not divisible"):
         GPTConfig(n_layer=2, n_embd=100, n_head=8, n_kv_head=8)
     with pytest.raises(ValueError, match="smear gate"):
-        GPTConfig.from_depth(1, 8, 8)
+        GPTConfig.from_depth(1, 22, 22)
+    assert GPTConfig.from_depth(1, 24, 24).n_embd == 24

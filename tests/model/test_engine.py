@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from nanofuse.model.config import GPTConfig
 from nanofuse.model.engine import KVCache, Sampling, generate
 from tests.helpers import random_model, small_config
 
@@ -99,6 +100,14 @@ def test_top_k_draws_from_the_likeliest(model):
     for seed in range(40):
         drawn.update(*generate(model, [1, 2], 4, 1, Sampling(5.0, 3, seed)))
     assert drawn == allowed
+
+
+def test_defaults():
+    assert Sampling() == Sampling(1.0, 50, 0)
+    tiny = random_model(GPTConfig.from_depth(1, 24, 24, sequence_len=26, vocab_size=64))
+    columns = list(generate(tiny, [1, 2]))
+    assert len(columns) == 256 and {len(column) for column in columns} == {1}
+    assert columns == list(generate(tiny, [1, 2], 1, 256, Sampling()))
 
 
 def test_rows_end_at_the_stop_token(model):

@@ -156,6 +156,19 @@ def test_gradient_against_finite_differences():
         assert slope == pytest.approx((p.grad * direction).sum().item(), rel=1e-3, abs=1e-6), name
 
 
+def test_a_cache_goes_on_as_the_whole_row():
+    """After prompts of several lengths, and tokens by twos."""
+    config = small_config()
+    model = random_model(config)
+    tokens = torch.randint(config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(tokens)
+        for cuts in ((1, 2, 2, 2, 2), (4, 1, 4), (8, 1)):
+            cache = KVCache(config, 1, torch.float64, "cpu", capacity=4)
+            parts = [model(part, cache=cache) for part in tokens.split(cuts, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
 def test_positions_beyond_the_rotary_table_are_refused():
     config = small_config(sequence_len=8)
     model, cache = GPT(config), KVCache(config, 1, torch.float32, "cpu")
