@@ -107,7 +107,7 @@ def test_defaults():
     tiny = random_model(GPTConfig.from_depth(1, 24, 24, sequence_len=26, vocab_size=64))
     columns = list(generate(tiny, [1, 2]))
     assert len(columns) == 256 and {len(column) for column in columns} == {1}
-    assert columns == list(generate(tiny, [1, 2], 1, 256, Sampling()))
+    assert columns[:9] == list(generate(tiny, [1, 2], 1, 9, Sampling()))
 
 
 def test_rows_end_at_the_stop_token(model):

@@ -26,6 +26,8 @@ def test_rates(half_a_second):
     assert gpu.copy_ceiling.__wrapped__() == 2 * 2**30 / 0.5
     assert gpu.matmul_ceiling.__wrapped__() == 2 * 8192**3 / 0.5
     assert gpu.fp8_matmul_ceiling.__wrapped__() == 2 * 8192**3 / 0.5
+    assert gpu._flush_buffer() is gpu._flush_buffer()
+    gpu._flush_buffer.cache_clear()
 
 
 def test_no_rates_without_a_gpu(monkeypatch):
