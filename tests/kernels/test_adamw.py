@@ -103,6 +103,16 @@ def test_both_dtypes_and_misaligned_tensors_in_one_call(device):
     assert torch.equal(flat[::300], edges)
 
 
+def test_wide_loads_where_every_address_allows_them(device):
+    """Of 16 bytes; a tensor one element further on has launches of its own."""
+    memory = [torch.zeros(64, device=device) for _ in range(4)]
+    assert all(x.data_ptr() % 16 == 0 for x in memory)
+    for start, width in ((0, 16), (4, 16), (1, 1), (2, 1)):
+        tensors = [[x[start : start + 32]] for x in memory]
+        (launch,) = AdamWTensors(*tensors, HYPERS[:1]).launches
+        assert launch[3] == width
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clear", [True, False])
 def test_gradients_are_cleared_only_when_asked(clear, dtype, device):

@@ -3,7 +3,7 @@ import torch
 
 from nanofuse.bench.checks import DTYPES, assert_fp8, same_bits
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
-from nanofuse.kernels.quantize import quantize, quantize_ref
+from nanofuse.kernels.quantize import quantize, quantize_by_scaling_ref, quantize_ref
 
 FORMATS = [(E4M3, 448.0, 2.0**-3), (E5M2, 57344.0, 2.0**-2)]
 SHAPES = [(16, 16), (48, 112), (64, 128), (80, 144), (304, 272)]
@@ -46,6 +46,19 @@ def test_values_beyond_the_bound_saturate_and_amax_tells(device):
     values = quantize(x, scaling).dequantize()
     assert values[0, 1] == -10 and values[0, 2] == 10 and values[0, 3] == 0
     assert scaling.amax.item() == 1000
+
+
+@pytest.mark.parametrize("fp8", [E4M3, E5M2])
+def test_the_reference_does_the_same(fp8, device):
+    x = 3 * torch.randn(48, 112, device=device)  # some of them beyond the bound
+    ours, theirs = (Scaling.from_bound(5.0, fp8, device) for _ in range(2))
+    theirs.amax.fill_(1.0)
+    operand = quantize_by_scaling_ref(x, theirs)
+    assert_fp8("reference", operand, x, theirs)
+    assert_fp8("kernel", quantize(x, ours), operand.dequantize().where(x.abs() < 5, x), ours)
+    theirs.amax.fill_(99.0)
+    quantize_by_scaling_ref(x, theirs)
+    assert theirs.amax == 99
 
 
 def test_amax_only_rises(device):

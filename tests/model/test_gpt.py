@@ -156,6 +156,14 @@ def test_gradient_against_finite_differences():
         assert slope == pytest.approx((p.grad * direction).sum().item(), rel=1e-3, abs=1e-6), name
 
 
+def test_tables_are_in_the_dtype_of_the_activations():
+    model = GPT(small_config(), torch.bfloat16)
+    tables = {id(table.weight) for table in model.tables()}
+    assert len(tables) == 4  # wte, two layers' value embeddings, bigrams
+    for p in model.parameters():
+        assert p.dtype == (torch.bfloat16 if id(p) in tables else torch.float32)
+
+
 def test_a_cache_goes_on_as_the_whole_row():
     """After prompts of several lengths, and tokens by twos."""
     config = small_config()

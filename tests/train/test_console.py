@@ -1,5 +1,6 @@
 """Output that cannot be shown ends no command."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nanofuse.train.console import drop_failing_output, flush_or_drop
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import run_dir
 from tests.train.tiny import TINY, losses, records, steps
@@ -94,3 +96,21 @@ def test_generation_into_a_pipe_that_closes_or_a_full_disk(args):
     process = start("train.generate", "--run", "a", "--max-tokens", 4, stdout=full)
     _, err = process.communicate()
     assert process.returncode == 2 and err.count(b"\n") == 1 and b"No space left" in err
+
+
+def test_streams_of_no_file_stay(monkeypatch):
+    """As those of a notebook, or of a test."""
+    stream = io.TextIOWrapper(io.BytesIO())
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    drop_failing_output()
+    assert sys.stdout is sys.stderr is stream
+
+
+def test_whether_output_is_taken_is_known(monkeypatch, tmp_path):
+    for path, taken in ((tmp_path / "file", True), ("/dev/full", False)):
+        with open(path, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            stream.write("a line")
+            assert flush_or_drop() is taken
+            monkeypatch.undo()

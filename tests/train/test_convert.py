@@ -68,7 +68,8 @@ def nanochat_dir(work_dir):
 
 def test_logits_equal_the_formulas_to_1e_5_in_fp32(nanochat_dir, capsys):
     main(["from-nanochat", str(nanochat_dir), "--run", "imported"])
-    assert "step 500" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 500" in out and "\ntokenizer: none found; train.generate needs one" in out
     model, meta = load_model(find_checkpoint(run_dir("imported")), "cpu", torch.float32)
     assert meta["val_bpb"] == 0.9 and model.config.bigram_embed_factor == 0
     tokens = torch.randint(500, (1, 140), generator=torch.Generator().manual_seed(1))
@@ -299,6 +300,12 @@ def test_a_tokenizer_travels_if_it_fits(nanochat_dir, data_dir):
     with pytest.raises(UserError, match="--tokenizer .* has 320 tokens, the model 500"):
         main(["from-nanochat", str(nanochat_dir), "--run", "x", "--tokenizer", str(path)])
     assert not run_dir("x").exists()
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and "command" in capsys.readouterr().err
 
 
 def test_a_converted_run_does_not_resume(nanochat_dir, data_dir):

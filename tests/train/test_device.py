@@ -50,9 +50,10 @@ def test_auto_takes_the_kernels_on_hopper_only(hopper, monkeypatch):
     chosen = select_machine("auto", "auto")
     assert (chosen.backend, chosen.why) == ("fused", "auto on Hopper")
     assert select_machine("auto", "compile").backend == "compile"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (8, 0))
-    chosen = select_machine("auto", "auto")
-    assert chosen.backend == "compile" and "made for Hopper" in chosen.why
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        chosen = select_machine("auto", "auto")
+        assert chosen.backend == "compile" and "made for Hopper" in chosen.why
     assert select_machine("cpu", "auto").backend == "eager"
 
 

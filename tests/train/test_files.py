@@ -77,6 +77,19 @@ def test_only_leftovers_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(mine)
 
 
+def test_a_leftover_that_stays_ends_nothing(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "step_000001") as temporary:
+        name = temporary.name
+        raise RuntimeError
+    (tmp_path / name).mkdir()
+
+    def refuse(*args, **options):
+        raise PermissionError("rmdir")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    assert remove_leftovers(tmp_path) == 1 and (tmp_path / name).is_dir()
+
+
 def test_names_of_files_travel_between_locales():
     for name in ("data", "δεδομένα"):
         assert native(portable(name)) == name

@@ -10,7 +10,7 @@ import torch
 from nanofuse.train import convert
 from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import run_command
-from nanofuse.train.generate import MAX_SAMPLES, main
+from nanofuse.train.generate import MAX_SAMPLES, main, parse
 from nanofuse.train.run_folder import run_dir
 from tests.helpers import random_model, small_config
 
@@ -34,6 +34,15 @@ def run(work_dir, tokenizer):
         return 0, err.getvalue()
 
     return call
+
+
+def test_defaults():
+    assert vars(parse(["--run", "a"])) == {
+        "run": "a", "step": None, "prompt": "", "num_samples": 1, "max_tokens": 128,
+        "temperature": 0.8, "top_k": 50, "seed": 0, "device_type": "auto",
+    }  # fmt: skip
+    least = ["--num-samples=1", "--max-tokens=1", "--temperature=0", "--top-k=0", "--seed=0"]
+    assert vars(parse(["--run", "a", *least]))["num_samples"] == 1
 
 
 REFUSED = {

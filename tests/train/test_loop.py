@@ -141,6 +141,10 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
 
         return timed
 
+    def evaluate():
+        now[0] += trainer.progress.step  # later ones take longer
+        trainer.progress.note_bpb(1.0)
+
     def step():
         trainer.progress.step += 1
         trainer.progress.loss_ema_steps += 1
@@ -148,9 +152,10 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
 
     trainer.train_step = taking(2.0, step)
     trainer.save = taking(1000.0, trainer.save)
-    trainer.evaluate = taking(3000.0, lambda: trainer.progress.note_bpb(1.0))
+    trainer.evaluate = taking(3000.0, evaluate)
     trainer.sample = taking(9000.0, lambda: None)
-    records = []
+    records, lines = [], []
+    monkeypatch.setattr(trainer.log, "print", lines.append)
     monkeypatch.setattr(trainer.log, "metrics", lambda kind, step, **v: records.append((step, v)))
     trainer.started = 40.0
     trainer.run()
@@ -159,8 +164,25 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     assert (trainer.steady_seconds, trainer.steady_steps) == (26.0, 13)
     assert trainer.first_step_seconds == 3062.0 and trainer.first_evaluation_seconds == 3000.0
     assert [step for step, _ in records] == [1, 3, 5, 6, 7, 9, 10, 12, 14]
+    etas = [f"ETA {2 * (14 - step) / 60:.1f} min" for step, _ in records]
+    assert [line[line.index("ETA") :] for line in lines if "ETA" in line] == etas
     assert {values["ms_per_step"] for _, values in records} == {2000.0}
     assert [values["train_seconds"] for step, values in records] == [2 * s for s, _ in records]
+
+
+def test_weights_that_are_not_to_be_saved(make_trainer):
+    trainer = make_trainer()
+    assert trainer.not_savable() is None  # before the first step
+    trainer.loss = torch.tensor(2.5)
+    assert trainer.not_savable() is None
+    trainer.loss = torch.tensor(torch.inf)
+    assert trainer.not_savable() == "its loss is not finite"
+    trainer.loss = torch.tensor(2.5)
+    with torch.no_grad():
+        trainer.raw_model.smear_lambda.fill_(torch.nan)
+    assert trainer.not_savable() == "smear_lambda is not finite"
+    trainer.whole, trainer.progress.step = False, 6
+    assert trainer.not_savable() == "the update of step 7 was cut off"
 
 
 @pytest.mark.parametrize(("flag", "skips"), [("stop", False), ("skip", True)])

@@ -88,7 +88,8 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, init_error=None, log_error=None):
         super().__init__("wandb")
-        self.init_error, self.log_error, self.starts, self.id = init_error, log_error, [], "made-1"
+        self.init_error, self.log_error, self.id = init_error, log_error, "made-1"
+        self.starts, self.logged = [], []
 
     def init(self, **kwargs):
         self.starts.append(kwargs)
@@ -99,6 +100,7 @@ class FakeWandb(types.ModuleType):
     def log(self, values, step):
         if self.log_error:
             raise self.log_error
+        self.logged.append((step, values))
 
     def finish(self):
         if self.log_error:
@@ -132,7 +134,36 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(run_with, monkeypatch):
     wandb = FakeWandb()
     run_with(wandb, "--wandb", "--save-every", "1")
     assert load_meta(run_dir("a") / "step_000001")["wandb"] == "made-1"
+    expected = [(r["step"], r["loss"]) for r in records(run_dir("a"))]
+    assert [(step, v["train/loss"]) for step, v in wandb.logged if "train/loss" in v] == expected
     remove_folder(run_dir("a") / "step_000002")
     main(["--run", "a", "--resume"])
     assert "id" not in wandb.starts[0]
     assert (wandb.starts[1]["id"], wandb.starts[1]["resume"]) == ("made-1", "allow")
+
+
+def test_wandb_that_is_missing_is_named(run_with, work_dir):
+    with pytest.raises(UserError, match=r"--wandb needs wandb; install it with .*\[wandb\]"):
+        run_with(None, "--wandb")
+
+
+def test_without_wandb_nothing_is_said_of_it(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 10)
+    log.metrics("train", 1, loss=2.5)
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 2.5
+
+
+@pytest.mark.parametrize("meanwhile", ["", "what another wrote\n"])
+def test_a_removed_file_is_written_anew(tmp_path, meanwhile):
+    log = RunLog(tmp_path, 0, 10)
+    log.metrics("train", 1, loss=2.5)
+    log.path.unlink()
+    if meanwhile:
+        log.path.write_text(meanwhile)
+    log.restore()
+    log.metrics("train", 2, loss=2.25)
+    log.close()
+    found = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in found] == [(1, 2.5), (2, 2.25)]

@@ -12,7 +12,7 @@ from nanofuse.train import lock as lock_module
 from nanofuse.train import run
 from nanofuse.train.lock import LOCK_FILE, RunLock, owner_of
 from nanofuse.train.run_folder import META, MODEL
-from nanofuse.train.runs import main
+from nanofuse.train.runs import bytes_in, last_change, main
 from tests.train.logs import add_checkpoint, write_run
 from tests.train.tiny import TINY
 
@@ -149,3 +149,21 @@ def test_no_runs_and_no_torch(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert done.stdout == f"no runs in {tmp_path / 'runs'}; python -m train.run makes one\n"
+
+
+def test_files_that_go_away_meanwhile_do_not_count(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_text("four")
+    os.utime(tmp_path / "c", (0, 86400 * 365))
+    assert last_change([tmp_path / "gone", tmp_path / "c"])[:4] == "1971"
+    assert last_change([tmp_path / "gone"]) is None
+    lstat = os.lstat
+
+    def look(path):
+        if str(path) == first:
+            raise FileNotFoundError(path)
+        return lstat(path)
+
+    first = os.path.join(tmp_path, next(os.walk(tmp_path))[2][0])
+    monkeypatch.setattr(os, "lstat", look)
+    assert bytes_in(tmp_path) == 8

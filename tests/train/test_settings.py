@@ -49,6 +49,8 @@ def test_every_promised_flag_is_there_with_help():
     for flag in f"{NANOCHAT_FLAGS} {OWN_FLAGS}".split():
         assert f"{flag} " in text or f"{flag}\n" in text or f"{flag}," in text, flag
     assert all(f.metadata["help"] for _, f in FLAGS.values())
+    for words in ("--depth N ", "--matrix-lr X ", "--muon-eq {", "--data PATH ", "--run NAME "):
+        assert words in text, words
 
 
 def test_every_default_has_one_owner():

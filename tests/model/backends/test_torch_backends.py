@@ -223,6 +223,19 @@ def test_a_damaged_library_is_told_in_one_line(hopper, monkeypatch):
     assert "fa4: undefined symbol; te" in select_attention("auto", HOPPER).why
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_flex_is_told_of_grouped_heads_and_the_window(kv_heads):
+    def kernel(q, k, v, block_mask, enable_gqa):
+        assert block_mask == "mask of 5" and enable_gqa == (kv_heads < 4)
+        assert q.shape == (2, 4, 17, 8) and k.shape == v.shape == (2, kv_heads, 17, 8)
+        return q
+
+    backend = object.__new__(FlexAttention)  # nothing is compiled
+    backend.kernel, backend.block_masks = kernel, {5: "mask of 5"}
+    q, k, v = inputs(17, 17, kv_heads=kv_heads)
+    assert torch.equal(backend(q, k, v, 5), q)
+
+
 @pytest.mark.parametrize("name", ["fa3", "te"])
 def test_what_the_compiler_cannot_take_in_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} serves eager and fused, not compile"):

@@ -28,6 +28,19 @@ def test_weight_is_cast_to_the_input():
     assert linear(x.double()).dtype == torch.float64
 
 
+def test_rows_reach_the_product_and_come_back_in_their_shape():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            assert x.shape == (6, 16)
+            return x @ weight.T
+
+    linear, x = make(16, 8), torch.randn(2, 3, 16)
+    expected = linear(x)
+    linear.fp8 = Product
+    torch.testing.assert_close(linear(x), expected)
+
+
 def test_set_fp8_takes_everything_but_the_gates():
     model = GPT(GPTConfig.from_depth(4), device="meta")
     assert set_fp8(model, ScaledMatmul) == 4 * 6 + 1

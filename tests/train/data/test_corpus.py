@@ -38,6 +38,19 @@ def test_a_damaged_row_group_is_named(data_dir):
         corpus.read_groups(0, 0, 1)
 
 
+def test_what_cannot_be_read_together_is_read_one_by_one(data_dir, monkeypatch):
+    corpus, read = ParquetCorpus(data_dir), ParquetCorpus._read
+    expected = corpus.read_groups(0, 1, 3)
+
+    def one(self, shard, first, count):
+        if count > 1:
+            raise pa.ArrowInvalid("too much at once")
+        return read(self, shard, first, count)
+
+    monkeypatch.setattr(ParquetCorpus, "_read", one)
+    assert corpus.read_groups(0, 1, 3) == expected and len(expected) == 3
+
+
 def test_missing_and_empty_directories(tmp_path, data_dir):
     with pytest.raises(UserError, match="absent does not exist; fetch"):
         ParquetCorpus(tmp_path / "absent")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +94,21 @@ def test_tasks_are_bounded_by_documents_and_characters(monkeypatch):
     texts = ["a" * 4, None, "b" * 6, "c", "d" * 50, "e" * 10, None, "", "f"]
     assert [len(task) for task in split_tasks(texts)] == [3, 1, 1, 3, 1]
     assert [text for task in split_tasks(texts) for text in task] == texts
+
+
+def test_tasks_are_of_128_documents_or_half_a_million_characters():
+    assert [len(task) for task in split_tasks(["a"] * 300)] == [128, 128, 44]
+    assert [len(task) for task in split_tasks(["a" * 2**18] * 5)] == [2, 2, 1]
+
+
+def test_tasks_of_what_nobody_asked_for_are_dropped():
+    ahead = module._Ahead(10, 10)
+    futures = [Future() for _ in range(3)]
+    ahead.put((futures[:2], [1]))
+    ahead.put((futures[2:], [1]))
+    ahead.put(None)
+    ahead.cancel()
+    assert all(future.cancelled() for future in futures)
 
 
 @pytest.mark.parametrize("bound", ["documents", "characters"])
@@ -231,6 +247,10 @@ def test_the_command_writes_what_is_missing(data_dir, tokenizer, capsys, monkeyp
     writer.close()
     main(["info", *data])
     out = capsys.readouterr().out
+    assert out.splitlines()[1:3] == [
+        "train: 7 row groups",
+        f"val: 3 row groups ({corpus.validation})",
+    ]
     assert re.search(r"shard_00000.* [\d,]+ tokens cached$", out, re.MULTILINE)
     assert re.search(r"shard_00001.* [\d,]+ tokens cached, of 1 of 3 row groups$", out, re.M)
     encoded, encode_flat = [], Tokenizer.encode_flat
@@ -317,3 +337,13 @@ def test_a_shard_replaced_meanwhile_is_said(data_dir, tokenizer, monkeypatch):
 
     with pytest.raises(UserError, match=r"shard .*shard_00000\.parquet has changed since"):
         fill_cache(corpus, tokenizer, cache, progress=replaced)
+
+
+def test_what_another_process_wrote_meanwhile_will_do(data_dir, tokenizer, monkeypatch):
+    """A writer that found a complete file in its place."""
+    close = CacheWriter.close
+    monkeypatch.setattr(CacheWriter, "close", lambda self, **keep: close(self, **keep) and False)
+    corpus = ParquetCorpus(data_dir)
+    cache = TokenCache(corpus, tokenizer)
+    assert fill_cache(corpus, tokenizer, cache)[0] == 3
+    assert all(cache.open(shard).complete for shard in range(3))

@@ -220,6 +220,28 @@ def test_long_programs_are_not_run_to_their_end(monkeypatch):
         Reader(b"\x80\x04}" + b"\x94" * 10**5 + b".").read()
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"c__builtin__\nobject\n)\x81.",  # another class made
+        b"ctiktoken.core\nEncoding\n)R.",  # the class called
+        b"ctiktoken.core\nEncoding\nN\x85\x81.",  # made with an argument
+        b"c_codecs\nencode\nq\x00V" + b"a" * 60 + b"\nq\x01Vlatin1\nq\x02"
+        + b"h\x00h\x01h\x02\x86R" * 9 + b".",  # more bytes than the file has
+    ],
+)  # fmt: skip
+def test_only_an_encoding_and_bytes_are_made(program):
+    with pytest.raises(ValueError, match="it makes what is neither an encoding nor bytes"):
+        Reader(b"\x80\x02" + program).read()
+
+
+def test_values_at_once_are_bounded():
+    with pytest.raises(ValueError, match="puts more than 4,096 values on its stack"):
+        Reader(b"\x80\x02" + b"N" * 4097 + b".").read()
+    with pytest.raises(ValueError, match="holds no encoding"):
+        Reader(b"\x80\x02" + b"N" * 4096 + b".").read()
+
+
 def test_files_of_another_kind_are_named(tmp_path, work_dir):
     path = tmp_path / "tokenizer.pkl"
     with pytest.raises(UserError, match="no tokenizer at .* --tokenizer"):

@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 
@@ -256,6 +257,22 @@ def test_a_panic_of_the_library_is_an_error_with_a_name(tokenizer, monkeypatch):
         tokenizer.encode_documents([text])
     with pytest.raises(UserError, match="failed on the text to train on"):
         Tokenizer.train([text], 300)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_what_is_no_failure_of_the_library_stays_what_it_is(error):
+    with pytest.raises(error), module.naming_failures("a text"):
+        raise error("stopped")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy's
+def test_the_old_command_is_the_new_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.tokenizer", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("nanofuse.train.tokenizer", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and "train-tokenizer" in out and "--max-chars" in out
+    assert err == "train.tokenizer is now called train.data train-tokenizer\n"
 
 
 def spoilt(tokenizer):

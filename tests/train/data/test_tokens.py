@@ -241,6 +241,15 @@ def test_a_flipped_bit_is_found(corpus, tokenizer, cache):
     assert found > 150
 
 
+def test_damage_is_found_in_counting(corpus, tokenizer, cache, monkeypatch):
+    fill(cache, encode(corpus, tokenizer))
+    cached = cache.open(0)
+    monkeypatch.setattr(cached, "num_groups", cached.num_groups + 1)
+    with pytest.raises(ValueError, match="shard_00000"):
+        cached.num_tokens()
+    assert not names(cache)
+
+
 def test_the_checksum_is_looked_at_before_the_first_use_only(corpus, tokenizer, cache, monkeypatch):
     fill(cache, encode(corpus, tokenizer))
     cached, calls = cache.open(0), []
