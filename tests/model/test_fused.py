@@ -331,6 +331,7 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     if not gemm.fp8:
         del expected["quantize"]
     assert dict(calls) == expected
+    assert fused.describe().split("; off: ")[1] == ("none" if gemm.fp8 else "quantize (no FP8)")
     for name in {re.sub("_(fwd|bwd|dx|dw)$", "", name) for name in expected}:
         assert name in fused.describe().split("; off:")[0] or name in UNNAMED, name
     calls.clear()

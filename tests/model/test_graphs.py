@@ -38,8 +38,12 @@ def recorded():
     assert fused.graphed is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-        patch.setattr(torch.cuda, "graph", lambda graph, pool=None: nullcontext())
+        records = []
+        patch.setattr(
+            torch.cuda, "graph", lambda graph, pool=None: records.append(graph) or nullcontext()
+        )
         again = fused(*data)  # records
+    assert records == list(fused.graphed.graphs)
     assert again.item() == first.item()
     again.backward()
     return fused, data

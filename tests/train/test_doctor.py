@@ -1,6 +1,8 @@
 """train.doctor: what is said of this machine, of a GPU that is made up, and of a real one."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -129,6 +131,15 @@ def test_the_rows_are_the_most_that_the_estimate_lets_through():
     assert most_rows(config, machine, False, free, 2**30) == 16
     assert most_rows(config, machine, False, free - 1, 2**30) == 8
     assert most_rows(config, machine, False, None, 4 * config.sequence_len) == 4
+    assert most_rows(config, machine, False, None, 2**40) == 4096
+
+
+def test_the_module_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.doctor", "--help"])
+    monkeypatch.delitem(sys.modules, "nanofuse.train.doctor")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("nanofuse.train.doctor", run_name="__main__")
+    assert stop.value.code == 0 and "--quick" in capsys.readouterr().out
 
 
 def test_what_is_found_of_the_data(work_dir, data_dir, capsys, monkeypatch):
@@ -163,6 +174,7 @@ def test_operands_in_fp8_are_what_the_providers_take(monkeypatch):
 
     monkeypatch.setattr(TorchGemm, "_product", product)
     assert check_products(TorchGemm(), CPU, torch.bfloat16) == "agrees with fp32 to 0.002"
+    assert all(size % 16 == 0 for size in checkup.PRODUCT)
 
 
 def test_a_provider_that_is_wrong_does_not_work():

@@ -136,11 +136,11 @@ def test_maxima_of_a_step_left_out_stay_out():
 def test_scales_are_calibrated_in_the_first_steps():
     model, operands = make_operands()
     found = []
-    for _ in range(CALIBRATED_STEPS + 1):
+    for _ in range(CALIBRATED_STEPS + 3):
         found.append((operands.scaling.calibrating, operands.settled))
         take_step(model, operands)
         operands.follow()
-    assert found == [(True, False)] * CALIBRATED_STEPS + [(False, True)]
+    assert found == [(True, False)] * CALIBRATED_STEPS + [(False, True)] * 3
     assert make_operands(Unscaled)[1].settled
 
 
