@@ -256,7 +256,10 @@ def test_numbers_are_read_from_the_device(device):
     first, second = State((1, 16, 16), device), State((1, 16, 16), device)
     hyper = muon_hyper(0.0, 0.0, 0.0, device)
     hyper.copy_(muon_hyper(*SCHEDULE[0], "cpu"))
-    muon_update(*first.tensors, hyper)
+    tensors = first.tensors
+    before = tensors[1].clone()
+    muon_update(*tensors, hyper)
+    assert torch.equal(tensors[1], before)  # the gradient, unless asked otherwise
     muon_update(*second.tensors, muon_hyper(*SCHEDULE[0], device))
     assert torch.equal(first.param, second.param) and first.change.any()
 

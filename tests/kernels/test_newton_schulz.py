@@ -331,8 +331,10 @@ def test_refused_inputs(device):
         newton_schulz(x, "both")
     with pytest.raises(ValueError, match="gram"):
         newton_schulz(x, gram="maybe")
-    with pytest.raises(ValueError, match="sigma"):
-        orthogonalize(x, torch.zeros(3, device=device))
+    sigma = torch.zeros(2, device=device)
+    for wrong in ((x, sigma[:1]), (x, torch.zeros(3, device=device)), (x[0], sigma), (x.mT, sigma)):
+        with pytest.raises(ValueError, match="orthogonalize takes a contiguous z"):
+            orthogonalize(*wrong)
 
 
 @pytest.mark.cuda

@@ -323,9 +323,12 @@ def test_refused_inputs(device):
         with pytest.raises(ValueError, match=match):
             rotary_qk_norm(**{**good, **change})
     qkv, rstd = case.forward()
-    case.grads[1] = case.grads[1].bfloat16()
-    with pytest.raises(ValueError, match="g_k must be"):
-        case.backward(qkv, rstd)
+    g_q, g_k, g_v = (g.reshape(8, -1) for g in case.grads)
+    more = qkv, rstd, case.tokens, case.table, case.gate, case.cos, case.sin, 4
+    rotary_qk_norm_bwd(g_q, g_k, g_v, *more)
+    for wrong in (g_k.bfloat16(), g_k[:7], g_k.t().contiguous().t()):
+        with pytest.raises(ValueError, match="g_k must be"):
+            rotary_qk_norm_bwd(g_q, wrong, g_v, *more)
 
 
 @pytest.mark.parametrize(("width", "start"), [(129, 0), (144, 3)])

@@ -316,6 +316,15 @@ def test_rows_of_a_wider_buffer_and_int32_targets(device):
     assert torch.equal(wide[:, 144:], before[:, 144:])
 
 
+def test_a_single_column_has_any_stride(device):
+    logits = torch.randn(4, 3, device=device)
+    targets = torch.zeros(4, dtype=torch.long, device=device)
+    column = logits.as_strided((4, 1), (3, 7))
+    torch.testing.assert_close(
+        softcap_cross_entropy(column, targets, 1, reduction="none"), torch.zeros(4, device=device)
+    )
+
+
 def test_other_softcaps(device):
     logits, targets, _ = kernel_case(9, 127, 128, torch.float32, device)
     for softcap in (5.0, 30.0):

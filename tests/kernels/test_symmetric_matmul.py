@@ -47,6 +47,12 @@ def test_gram_matrix(size, transpose, config, dtype, device):
     assert_symmetric(y)
 
 
+def test_rows_are_multiplied_unless_asked_otherwise():
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(symmetric_matmul_ref(x), x @ x.mT)
+    torch.testing.assert_close(symmetric_matmul_ref(x, transpose=True), x.mT @ x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", [None, WIDE])
 @pytest.mark.parametrize("size", [8, 104])
