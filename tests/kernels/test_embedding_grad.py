@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(device):
         embedding_grad(x, sorted_rows, table[:, :3])
     with pytest.raises(ValueError, match="integers"):
         sort_rows(indices.float(), 5)
-    for count in (0, 2**31):
+    for count in (-1, 0, 2**31):
         with pytest.raises(ValueError, match="1 to 2"):
             sort_rows(indices, count)
     assert sort_rows(indices, 2**31 - 1).num_rows == 2**31 - 1
