@@ -34,7 +34,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/nanochat": "train/test_nanochat_folders",
     "train/optim/config": "train/optim/test_optim_config",
     "train/pictures": "train/test_plot",
-    "train/placement": "train/optim/test_sharing",
     "train/ranks": "train/optim/test_sharing",
     "train/run_folder": "train/test_checkpoint",
     "train/signals": "train/test_saving",

@@ -14,6 +14,7 @@ takes longer than 10 s and three times what it takes without it.
 import argparse
 import ast
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -44,9 +45,8 @@ def closed_spans(tree):
         decorators = getattr(node, "decorator_list", [])
         if any("triton." in ast.unparse(x) for x in decorators):
             yield (decorators[0].lineno, 0), (node.end_lineno, node.end_col_offset)
-        for x in (getattr(node, name, None) for name in ("annotation", "returns")):
-            if x is not None:
-                yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)
+        for x in filter(None, (getattr(node, name, None) for name in ("annotation", "returns"))):
+            yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)
 
 
 def places(source):
@@ -56,9 +56,7 @@ def places(source):
 
     spans, nodes = list(closed_spans(ast.parse(source))), list(ast_nodes(get_ast(source)))
     found = {}
-    for name in sorted(operator_names()):
-        if LEFT_OUT.search(name.rpartition("/")[2]):
-            continue
+    for name in sorted(name for name in operator_names() if not LEFT_OUT.search(name)):
         operator = get_operator(name)()
         positions = [p for node in nodes for p in operator.mutation_positions(node)]
         for occurrence, (start, _) in enumerate(positions):
@@ -87,7 +85,6 @@ def mutant(file, source, operator, occurrence):
 
 
 def write(path, mutants):
-    """One a line, as JSON."""
     Path(path).write_text("[\n" + ",\n".join(map(json.dumps, mutants)) + "\n]\n")
 
 
@@ -100,13 +97,11 @@ def make(args):
     sources = {p.relative_to(ROOT).as_posix(): p.read_text() for p in paths}
     sources = {f: source for f, source in sources.items() if args.only in (None, f)}
     found = [(f, place) for f in sources for _, place in sorted(places(sources[f]).items())]
-    draw, mutants = random.Random(args.seed), []
+    draw = random.Random(args.seed)
     draw.shuffle(found)
-    for file, choices in found:
-        if len(mutants) == args.count:
-            break
-        one = mutant(file, sources[file], *draw.choice(choices))
-        mutants += [{"number": len(mutants), **one}] if one else []
+    made = (mutant(file, sources[file], *draw.choice(choices)) for file, choices in found)
+    chosen = itertools.islice(filter(None, made), args.count)
+    mutants = [{"number": number, **one} for number, one in enumerate(chosen)]
     write(args.file, mutants)
     print(f"{len(mutants)} mutants in {args.file}, of {len(found)} places")
 

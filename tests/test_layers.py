@@ -102,4 +102,8 @@ def test_every_file_has_a_mirror(room):
         if path.stem != "__init__":
             found = mirror(path.relative_to(ROOT))
             assert (ROOT / found).is_file(), f"{path} has no mirror {found}"
-    assert all((ROOT / f"{name}.py").is_file() for name in MIRRORS)
+    for name in MIRRORS:
+        place = Path(name)
+        assert (ROOT / f"{name}.py").is_file(), f"{name} is gone"
+        own = ROOT / "tests" / place.parent / f"test_{place.name}.py"
+        assert not own.exists(), f"{name} has a mirror of its name"
