@@ -33,10 +33,8 @@ from pathlib import Path
 from tests.mirrors import mirror
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("train", "model", "kernels")
 LEFT_OUT = re.compile(r"NoOp|Variable|(Eq_Is|Is_Eq|NotEq_IsNot|IsNot_NotEq)$")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "shared", "build", "dist")
-MEMORY = 24 << 20  # KiB of addresses that a test may take
 
 
 def closed_spans(tree):
@@ -93,7 +91,9 @@ def make(args):
         import cosmic_ray  # noqa: F401
     except ImportError:
         sys.exit("error: `make` needs cosmic-ray: pip install -e '.[mutants]'")
-    paths = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))]
+    paths = [
+        p for room in ("train", "model", "kernels") for p in sorted((ROOT / room).rglob("*.py"))
+    ]
     sources = {p.relative_to(ROOT).as_posix(): p.read_text() for p in paths}
     sources = {f: source for f, source in sources.items() if args.only in (None, f)}
     found = [(f, place) for f in sources for _, place in sorted(places(sources[f]).items())]
@@ -117,7 +117,7 @@ def try_mirror(tree, name, limit):
     path = os.pathsep.join([str(tree), *(os.path.abspath(x) for x in libraries if x)])
     env = {**os.environ, **folders, **flags, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", name]
-    command = ["bash", "-c", f'ulimit -v {MEMORY}; exec "$@"', "-", *pytest]
+    command = ["bash", "-c", 'ulimit -v 25000000; exec "$@"', "-", *pytest]
     began = time.monotonic()
     with open(folder / "output", "w+") as output:
         run = subprocess.Popen(
