@@ -33,6 +33,7 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/metrics": "train/test_plot",
     "train/nanochat": "train/test_nanochat_folders",
     "train/optim/config": "train/optim/test_optim_config",
+    "train/optim/parts": "train/optim/test_sharing",
     "train/pictures": "train/test_plot",
     "train/ranks": "train/optim/test_sharing",
     "train/run_folder": "train/test_checkpoint",
