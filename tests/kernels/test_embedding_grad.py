@@ -65,6 +65,11 @@ def test_patterns(pattern, num, device):
     check(pattern, *case(pattern, num, 24, torch.float32, torch.float32, device))
 
 
+@pytest.mark.parametrize("num", [9, 16] if not ON_GPU else [65, 128])
+def test_a_row_that_spans_two_blocks(num, device):
+    check("two blocks", *case("all equal", num, 24, torch.float32, torch.float32, device))
+
+
 @pytest.mark.parametrize("cols", [1, 127, 128, 129])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("table_dtype", DTYPES)
