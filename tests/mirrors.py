@@ -23,7 +23,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "model/pieces/stream": "model/pieces/test_mix",
     "train/assemble": "model/test_providers",
     "train/checkup": "train/test_doctor",
-    "train/command": "train/test_run",
     "train/compare": "train/test_plot",
     "train/data/__main__": "train/data/test_encode",
     "train/data/library": "train/data/test_corpus",

@@ -240,6 +240,20 @@ def test_the_gradient_is_cleared_only_when_asked(shape, clear, dtype, device):
     assert torch.equal(state.z, twin.z) and torch.equal(state.momentum, twin.momentum)
 
 
+def test_a_step_may_be_left_out(device):
+    """Where `take` is 0 nothing changes, whatever the gradient; else it is as without."""
+    state, twin = State((2, 16, 32), device), State((2, 16, 32), device)
+    hyper, grad = muon_hyper(*SCHEDULE[0], device), state.draw()
+    muon_update(state.param, grad, state.momentum, state.second, hyper)
+    take = torch.ones(1, device=device)
+    muon_update(twin.param, grad, twin.momentum, twin.second, hyper, take=take)
+    kept = [(state.param, twin.param), (state.momentum, twin.momentum), (state.second, twin.second)]
+    assert state.change.any() and all(torch.equal(a, b) for a, b in kept)
+    grad[0, 1, 2] = torch.nan
+    muon_update(twin.param, grad, twin.momentum, twin.second, hyper, take=take.zero_())
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
 def test_two_updates_give_the_same_bits(device):
     def run():
         state, weights = State((2, 64, 48), device), copies((2, 64, 48), device)
