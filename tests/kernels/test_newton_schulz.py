@@ -332,7 +332,9 @@ def test_refused_inputs(device):
     with pytest.raises(ValueError, match="gram"):
         newton_schulz(x, gram="maybe")
     sigma = torch.zeros(2, device=device)
-    for wrong in ((x, sigma[:1]), (x, torch.zeros(3, device=device)), (x[0], sigma), (x.mT, sigma)):
+    more = [torch.zeros(count, device=device) for count in (1, 3)]
+    flat = x[0], torch.zeros(8, device=device)
+    for wrong in (*((x, each) for each in more), flat, (x.mT, sigma)):
         with pytest.raises(ValueError, match="orthogonalize takes a contiguous z"):
             orthogonalize(*wrong)
 
