@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanofuse.model.fused import FusedGPT
-from nanofuse.train.figures import summary, window_figures
+from nanofuse.train.figures import Crew, summary, window_figures
 from nanofuse.train.progress import Progress
 
 
@@ -21,6 +21,9 @@ class Clipping(FusedGPT):
 
     def fp8_clipped(self):
         return self.clipped
+
+    def lse_range(self):
+        return 1.5, math.inf
 
 
 def make(**fields):
@@ -39,15 +42,17 @@ def make(**fields):
         "first_evaluation_seconds": 1.5,
         "device": torch.device("cpu"),
         "directory": Path("runs/d4"),
+        "ranks": SimpleNamespace(world=1),
         **fields,
     })  # fmt: skip
 
 
+ALONE = Crew(1, 1.0, None)
 FOUND = SimpleNamespace(norm=0.12345, nonfinite_steps=4)
 
 
 def test_a_window():
-    values, status = window_figures(make(), 2.5, FOUND, 0.25)
+    values, status = window_figures(make(), 2.5, FOUND, 0.25, ALONE)
     assert values == pytest.approx({
         "loss": 2.5, "loss_ema": 2.71, "grad_norm": 0.12345, "nonfinite_steps": 4, "lr_mult": 0.5,
         "ms_per_step": 250.0, "tok_per_s": 4000.0, "epoch": 2, "train_seconds": 7.0004,
@@ -59,22 +64,38 @@ def test_a_window():
 
 def test_what_is_not_finite_is_not_logged():
     found = SimpleNamespace(norm=math.inf, nonfinite_steps=1)
-    values, status = window_figures(make(), math.nan, found, 1.0)
+    values, status = window_figures(make(), math.nan, found, 1.0, ALONE)
     assert values["loss"] is None and values["grad_norm"] is None and "step nan" in status
 
 
 def test_share_of_the_peak_and_clipped_tensors():
-    values, status = window_figures(make(peak_flops=24e12, model=Clipping(7)), 2.5, FOUND, 0.25)
+    values, status = window_figures(
+        make(peak_flops=24e12, model=Clipping(7)), 2.5, FOUND, 0.25, ALONE
+    )
     assert values["mfu"] == 0.5 and status.endswith("  MFU 50.0 % of 24 TFLOP/s")
     assert values["fp8_clipped"] == 7
-    assert "fp8_clipped" not in window_figures(make(model=Clipping(None)), 2.5, FOUND, 0.25)[0]
+    assert (values["lse_min"], values["lse_max"]) == (1.5, None)
+    assert (
+        "fp8_clipped" not in window_figures(make(model=Clipping(None)), 2.5, FOUND, 0.25, ALONE)[0]
+    )
+
+
+def test_several_ranks():
+    crew = Crew.of([(1.0, 2**30), (3.0, 3 * 2**30), (2.0, None)])
+    assert crew == Crew(3, 1.5, 3.0)
+    assert Crew.of([(0.0, None)]) == Crew(1, 1.0, None)
+    values, status = window_figures(make(peak_flops=8e12), 2.5, FOUND, 0.25, crew)
+    assert (values["ranks"], values["skew"], values["peak_gib"]) == (3, 1.5, 3.0)
+    assert values["tok_per_s_per_rank"] == pytest.approx(4000 / 3) and values["mfu"] == 0.5
+    assert "4,000 tok/s on 3 ranks, skew 1.500  MFU 50.0 %" in status
 
 
 def test_a_summary():
     found = summary(make())
     assert found.pop("loss_ema") == pytest.approx(2.71)
     assert found == {
-        "run": "d4", "steps": 5, "tokens": 5000, "loss": 3.0, "val_bpb": 1.25, "best_bpb": 1.2,
+        "run": "d4", "ranks": 1, "steps": 5, "tokens": 5000, "loss": 3.0,
+        "val_bpb": 1.25, "best_bpb": 1.2,
         "train_seconds": 7.0, "train_seconds_nanochat": 6.5, "ms_per_step": 2000.0,
         "time_to_first_step_s": 9.0, "first_evaluation_s": 1.5, "peak_gib": None,
         "reserved_gib": None,
