@@ -30,6 +30,8 @@ def test_forward_and_every_gradient(monkeypatch):
     assert_close("evaluation", fused.losses(step, stream), exact)
     losses, saved = fused.forward(step, stream)
     assert_close("losses", losses, exact)
+    log_sums = truth(normed.view(ROWS, T, -1)).logsumexp(dim=-1)
+    assert_close("range", fused.lse_range, torch.stack([log_sums.min(), log_sums.max()]))
 
     (0.5 * truth(normed.view(ROWS, T, -1), targets)).backward()
     grad = fused.backward(step, saved, torch.tensor(0.5, device=losses.device))
