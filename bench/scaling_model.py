@@ -122,14 +122,17 @@ def chunks(config, world):
 
 
 def sums_ms(bucket):
-    """Our own sums of the parts of W ranks, at the copy bandwidth: the first part is copied to
-    fp32, the others are added, and the sum is written to where the gradient lies."""
+    """Our own sums of the parts of W ranks, at the copy bandwidth: two are read and added in one
+    pass. More go through an fp32 sum, into which bf16 is copied first, and out of it."""
     world = len(bucket.owned)
-    moved = sum(
-        count / world * (2 * (width + 4) + (world - 1) * (width + 8))
-        for width, count in bucket.elements.items()
-    )
-    return 1e3 * moved / COPY_RATE
+
+    def moved(width):  # bytes of an element
+        widened = width + 4 if width < 4 else 0
+        many = widened + (world - 1) * (width + 8) + 4 + width
+        return 3 * width if world == 2 else many
+
+    parts = sum(count / world * moved(width) for width, count in bucket.elements.items())
+    return 1e3 * parts / COPY_RATE
 
 
 def pipeline_ms(found):

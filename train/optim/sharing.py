@@ -28,13 +28,19 @@ class Owned:
     grad: Callable[[], torch.Tensor]
 
 
-def in_rank_order(parts):
-    """The sum of tensors of one shape and dtype, from the first one on, in fp32 or wider."""
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
+def add_in_rank_order(
+    parts,  # W tensors of one shape and dtype, from rank 0's on
+    out,  # their shape and dtype; may be one of them
+):
+    """Write the sum of W tensors, added one after another in fp32 or wider and rounded once."""
+    if len(parts) == 2:
+        torch.add(*parts, out=out)  # one pass; adds in fp32 what is narrower
+        return
+    wide = torch.promote_types(out.dtype, torch.float32)
+    total = parts[0].to(wide) + parts[1]
+    for part in parts[2:]:
         total += part
-    return total
+    out.copy_(total)
 
 
 class Sharing:
@@ -73,7 +79,7 @@ class Sharing:
         pending.wait()
         for grad, parts in landed:
             parts[self.ranks.rank] = grad
-            grad.copy_(in_rank_order([parts[rank] for rank in range(self.ranks.world)]))
+            add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
         if not bucket.owned:
             self._sum([share.grad for share in bucket.shares])
 

@@ -13,7 +13,7 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim import parts
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
-from nanofuse.train.optim.sharing import in_rank_order
+from nanofuse.train.optim.sharing import add_in_rank_order
 from nanofuse.train.optim.updates import EagerUpdate
 from nanofuse.train.placement import matrix_owners
 from tests.helpers import random_model, small_config
@@ -198,11 +198,29 @@ def test_every_rank_sends_its_part_of_each_gradient_and_value_once():
     assert max(shares) < 1.2 * min(shares)
 
 
-def test_sums_are_in_rank_order_and_rounded_once():
-    values = [torch.tensor([1.0]), torch.tensor([2.0**-9]), torch.tensor([2.0**-9])]
-    total = in_rank_order([x.bfloat16() for x in values])
-    assert total.dtype == torch.float32
-    assert total.item() == 1 + 2.0**-8
-    assert in_rank_order([x.double() for x in values]).dtype == torch.float64
-    big = [torch.tensor([x]) for x in (2.0**24, 1.0, 1.0)]
-    assert in_rank_order(big).item() == 2.0**24  # from the first on, one after another
+def total(*values, dtype=torch.float32, out=None):
+    """The sum of one-element tensors, written where the part of the given index is."""
+    parts = [torch.tensor([x], dtype=dtype) for x in values]
+    place = torch.empty(1, dtype=dtype) if out is None else parts[out]
+    add_in_rank_order(parts, place)
+    return place.item()
+
+
+@pytest.mark.parametrize("out", [None, 0, 1, 2])
+def test_sums_are_in_rank_order_and_rounded_once(out):
+    tiny = 2.0**-9
+    assert total(1, tiny, tiny, dtype=torch.bfloat16, out=out) == 1  # 1 + 2^-8 is halfway
+    assert total(1, 2 * tiny, tiny, dtype=torch.bfloat16, out=out) == 1 + 2.0**-7
+    assert total(2.0**24, 1, 1, out=out) == 2.0**24  # from the first on, one after another
+    assert total(1, 1, 2.0**24, out=out) == 2.0**24 + 2
+    assert total(1, 2.0**-40, 2.0**-40, dtype=torch.float64, out=out) == 1 + 2.0**-39
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_parts_are_added_as_any_number_is(dtype):
+    a, b = (torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    a, b = a.to(dtype), (b * torch.logspace(-4, 4, 1000)).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (a.to(wide) + b.to(wide)).to(dtype)
+    add_in_rank_order([a, b], a)
+    assert torch.equal(a, expected)
