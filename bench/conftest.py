@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from nanofuse.bench.harness import MAX_ROUNDS, listed
+from nanofuse.bench.harness import MAX_ROUNDS, ON_GPU, listed
 from nanofuse.bench.report import step_table, table_lines
 from nanofuse.bench.scaling import SCHEMES, WORLDS, scaling_table
 from nanofuse.bench.training import STEP_ROWS
@@ -49,6 +49,9 @@ def pytest_configure(config):
     for world in listed(config.getoption("--worlds")):
         if world not in map(str, WORLDS):
             raise pytest.UsageError(f"--worlds {world}: choose from {', '.join(map(str, WORLDS))}")
+        if ON_GPU and int(world) > torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise pytest.UsageError(f"--worlds {world}: GPUs here are {gpus}")
     for scheme in listed(config.getoption("--schemes")):
         if scheme not in SCHEMES:
             raise pytest.UsageError(f"--schemes {scheme}: choose from {', '.join(SCHEMES)}")
