@@ -47,11 +47,8 @@ JITTER, FIXED_MS = 1.003, 0.3
 HIDDEN_SLOWER, HIDDEN_COST = 1.7, 0.1  # of a transfer beside products
 FORWARD = 1 / 3  # of a micro-step
 ROWS = 32  # of a micro-step
-MEASURED = {  # ms of a step of 524,288 tokens on one H200, by depth
-    4: (104.7, "records/2026-11-29-rooms"),
-    8: (273.8, "records/2026-11-28-house"),
-    16: (1103.8, "records/2026-11-29-rooms"),
-}
+RECORD = "records/2026-11-29-loss-products"
+MEASURED = {4: 81.8, 8: 242.5, 16: 1037.8}  # its ms of a step of 524,288 tokens, FP8, by depth
 OPTIMIZER_MS = 10.9  # of a step of d16 (records/2026-11-28-house), from which Muon's rate follows
 ADAMW_PASSES = 8  # of a table's bytes: value, gradient and moments read, and written or cleared
 MIN_TOKENS = 2**19
@@ -73,7 +70,7 @@ def alone_ms(depth):
     config = GPTConfig.from_depth(depth)
     micro_steps = batch_tokens(depth) / (ROWS * config.sequence_len)
     known = sorted(MEASURED)
-    excess = {d: MEASURED[d][0] / (8 * floor_ms(GPTConfig.from_depth(d), ROWS)) for d in known}
+    excess = {d: MEASURED[d] / (8 * floor_ms(GPTConfig.from_depth(d), ROWS)) for d in known}
     high = next((d for d in known if d >= depth), known[-1])
     low = max((d for d in known if d <= depth), default=known[0])
     share = (depth - low) / (high - low) if high > low else 0.0
