@@ -5,7 +5,8 @@ On a GPU, for every --depth and --fp8: 524,288 tokens a step in micro-steps of 3
 FP8 through torch._scaled_mm. Every contender is built and takes its first steps alone, which gives
 its time to the first step (imports not included, compile caches as they are) and its own peak
 memory. Then they take turns, one step each on the same batches, until every one has --rounds timed
-steps; medians are reported. Tokens come from a Zipf law. On a CPU the same code runs a tiny model,
+steps; medians are reported. Last, each takes steps in a row, from which its energy is read where
+nvidia-ml-py is installed. Tokens come from a Zipf law. On a CPU the same code runs a tiny model,
 eager and in Triton's interpreter. `python -m bench.report` reads what --benchmark-json saves.
 """
 
@@ -27,6 +28,7 @@ from nanofuse.model.fused import kernels_are_interpreted
 from nanofuse.model.providers import in_fp8
 from nanofuse.train.assemble import assemble
 from nanofuse.train.device import bf16_peak, device_name, select_fp8, select_machine
+from nanofuse.train.energy import EnergyMeter, joules_per_million_tokens
 from nanofuse.train.loop import settle_garbage
 from nanofuse.train.optim.config import OptimConfig
 
@@ -34,6 +36,7 @@ GIB = 2**30
 FIRST_STEPS = CALIBRATED_STEPS + 1 if ON_GPU else 2  # of each contender alone: till graphs run
 WARMUP_ROUNDS = 1 if ON_GPU else 0
 CPU_ROUNDS = 2
+ENERGY_SECONDS = 3.0  # of steps in a row: the GPU's counter moves every 20 to 100 ms
 FIRST_LOSS_TOLERANCE = 0.02  # between contenders: same weights, same batch
 
 
@@ -93,6 +96,19 @@ class Contender:
         self.times.append(clock.seconds())
         self.losses.append(loss.item())
         return sum(self.times[-1].values())
+
+    def joules(self, tokens, meter):
+        """Joules per million tokens over steps in a row, without turns; None where the GPU's energy
+        is not read."""
+        synchronize()
+        before, started, steps = meter.joules(), time.perf_counter(), 0
+        if before is None:
+            return None
+        while time.perf_counter() - started < ENERGY_SECONDS:
+            train_step(self.built, self.batches, PhaseClock())
+            synchronize()
+            steps += 1
+        return joules_per_million_tokens(meter.joules() - before, steps * tokens)
 
     def figures(self, rounds, tokens):
         """Medians over the last `rounds` steps and everything else that is reported."""
@@ -187,6 +203,10 @@ def bench_step(benchmark, device, request, rounds, depth, fp8):
     for contender in contenders:
         assert contender.losses[-1] < contender.losses[0] - 0.1, f"{contender.name} does not learn"
     figures = [contender.figures(rounds, workload.tokens) for contender in contenders]
+    meter = EnergyMeter(device)
+    for contender, figure in zip(contenders, figures, strict=True):
+        figure["joules_per_million_tokens"] = contender.joules(workload.tokens, meter)
+    left_out += [meter.missing] if meter.missing else []
     info = {
         "depth": workload.config.n_layer,
         "bigram_factor": bigram_factor,

@@ -19,11 +19,12 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.files import make_folder
 
 STEP_HEAD = ["depth", "backend", "attention", "fp8", "ms/step", "forward", "backward", "optimiser",
-             "tok/s", "peak GiB", "first step, s", "of floor", "fused faster by"]  # fmt: skip
+             "tok/s", "peak GiB", "first step, s", "of floor", "J/M tokens",
+             "fused faster by"]  # fmt: skip
 NOTE = (
     "ms/step, forward, backward, optimiser: medians in milliseconds. First step: building the "
     "model and one step, without imports. Of floor: floor of forward and backward on an H200 "
-    "(bench/roofline.py) over the step's time."
+    "(bench/roofline.py) over the step's time. J/M tokens: the GPU's joules per million tokens."
 )
 
 
@@ -57,6 +58,7 @@ def _step_rows(info):
             _number(contender["peak_gib"], ".1f"),
             f"{contender['time_to_first_step_s']:.1f}",
             _number(_share(info, contender), ".0%"),
+            _number(contender.get("joules_per_million_tokens"), ".1f"),
             "" if contender is product else f"{ratio:.2f}",
         ]
 
@@ -86,6 +88,7 @@ def summarize(info, commit=None):
         "depth": info["depth"],
         **{key: product[key] for key in figures},
         "time_to_first_step_s": product["time_to_first_step_s"],
+        "joules_per_million_tokens": product.get("joules_per_million_tokens"),
         "baseline_backend": of("backend"),
         "baseline_attention": of("attention"),
         "baseline_fp8": of("fp8"),

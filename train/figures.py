@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nanofuse.model.fused import FusedGPT
+from nanofuse.train.energy import joules_per_million_tokens
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ def summary(trainer):
         own = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         peaks, reserves = zip(*trainer.ranks.collect(own), strict=True)
         peak, reserved = max(peaks) / 2**30, max(reserves) / 2**30  # CUDA graphs' included
+    used = trainer.ranks.collect(trainer.steady_joules)
+    used = None if None in used else sum(used)
+    energy = joules_per_million_tokens(used, steps * trainer.plan.total_batch_size)
+    read = {} if energy is None else {"joules_per_million_tokens": round(energy, 1)}
     return {
         "run": trainer.directory.name,
         "ranks": trainer.ranks.world,
@@ -109,4 +114,5 @@ def summary(trainer):
         "first_evaluation_s": trainer.first_evaluation_seconds,
         "peak_gib": peak,
         "reserved_gib": reserved,
+        **read,
     }

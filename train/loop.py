@@ -21,6 +21,7 @@ from nanofuse.train.command import exit_code
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
+from nanofuse.train.energy import EnergyMeter
 from nanofuse.train.errors import PeerFailed, RunBroken, UserError
 from nanofuse.train.figures import Crew, window_figures
 from nanofuse.train.guard import START_SECONDS
@@ -95,6 +96,7 @@ class Trainer:
     first_evaluation_seconds: float = 0.0  # of those, before the first step
     steady_seconds: float = 0.0  # of the steps after the first window
     steady_steps: int = 0
+    steady_joules: float | None = None  # of those steps, where the GPU's energy is read
     window_steps: int = 0  # since the device was last waited for
     whole: bool = True  # false where an update was cut off, so that weights lie between two steps
     stop: int = 0  # number of the signal on which all ranks end
@@ -107,6 +109,7 @@ class Trainer:
         # cropped whatever training does, so that BPB of both can be compared
         packing = dataclasses.replace(self.loader.packing, split="val", long_documents="crop")
         self.validation = Validation(packing, self.device, self.ranks)
+        self.energy = EnergyMeter(self.device)
         self.state = self.loader.state  # of the loader, after the last whole step
         self.loss = None  # of that step, a tensor ()
         self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
@@ -372,6 +375,9 @@ class Trainer:
                 self.slowest = 0.0  # the first step compiled
             self.steady_seconds += seconds
             self.steady_steps += steps
+            joules = self.energy.joules()
+            if joules is not None:
+                self.steady_joules = (self.steady_joules or 0.0) + joules - self.window_joules
         self.slowest = seconds if first else max(self.slowest, seconds / steps)
         values, status = window_figures(self, loss, found, seconds / steps, crew)
         self.log.metrics("train", progress.step, **values)
@@ -436,6 +442,7 @@ class Trainer:
             self.check_stop()
             if self.window_steps == 0:  # nothing above happens inside a window
                 self.synchronize()
+                self.window_joules = self.energy.joules()
                 self.window_start = time.perf_counter()
             self.train_step()
             self.window_steps += 1

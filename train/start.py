@@ -373,7 +373,7 @@ def build_trainer(start, started, signals=None):
     for line in (*built.facts, room(needed, directory)):
         log.print(line)
     loader = DeviceLoader(start.packing, machine.device, state)
-    return Trainer(
+    trainer = Trainer(
         model=built.model,
         raw_model=built.raw_model,
         optimizer=built.optimizer,
@@ -395,6 +395,9 @@ def build_trainer(start, started, signals=None):
         resumed=start.checkpoint is not None,
         done=frozenset(done),
     )
+    if trainer.energy.missing:
+        log.print(trainer.energy.missing)
+    return trainer
 
 
 def train(given):

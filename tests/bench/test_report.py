@@ -52,7 +52,7 @@ PROFILE = {
 }
 D16 = info(
     16,
-    contender("fused", "fa4", 1000.0),
+    contender("fused", "fa4", 1000.0) | {"joules_per_million_tokens": 1290.46},
     contender("compile", "fa4", 1500.0, "torch"),
     contender("compile", "flex", 1600.0, "torch"),
 )
@@ -94,6 +94,8 @@ def test_summary(save, tmp_path, capsys):
     assert summarize(D4)["commit"] == "abc"
     table = (tmp_path / "out/table.md").read_text()
     assert "| 16 | compile | flex | torch | 1600.0 | 480.0 | 960.0 | 160.0 | 327,680 |" in table
+    assert "| 50% | 1290.5 |  |" in table and d16["joules_per_million_tokens"] == 1290.46
+    assert "| – | 1.50 |" in table and d4["joules_per_million_tokens"] is None
     assert table in capsys.readouterr().out
 
 
