@@ -244,7 +244,7 @@ def _rescale_kernel(
 
 def compute_dtype(device):
     """Dtype of z and of the iteration's matrices: fp16, or fp32 in the interpreter."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def unit_rows(

@@ -104,7 +104,7 @@ class GPT(nn.Module):
         if dtype == torch.float64:
             self.to(dtype)
         for embedding in self.tables():
-            embedding.to(dtype)
+            embedding.weight = nn.Parameter(embedding.weight.detach().to(dtype))
 
     def _adopt(self, piece, *elsewhere):
         """Register a piece's parameters and modules under their names as this module's own, but for

@@ -74,6 +74,7 @@ def assemble(
     set_weights=GPT.init_weights,
     rows=None,
     ranks=ALONE,
+    ready=lambda: None,
 ):
     """Build model and optimiser.
 
@@ -91,6 +92,7 @@ def assemble(
         rows: of a micro-step, for which a provider of products may measure what suits them, before
             memory fills up; None: it does not.
         ranks: train.ranks.Ranks that share the optimiser.
+        ready: called before the first kernel of this project or of an attention backend.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -100,16 +102,18 @@ def assemble(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
-    with choosing("attention", attention):
-        chosen = select_attention(attention, machine.need(), deterministic, config)
-    chosen.made.prepare(config.sequence_len, config.windows, machine.device)
     torch.set_float32_matmul_precision("high")
     prepared = None
     if fused and rows:
         shapes = product_shapes(config, rows * config.sequence_len)
         prepared = fp8.made.prepare([shape for shape in shapes if shape.tunable])
-    raw_model = GPT(config, machine.dtype, chosen.made, machine.device)
+    raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)
+    ready()
+    with choosing("attention", attention):
+        chosen = select_attention(attention, machine.need(), deterministic, config)
+    chosen.made.prepare(config.sequence_len, config.windows, machine.device)
+    raw_model.attention = chosen.made
     facts = [f"attention: {chosen} ({chosen.why})"]
     if fused:
         graphs = cuda_graphs and machine.device.type == "cuda"

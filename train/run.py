@@ -21,6 +21,9 @@ def main(argv=None):
         if world > 1:
             argv = sys.argv[1:] if argv is None else argv
             sys.exit(launch(argv, command_module("nanofuse.train.run"), world))
+    from nanofuse.train.compiling import Compiling, wanted
+
+    compiling = Compiling.start() if wanted(given) else None
     # read when torch is loaded: threads that spin while they wait for each other take the cores
     # from whatever else runs there, and from the thread that they wait for
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,7 +31,7 @@ def main(argv=None):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from nanofuse.train.start import train  # loads torch: --help and bad flags need not wait for it
 
-    train(given)
+    train(given, compiling)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ class MachineOptions:
     compile_mode: str = option("default", "torch.compile's mode", COMPILE_MODES, "MODE")
     attention: str = option("auto", "attention backend", providers.choices(providers.ATTENTION))
     fp8: str = option("auto", "provider of FP8 products", providers.choices(providers.PRODUCTS))
+    kernel_cache: str = option(
+        "", "compiled kernels, of python -m train.warm", metavar="FILE", since="0.2"
+    )
     cuda_graphs: bool = option(True, "record the fused training pass as CUDA graphs")
     deterministic: bool = option(False, "same bits every time, attention included (slower)")
 

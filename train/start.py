@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import Choice
+from nanofuse.train.ahead import Ahead
 from nanofuse.train.assemble import assemble
 from nanofuse.train.checkpoint import (
     config_of,
@@ -192,7 +194,8 @@ def check_backend_flags(given, machine):
     Raises:
         UserError: naming the flag and its backend.
     """
-    for field, backend in (("compile_mode", "compile"), ("cuda_graphs", "fused")):
+    fields = {"compile_mode": "compile", "cuda_graphs": "fused", "kernel_cache": "fused"}
+    for field, backend in fields.items():
         if given.get(field) and machine.backend != backend:
             raise UserError(
                 f"{flag_name(field)} needs --backend {backend}, and this run is {machine.backend}; "
@@ -200,8 +203,11 @@ def check_backend_flags(given, machine):
             )
 
 
-def start_with_rank_0(given, lock, ranks):
+def start_with_rank_0(given, lock, ranks, ahead):
     """The Start of every rank: rank 0 finds out what it is, for all.
+
+    Args:
+        ahead: train.ahead.Ahead, which rank 0 tells of the kernels.
 
     Raises:
         UserError: any bad input.
@@ -211,7 +217,7 @@ def start_with_rank_0(given, lock, ranks):
 
     def settle():
         nonlocal start
-        start = (start_resumed if given.get("resume") else start_new)(given, lock, ranks)
+        start = (start_resumed if given.get("resume") else start_new)(given, lock, ranks, ahead)
         return start.for_others()
 
     found, directory = ranks.by_main(settle)
@@ -225,12 +231,13 @@ def start_with_rank_0(given, lock, ranks):
     return start
 
 
-def start_new(given, lock, ranks=ALONE):
+def start_new(given, lock, ranks=ALONE, ahead=None):
     """Start of a new run from the flags that were given ({field: value}).
 
     Args:
         lock: train.lock.RunLock, which takes the run's folder.
         ranks: those that train.
+        ahead: train.ahead.Ahead, told of the kernels as soon as they are known; or None.
 
     Raises:
         UserError: any bad input.
@@ -250,20 +257,25 @@ def start_new(given, lock, ranks=ALONE):
     take_new_folder(settings, lock)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
+    ahead = ahead or Ahead()
+    if not (corpus.tokenizer_path and corpus.tokenizer_path.exists()):
+        ahead.begin(settings, machine, config, fp8)  # beside its training, for the size asked for
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
     if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = replace(config, vocab_size=tokenizer.vocab_size)
+    ahead.begin(settings, machine, config, fp8)
     plan = make_plan(settings, config, world=ranks.world)
     return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks)
 
 
-def start_resumed(given, lock, ranks=ALONE):
+def start_resumed(given, lock, ranks=ALONE, ahead=None):
     """Start of a run that continues from its latest checkpoint.
 
     Args:
         lock: train.lock.RunLock, which takes the run's folder.
         ranks: those that train.
+        ahead: as of `start_new`.
 
     Raises:
         UserError: nothing to resume, flags or data that differ from the run's, damaged files.
@@ -295,6 +307,7 @@ def start_resumed(given, lock, ranks=ALONE):
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+    (ahead or Ahead()).begin(settings, machine, config, fp8)
     if plan.num_iterations != length:
         print(
             f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "
@@ -304,12 +317,13 @@ def start_resumed(given, lock, ranks=ALONE):
     return Start(*known, checkpoint, meta)
 
 
-def build_trainer(start, started, signals=None):
+def build_trainer(start, started, signals=None, ahead=None):
     """The Trainer of a Start.
 
     Args:
         started: time.perf_counter() at the start of the process.
         signals: train.signals.Signals that were installed, or None.
+        ahead: train.ahead.Ahead that was told of the kernels, or None.
 
     Raises:
         UserError: an attention backend that cannot run here, or a damaged checkpoint.
@@ -330,6 +344,9 @@ def build_trainer(start, started, signals=None):
         else:
             model.init_weights(settings.job.seed)
 
+    def ready():
+        ranks.by_main((ahead or Ahead()).ready)  # rank 0's are in the caches of all
+
     built = assemble(
         config,
         machine,
@@ -343,6 +360,7 @@ def build_trainer(start, started, signals=None):
         set_weights,
         settings.horizon.device_batch_size,
         ranks,
+        ready,
     )
     state, progress, done, wandb_id = None, Progress(), set(), None
     if start.checkpoint:
@@ -400,38 +418,43 @@ def build_trainer(start, started, signals=None):
     return trainer
 
 
-def train(given):
+def train(given, compiling=None):
     """Train as the flags say that were given ({name: value}), as one of several ranks where it is
     one; rank 0 prints the summary as JSON.
+
+    Args:
+        compiling: train.compiling.Compiling, started; it is closed. None: nothing compiles ahead.
 
     Raises:
         UserError: any bad input.
         RunEnded: an error on the way, or a signal.
     """
     started = time.perf_counter() - process_seconds()
+    ahead = Ahead(compiling, given.get("kernel_cache"))
     ranks = join()
     if ranks is ALONE:
-        return train_as(ranks, given, started)
+        return train_as(ranks, given, started, ahead)
     try:
-        train_as(ranks, given, started)
+        train_as(ranks, given, started, ahead)
         ranks.close()
     except BaseException as failure:
         ranks.leave(failure)
 
 
-def train_as(ranks, given, started):
+def train_as(ranks, given, started, ahead):
     """As train.
 
     Args:
         ranks: train.ranks.Ranks.
         started: time.perf_counter() at the start of the process.
+        ahead: train.ahead.Ahead; it is closed.
     """
     given = {**given, "gpus": str(ranks.world)}
     try:
-        with Signals() as signals, RunLock() as lock:
-            start = start_with_rank_0(given, lock, ranks)
+        with Signals() as signals, RunLock() as lock, closing(ahead):
+            start = start_with_rank_0(given, lock, ranks, ahead)
             try:
-                trainer = build_trainer(start, started, signals)
+                trainer = build_trainer(start, started, signals, ahead)
             except torch.OutOfMemoryError:
                 rows, device = start.settings.horizon.device_batch_size, start.machine.device
                 raise UserError(out_of_memory(rows, device)) from None

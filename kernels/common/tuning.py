@@ -16,6 +16,7 @@ import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
 _forced = {}  # op -> configuration, inside a `forced` context
+_aims = []  # the Gpu inside an `aimed_at` context
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class Tile:
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU for which kernels are compiled where it need not be.
+
+    Fields: name as the driver gives it, compute capability, streaming multiprocessors.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+
+
 @functools.cache
 def _winners(gpu):
     if not TUNED.exists():
@@ -36,14 +49,20 @@ def _winners(gpu):
 
 
 @functools.cache
-def gpu_name():
-    """Name of the current CUDA device; "cpu" without one."""
+def _device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def gpu_name():
+    """Name of the current CUDA device, or of what is aimed at; "cpu" without one."""
+    return _aims[-1].name if _aims else _device_name()
 
 
 def sm_count(device):
     """Streaming multiprocessors of a CUDA device; 2 in the interpreter, so that the loops of
     persistent kernels take several turns there too."""
+    if _aims:
+        return _aims[-1].sms
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -61,6 +80,16 @@ def tuned(op, default, gpu=None):
         return _forced[op]
     entry = _winners(gpu or gpu_name()).get(op)
     return default if entry is None else replace(default, **entry["config"])
+
+
+@contextlib.contextmanager
+def aimed_at(gpu):
+    """Context in which configurations are those of `gpu`, a Gpu."""
+    _aims.append(gpu)
+    try:
+        yield
+    finally:
+        _aims.pop()
 
 
 @contextlib.contextmanager

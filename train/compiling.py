@@ -1,0 +1,157 @@
+"""The kernels of a run compile in processes of their own while it starts.
+
+`Compiling.start` begins such a process (train/compiler.py) as early as possible, so that its
+imports run beside those of the run; `ask` tells it what the run will launch, and `wait` is for the
+moment before the first kernel. What it compiles goes into the caches on disk of Triton and
+FlashAttention 4, where the launches of this process, and those of other ranks, find it. Nothing
+here loads torch.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nanofuse
+from nanofuse.train.command import DEBUG_ENV
+
+DRIVER = Path("/dev/nvidiactl")  # there where a GPU of NVIDIA's is
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides which kernels a run of --backend fused launches.
+
+    Fields: GPTConfig and OptimConfig as {name: value}; rows of a micro-step; whether products are
+    in FP8; whether attention is FlashAttention 4, and deterministic; the GPU's name, compute
+    capability and streaming multiprocessors.
+    """
+
+    config: dict[str, Any]
+    optim: dict[str, Any]
+    rows: int
+    fp8: bool
+    flash: bool
+    deterministic: bool
+    gpu: str
+    capability: tuple[int, int]
+    sms: int
+
+    @classmethod
+    def of(cls, config, optim, *others):
+        """The Request of a GPTConfig, an OptimConfig and the other fields."""
+        return cls(asdict(config), asdict(optim), *others)
+
+    def text(self):
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def digest(self):
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def wanted(given):
+    """Whether a run by the flags that were given may launch kernels here."""
+    asked = given.get("backend", "auto") in ("auto", "fused")
+    return asked and given.get("device_type") != "cpu" and DRIVER.exists()
+
+
+class Compiling:
+    """The process that compiles, or none, for which every method does nothing.
+
+    Attributes:
+        entries: what it compiled or found, names as in train/kernel_cache.py; once waited for.
+        seconds: of each kernel that it compiled, [(seconds, name)].
+        problem: in one line why it could not do all of it, or None.
+    """
+
+    def __init__(self, process=None):
+        self.process, self.asked, self.note = process, None, None
+        self.entries, self.seconds, self.problem, self.found = [], [], None, 0
+
+    @classmethod
+    def start(cls, **environment):
+        """Start the process; `environment` are variables that it has beside this one's."""
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        path = [str(Path(nanofuse.__file__).parents[1]), env.get("PYTHONPATH", "")]
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanofuse.train.compiler"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if os.environ.get(DEBUG_ENV) else subprocess.DEVNULL,
+            env=env | environment,
+            text=True,
+            start_new_session=True,  # it ends with this process, and not by signals to both
+        )
+        return cls(process)
+
+    def ask(self, request):
+        """Have the kernels of a Request compiled. Only the first one counts."""
+        if self.process is None or self.asked is not None:
+            return
+        self.asked, self.began = request, time.perf_counter()
+        try:
+            self.process.stdin.write(request.text() + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            self.problem = "the process that compiles them ended"
+
+    def drop(self, note):
+        """There is nothing to compile: `note` is what `wait` says."""
+        self.close()
+        self.note = note
+
+    def _read(self):
+        """Events of the process, until it has done everything or ends."""
+        for line in self.process.stdout:
+            event = json.loads(line)
+            if event["event"] == "end":
+                return
+            yield event
+        self.problem = self.problem or "the process that compiles them ended early"
+
+    def wait(self, say=print):
+        """Wait until everything is compiled; say(line) what was."""
+        if self.note:
+            say(self.note)
+        if self.process is None or self.asked is None:
+            return self.close()
+        waited = time.perf_counter()
+        say(f"kernels: compiling beside the start, {waited - self.began:.1f} s so far")
+        for event in self._read():
+            self.found += event.get("count", 0)
+            self.entries += event.get("entries", [])
+            if event["event"] == "kernel" and not event["there"]:
+                self.seconds.append((event["seconds"], event["name"]))
+            if event["event"] == "failed":
+                self.problem = f"{event['name']}: {event['why']}"
+        now = time.perf_counter()
+        line = f"kernels: {len(self.seconds)} of {self.found} compiled"
+        if self.seconds:
+            line += " in {:.1f} s, the slowest, {}, in {:.1f} s".format(
+                now - self.began, *max(self.seconds)[::-1]
+            )
+        say(f"{line}; waited {now - waited:.1f} s")
+        if self.problem:
+            say(f"kernels: the rest compile when they are launched ({self.problem})")
+        self.close()
+
+    def close(self):
+        """End the process, with all that it started."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        process.wait()

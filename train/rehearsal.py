@@ -1,0 +1,105 @@
+"""The kernels of a training run, found without a GPU: a step on tensors without memory."""
+
+import torch
+
+from nanofuse.kernels.common.ahead import recorded
+from nanofuse.kernels.common.fp8 import FP8Operand
+from nanofuse.kernels.common.tuning import aimed_at
+from nanofuse.model.backends.base import AttentionBackend, take
+from nanofuse.model.fp8.products import Gemm, TorchGemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
+from nanofuse.train.assemble import follow, fused_optimizer
+
+MICRO_STEPS = 2
+
+
+class _Products(Gemm):
+    """Results of a provider of products, without values; `linear` as of a provider of the fused
+    pass."""
+
+    linear = None
+
+    def __init__(self, fp8):
+        self.fp8 = fp8
+
+    @staticmethod
+    def _matrix(x):
+        return x.data if isinstance(x, FP8Operand) else x
+
+    def _empty(self, rows, columns):
+        return torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+
+    def forward(
+        self,
+        x,  # FP8Operand or bf16 (M, K)
+        w,  # FP8Operand or bf16 (N, K)
+    ):
+        return self._empty(self._matrix(x).size(0), self._matrix(w).size(0))
+
+    def input_grad(
+        self,
+        g,  # FP8Operand or bf16 (M, N)
+        w,  # FP8Operand or bf16 (N, K)
+    ):
+        return self._empty(self._matrix(g).size(0), self._matrix(w).size(1))
+
+    def weight_grad(
+        self,
+        g,  # FP8Operand or bf16 (M, N)
+        x,  # as returned by `keep`
+        out,  # (N, K) fp32
+    ):
+        """Added in place: nothing to return."""
+
+    def keep(
+        self,
+        x,  # FP8Operand or bf16 (M, K)
+    ):
+        return TorchGemm.keep(self, x) if self.fp8 else x
+
+
+class _Attention(AttentionBackend):
+    """Results of attention, without values."""
+
+    def forward(
+        self,
+        q,  # (B, T, H, D)
+        k,  # (B, T, K, D)
+        v,  # (B, T, K, D)
+        window,
+    ):
+        return q.new_empty(q.shape), [q, k, v]
+
+    def backward(
+        self,
+        saved,
+        grad_y,  # (B, T, H, D)
+    ):
+        return tuple(x.new_empty(x.shape) for x in take(saved))
+
+
+def rehearse(config, optim, rows, fp8, gpu):
+    """The Launches (kernels.common.ahead) of a run by the kernels, of Triton alone.
+
+    Args:
+        config: GPTConfig.
+        optim: OptimConfig.
+        rows: of a micro-step, in training and evaluation.
+        fp8: whether the products are in FP8.
+        gpu: kernels.common.tuning.Gpu.
+    """
+    with recorded(gpu.capability) as launches, aimed_at(gpu):
+        model = GPT(config, torch.bfloat16, _Attention(), "meta")
+        fused = FusedGPT(model, _Products(fp8), graphs=False)
+        optimizer = fused_optimizer(fused, optim)
+        tokens = torch.empty(rows, config.sequence_len, dtype=torch.int64, device="meta")
+        for _ in range(MICRO_STEPS):
+            fused(tokens, tokens).backward()
+        optimizer.step(1.0, 0.9, 0.1)
+        optimizer.zero_grad()
+        follow(fused)
+        fused.eval()
+        with torch.no_grad():
+            fused(tokens, tokens, "none")
+    return launches
