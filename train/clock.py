@@ -1,4 +1,4 @@
-"""How long this process has been running."""
+"""How long this process has been running, and with what."""
 
 import os
 import time
@@ -20,3 +20,20 @@ def process_seconds():
     except (OSError, ValueError, IndexError, AttributeError):
         return loaded
     return seconds if loaded <= seconds <= loaded + LONGEST_LOADING else loaded
+
+
+class Phases(dict):
+    """{phase: seconds}: what the time since `started`, a time.perf_counter(), went to."""
+
+    def __init__(self, started):
+        super().__init__()
+        self.started = self._last = started
+
+    def end(self, name):
+        """What ran since the end before this one was `name`."""
+        now = time.perf_counter()
+        self[name] = self.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self):
+        return ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.items())

@@ -110,13 +110,18 @@ def main():
     report = Reports()
     import torch
 
+    from nanofuse.kernels.common import ahead
     from nanofuse.kernels.common.tuning import Gpu
     from nanofuse.model.config import GPTConfig
     from nanofuse.train.compiling import Request
     from nanofuse.train.optim.config import OptimConfig
-    from nanofuse.train.rehearsal import rehearse  # noqa: F401 - loads what takes long, before asked
+    from nanofuse.train.rehearsal import rehearse
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    # what takes long at its first use, before the Request comes
+    small, hopper = GPTConfig.from_depth(1, vocab_size=64), Gpu("", (9, 0), 1)
+    ahead.load(hopper.capability)
+    rehearse(small, OptimConfig(), 1, True, hopper)
     line = sys.stdin.readline()
     if not line:
         return

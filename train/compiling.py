@@ -59,7 +59,8 @@ class Request:
 def wanted(given):
     """Whether a run by the flags that were given may launch kernels here."""
     asked = given.get("backend", "auto") in ("auto", "fused")
-    return asked and given.get("device_type") != "cpu" and DRIVER.exists()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the caches are every rank's
+    return asked and first and given.get("device_type") != "cpu" and DRIVER.exists()
 
 
 class Compiling:
@@ -133,12 +134,11 @@ class Compiling:
             if event["event"] == "failed":
                 self.problem = f"{event['name']}: {event['why']}"
         now = time.perf_counter()
-        line = f"kernels: {len(self.seconds)} of {self.found} compiled"
+        line = f"kernels: {len(self.seconds)} of {self.found} compiled in {now - self.began:.1f} s"
         if self.seconds:
-            line += " in {:.1f} s, the slowest, {}, in {:.1f} s".format(
-                now - self.began, *max(self.seconds)[::-1]
-            )
-        say(f"{line}; waited {now - waited:.1f} s")
+            slowest, name = max(self.seconds)
+            line += f", the slowest ({name}) in {slowest:.1f} s"
+        say(f"{line}; waited {now - waited:.1f} s for them")
         if self.problem:
             say(f"kernels: the rest compile when they are launched ({self.problem})")
         self.close()

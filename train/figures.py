@@ -111,7 +111,8 @@ def summary(trainer):
         "train_seconds_nanochat": round(progress.counted_seconds, 3),  # without the first 11 steps
         "ms_per_step": 1e3 * trainer.steady_seconds / steps if steps else None,
         "time_to_first_step_s": trainer.first_step_seconds,
-        "first_evaluation_s": trainer.first_evaluation_seconds,
+        "first_evaluation_s": trainer.phases.get("evaluation", 0.0),
+        "start_seconds": {name: round(seconds, 3) for name, seconds in trainer.phases.items()},
         "peak_gib": peak,
         "reserved_gib": reserved,
         **read,

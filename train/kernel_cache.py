@@ -143,11 +143,13 @@ def _refuse(path, reason):
 def _header(path, archive):
     try:
         header = json.loads(archive.read(HEADER))
-        if header["format"] != FORMAT:
-            raise _refuse(path, f"its format is {header['format']}, not {FORMAT}")
-        return dict(header["conditions"]), dict(header["requests"])
+        made = header["format"]
+        found = dict(header["conditions"]), dict(header["requests"])
     except (KeyError, TypeError, ValueError) as error:
         raise _refuse(path, "it is not of compiled kernels") from error
+    if made != FORMAT:
+        raise _refuse(path, f"its format is {made}, not {FORMAT}")
+    return found
 
 
 def unpack(path, capability):

@@ -17,6 +17,7 @@ import torch
 from nanofuse.model.gpt import GPT
 from nanofuse.train.assemble import follow
 from nanofuse.train.bpb import Validation
+from nanofuse.train.clock import Phases
 from nanofuse.train.command import exit_code
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
@@ -86,14 +87,13 @@ class Trainer:
     directory: Path
     prompt: str  # samples continue it
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
-    started: float  # time.perf_counter() at the start of the process
+    phases: Phases  # since the start of the process, up to the first step
     progress: Progress
     signals: Signals = field(default_factory=Signals)
     ranks: Alone = ALONE  # those that train together
     resumed: bool = False  # from a checkpoint of progress.step
     done: frozenset = frozenset()  # kinds of reports of that step that were made before
     first_step_seconds: float | None = None  # since the start of the process
-    first_evaluation_seconds: float = 0.0  # of those, before the first step
     steady_seconds: float = 0.0  # of the steps after the first window
     steady_steps: int = 0
     steady_joules: float | None = None  # of those steps, where the GPU's energy is read
@@ -366,10 +366,9 @@ class Trainer:
         progress.count_seconds(seconds, steps)
         first = self.first_step_seconds is None
         if first:
-            self.first_step_seconds = time.perf_counter() - self.started
-            spent = self.first_evaluation_seconds
-            note = f", {spent:.1f} s of them evaluation" if spent else ""
-            self.log.print(f"first step after {self.first_step_seconds:.1f} s{note}")
+            self.first_step_seconds = time.perf_counter() - self.phases.started
+            self.phases.end("step")
+            self.log.print(f"first step after {self.first_step_seconds:.1f} s: {self.phases}")
         else:
             if not self.steady_steps:
                 self.slowest = 0.0  # the first step compiled
@@ -409,10 +408,9 @@ class Trainer:
         if "save" in due:
             self.together(self.save)
         if "val" in due:
-            began = time.perf_counter()
             self.together(self.evaluate)
             if self.first_step_seconds is None:
-                self.first_evaluation_seconds = time.perf_counter() - began
+                self.phases.end("evaluation")
             if saved:
                 self.by_main(self.saver.amend, self.progress.step, self.meta())
         if saved:

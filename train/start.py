@@ -21,7 +21,7 @@ from nanofuse.train.checkpoint import (
     load_tokenizer,
     load_weights,
 )
-from nanofuse.train.clock import process_seconds
+from nanofuse.train.clock import Phases, process_seconds
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
 from nanofuse.train.data.loader import Packing
@@ -317,11 +317,11 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     return Start(*known, checkpoint, meta)
 
 
-def build_trainer(start, started, signals=None, ahead=None):
+def build_trainer(start, phases, signals=None, ahead=None):
     """The Trainer of a Start.
 
     Args:
-        started: time.perf_counter() at the start of the process.
+        phases: train.clock.Phases since the start of the process.
         signals: train.signals.Signals that were installed, or None.
         ahead: train.ahead.Ahead that was told of the kernels, or None.
 
@@ -345,7 +345,9 @@ def build_trainer(start, started, signals=None, ahead=None):
             model.init_weights(settings.job.seed)
 
     def ready():
+        phases.end("model")
         ranks.by_main((ahead or Ahead()).ready)  # rank 0's are in the caches of all
+        phases.end("kernels")
 
     built = assemble(
         config,
@@ -406,7 +408,7 @@ def build_trainer(start, started, signals=None, ahead=None):
         directory=directory,
         prompt="def " if isinstance(start.corpus, StdlibCorpus) else "The capital of France is",
         peak_flops=bf16_peak(machine.name),
-        started=started,
+        phases=phases,
         progress=progress,
         signals=signals or Signals(),
         ranks=ranks,
@@ -429,32 +431,35 @@ def train(given, compiling=None):
         UserError: any bad input.
         RunEnded: an error on the way, or a signal.
     """
-    started = time.perf_counter() - process_seconds()
+    phases = Phases(time.perf_counter() - process_seconds())
+    phases.end("imports")
     ahead = Ahead(compiling, given.get("kernel_cache"))
     ranks = join()
     if ranks is ALONE:
-        return train_as(ranks, given, started, ahead)
+        return train_as(ranks, given, phases, ahead)
     try:
-        train_as(ranks, given, started, ahead)
+        train_as(ranks, given, phases, ahead)
         ranks.close()
     except BaseException as failure:
         ranks.leave(failure)
 
 
-def train_as(ranks, given, started, ahead):
+def train_as(ranks, given, phases, ahead):
     """As train.
 
     Args:
         ranks: train.ranks.Ranks.
-        started: time.perf_counter() at the start of the process.
+        phases: train.clock.Phases since the start of the process.
         ahead: train.ahead.Ahead; it is closed.
     """
     given = {**given, "gpus": str(ranks.world)}
     try:
         with Signals() as signals, RunLock() as lock, closing(ahead):
             start = start_with_rank_0(given, lock, ranks, ahead)
+            phases.end("data")
             try:
-                trainer = build_trainer(start, started, signals, ahead)
+                trainer = build_trainer(start, phases, signals, ahead)
+                phases.end("model")
             except torch.OutOfMemoryError:
                 rows, device = start.settings.horizon.device_batch_size, start.machine.device
                 raise UserError(out_of_memory(rows, device)) from None

@@ -8,7 +8,7 @@ but no memory, gives exactly the kernels that the pass over real ones launches. 
 writes what the real launch looks up: the cubin and, where this Triton makes one for each kernel,
 the C module that launches it.
 
-Everything here needs Triton, and none of it works in its interpreter.
+All of it needs Triton, and does not work in its interpreter.
 """
 
 import functools
@@ -19,13 +19,17 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from triton import compiler, knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
-from triton.compiler import ASTSource
-from triton.runtime import build, cache, driver
+
+from nanofuse.kernels.common.jit import HAS_TRITON
+
+if HAS_TRITON:  # parts of it that only a compilation ahead of a launch needs
+    from triton import compiler, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import build, cache, driver
 
 WARP_SIZE = 32
 
@@ -72,8 +76,8 @@ class Launch:
     `entries` are names of what it looks up or writes in Triton's cache; known once compiled.
     """
 
-    source: ASTSource
-    target: GPUTarget
+    source: Any  # triton.compiler.ASTSource
+    target: Any  # triton.backends.compiler.GPUTarget
     options: dict
     entries: list = field(default_factory=list)
 
@@ -205,3 +209,9 @@ def cache_folder():
 def build_key():
     """Digest of this build of Triton, which is part of every entry's name."""
     return hashlib.sha256(cache.triton_key().encode()).hexdigest()
+
+
+def load(capability):
+    """Do what Triton does once in a process before it compiles, so that forked ones need not."""
+    build_key()
+    compiler.make_backend(_Driver(capability).target).hash()

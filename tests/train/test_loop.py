@@ -10,6 +10,7 @@ import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
 from nanofuse.train import loop
+from nanofuse.train.clock import Phases
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -52,7 +53,7 @@ def make_trainer(data_dir, work_dir):
 
     def make(**flags):
         given = {**SIZES, "data": str(data_dir), **flags}
-        trainer = build_trainer(start_new(given, RunLock()), time.perf_counter())
+        trainer = build_trainer(start_new(given, RunLock()), Phases(time.perf_counter()))
         made.append(trainer)
         return trainer
 

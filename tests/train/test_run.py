@@ -75,7 +75,9 @@ def test_trains_evaluates_samples_and_saves(data_dir, work_dir, capsys):
         assert fact in out
     summary = json.loads(out.splitlines()[-1])
     assert summary["steps"] == 20 and summary["val_bpb"] == bpbs[-1]
-    assert re.search(r"first step after \d+\.\d s, \d+\.\d s of them evaluation", out)
+    assert re.search(
+        r"first step after \d+\.\d s: imports \d+\.\d, data .*, evaluation \d+\.\d, step \d", out
+    )
     assert 0 < summary["first_evaluation_s"] < summary["time_to_first_step_s"]
     steps = sorted(folder.name for folder in run_dir("a").glob("step_*"))
     assert steps == ["step_000010", "step_000020"]

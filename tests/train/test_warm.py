@@ -1,0 +1,232 @@
+"""Kernels compiled ahead: what is recorded is what a launch looks up, and files are checked.
+
+Triton's compiler runs in one process of its own, as its interpreter takes the kernels here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
+from nanofuse.model.config import GPTConfig
+from nanofuse.train import kernel_cache, warm
+from nanofuse.train.ahead import Ahead
+from nanofuse.train.compiling import Compiling, Request, wanted
+from nanofuse.train.errors import UserError
+from nanofuse.train.kernel_cache import HEADER, Needed, conditions, pack, unpack
+from nanofuse.train.optim.config import OptimConfig
+from tests.test_ops import ROOT
+
+pytest.importorskip("triton")
+HOPPER = (9, 0)
+HERE = {"GPUs": "sm_90", "Triton": "3.6.0", "FlashAttention 4": None}
+KERNEL = "triton/ABC234/k.cubin"
+LARGEST_KERNEL = 200_000  # bytes in the file
+COMPILES = """
+import json, os, sys
+from pathlib import Path
+import torch
+from nanofuse.kernels.common import ahead
+from nanofuse.kernels.common.tuning import Gpu
+from nanofuse.model.config import GPTConfig
+from nanofuse.train.compiling import Request
+from nanofuse.train.kernel_cache import Needed, conditions, pack, triton_entry, unpack
+from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.rehearsal import rehearse
+
+def caches(name):
+    os.environ["TRITON_CACHE_DIR"] = str(Path(sys.argv[1], name))
+
+config, gpu = GPTConfig.from_depth(2, vocab_size=1024), Gpu("NVIDIA H200", (9, 0), 132)
+launches = rehearse(config, OptimConfig(), 2, True, gpu)
+found = [(launch.name, str(launch.source.constants)) for launch in launches]
+launch = next(each for each in launches if each.name == "_bigram_rows_kernel")
+caches("first")
+there = [launch.compile(), launch.compile()]
+entries = [triton_entry(key) for key in launch.entries]
+request = Request.of(config, OptimConfig(), 2, True, False, False, *vars(gpu).values())
+out = Path(sys.argv[1], "kernels.zip")
+size = pack(out, conditions(gpu.capability), request, entries)
+caches("second")
+known = [Needed(gpu.capability).there(request)]
+unpack(out, gpu.capability)
+known.append(Needed(gpu.capability).there(request))
+# a launch as the GPU's would be: the same kernel, recorded anew, finds it
+again = next(e for e in rehearse(config, OptimConfig(), 2, True, gpu) if e.name == launch.name)
+there.append(again.compile())
+print(json.dumps({"found": found, "there": there, "known": known, "size": size, "n": len(entries)}))
+"""
+
+
+def request(**changes):
+    fields = [GPTConfig.from_depth(4), OptimConfig(), 32, True, False, False]
+    return Request.of(*fields, *(changes.get("gpu", ("NVIDIA H200", HOPPER, 132))))
+
+
+def test_what_is_compiled_here_is_found_elsewhere(tmp_path):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    env |= {"NANOFUSE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILES, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert told["there"] == [False, True, True]
+    assert told["known"] == [None, told["n"]]
+    assert 500 < told["size"] < LARGEST_KERNEL
+    names = {name for name, _ in told["found"]}
+    ops = ("embed_smear", "residual_mix", "rotary_qk_norm", "residual_gradients", "quantize")
+    assert all(any(op in name for name in names) for op in (*ops, "adamw", "symmetric_matmul"))
+    assert 40 < len(told["found"]) < 120
+
+
+def test_kernels_are_aimed_at_a_gpu():
+    with aimed_at(Gpu("NVIDIA H200", HOPPER, 77)):
+        assert (gpu_name(), sm_count(None)) == ("NVIDIA H200", 77)
+    assert gpu_name() != "NVIDIA H200"
+
+
+def test_a_request_is_named_by_all_it_says():
+    assert request().digest() == request().digest()
+    assert request().digest() != request(gpu=("NVIDIA H200", HOPPER, 114)).digest()
+    again = Request(**json.loads(request().text()))
+    assert GPTConfig(**again.config) == GPTConfig.from_depth(4)
+    assert OptimConfig(**again.optim) == OptimConfig()
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Caches of this test; conditions are HERE."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("NANOFUSE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel_cache, "conditions", lambda capability: dict(HERE))
+    return tmp_path
+
+
+def write(path, conditions=HERE, names=(KERNEL,), format=1, requests=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        header = {"format": format, "conditions": conditions, "requests": requests or {}}
+        archive.writestr(HEADER, json.dumps(header))
+        for name in names:
+            archive.writestr(name, b"1")
+    return path
+
+
+def test_a_file_goes_into_the_caches_once(caches):
+    path = write(caches / "a.zip", names=(KERNEL, "triton/ABC234/__grp__k.json"))
+    assert unpack(path, HOPPER) == unpack(path, HOPPER) == 1
+    group = json.loads((caches / "triton/ABC234/__grp__k.json").read_text())
+    assert group == {"child_paths": {"k.cubin": str(caches / KERNEL)}}  # as this machine's paths
+    assert sorted(p.name for p in (caches / "triton").iterdir()) == ["ABC234"]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"conditions": HERE | {"Triton": "3.9.0"}}, "it is for Triton 3.9.0, here: 3.6.0"),
+        ({"conditions": HERE | {"GPUs": "sm_100"}}, "it is for GPUs sm_100, here: sm_90"),
+        ({"format": 2}, "its format is 2, not 1"),
+        ({"conditions": None}, "it is not of compiled kernels"),
+        ({"names": ("triton/../../evil.so",)}, "it has a file that is no kernel's"),
+        ({"names": ("/etc/passwd",)}, "it has a file that is no kernel's"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(caches, changes, said):
+    with pytest.raises(UserError, match="--kernel-cache .*make it anew with .*train.warm") as error:
+        unpack(write(caches / "a.zip", **changes), HOPPER)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (caches / "triton").exists()
+
+
+def test_damaged_and_missing_files(caches):
+    path = write(caches / "a.zip")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="it is damaged, or no file of compiled kernels"):
+        unpack(path, HOPPER)
+    with pytest.raises(UserError, match="--kernel-cache .*none.zip: No such file"):
+        unpack(caches / "none.zip", HOPPER)
+
+
+def test_another_version_of_flash_attention_is_refused_where_both_have_one(caches, monkeypatch):
+    path = write(caches / "a.zip", HERE | {"FlashAttention 4": "flash-attn-4 4.0"})
+    assert unpack(path, HOPPER) == 1  # none here: the run does without
+    monkeypatch.setattr(
+        kernel_cache, "conditions", lambda capability: HERE | {"FlashAttention 4": "5.0"}
+    )
+    with pytest.raises(UserError, match="for FlashAttention 4 flash-attn-4 4.0, here: 5.0"):
+        unpack(path, HOPPER)
+
+
+def test_what_runs_needed_is_known_until_it_is_gone(caches):
+    (caches / "triton/ABC234").mkdir(parents=True)
+    (caches / KERNEL).write_bytes(b"cubin")
+    needed = Needed(HOPPER)
+    assert needed.there(request()) is None
+    needed.add({request().digest(): ["triton/ABC234"]})
+    assert Needed(HOPPER).there(request()) == 1
+    size = pack(caches / "b.zip", HERE, request(), ["triton/ABC234"])
+    assert size == (caches / "b.zip").stat().st_size
+    with zipfile.ZipFile(caches / "b.zip") as archive:
+        assert archive.namelist() == [HEADER, KERNEL]
+    (caches / KERNEL).unlink()
+    (caches / "triton/ABC234").rmdir()
+    assert Needed(HOPPER).there(request()) is None
+
+
+def process(code):
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["whole", "early", "failed"])
+def test_what_compiled_is_said(ending):
+    events = [{"event": "found", "count": 2}]
+    for name, there in (("a", False), ("b", True)):
+        done = {"seconds": 1.5, "there": there, "entries": [f"triton/{name}"]}
+        events.append({"event": "kernel", "name": name, **done})
+    if ending == "failed":
+        events[-1] = {"event": "failed", "name": "b", "why": "no registers"}
+    events += [{"event": "end"}] if ending != "early" else []
+    code = f"input()\nfor line in {[json.dumps(e) for e in events]!r}: print(line)"
+    compiling, lines = Compiling(process(code)), []
+    compiling.ask(request())
+    compiling.wait(lines.append)
+    assert (
+        lines[1].startswith("kernels: 1 of 2 compiled in ")
+        and "the slowest (a) in 1.5 s" in lines[1]
+    )
+    reasons = {"whole": [], "early": ["ended early"], "failed": ["b: no registers"]}[ending]
+    assert len(lines) == 2 + len(reasons) and all(r in lines[-1] for r in reasons)
+    assert compiling.entries[0] == "triton/a" and compiling.process is None
+
+
+def test_a_process_that_was_not_asked_ends():
+    compiling = Compiling(process("import time; time.sleep(100)"))
+    child = compiling.process
+    Ahead(compiling).close()
+    assert child.poll() is not None
+
+
+def test_nothing_compiles_where_nothing_is_launched(monkeypatch):
+    monkeypatch.setattr("nanofuse.train.compiling.DRIVER", Path(__file__))
+    assert wanted({}) and wanted({"backend": "fused"})
+    assert not wanted({"backend": "eager"}) and not wanted({"device_type": "cpu"})
+    monkeypatch.setattr("nanofuse.train.compiling.DRIVER", Path("/nowhere"))
+    assert not wanted({})
+
+
+def test_flags_of_the_command(capsys):
+    own, given = warm.parse(["--arch", "sm_90", "--depth", "4", "--out", "x.zip"])
+    assert given == {"depth": 4} and own == {"arch": "sm_90", "gpu": None, "out": Path("x.zip")}
+    with pytest.raises(UserError, match="--gpu H7 is not known; choose from NVIDIA H200"):
+        warm.main(["--gpu", "H7"])
+    with pytest.raises(UserError, match="--out nowhere/x.zip: no such folder"):
+        warm.main(["--out", "nowhere/x.zip"])
+    assert conditions(HOPPER)["GPUs"] == "sm_90"
