@@ -55,9 +55,9 @@ RUN_FLAGS = (
     "--device-batch-size 3", "--eval-tokens 10", "--matrix-lr nan", "--matrix-lr -1",
     "--matrix-lr inf", "--warmdown-ratio 2", "--seed -1", f"--seed {BIG}", "--train-log-every 0",
     "--backend warp", "--attention fa9", "--fp8 torch",
-    "--compile-mode max-autotune", "--device-type tpu", "--run a", "--run a/b", "--data nowhere",
-    "--data=", "--text-column body", "--val-shard none.parquet", "--wandb maybe", "--gpus 0",
-    "--gpus many",
+    "--compile-mode max-autotune", "--kernel-cache a.zip", "--device-type tpu", "--run a",
+    "--run a/b", "--data nowhere", "--data=", "--text-column body",
+    "--val-shard none.parquet", "--wandb maybe", "--gpus 0", "--gpus many",
 )  # fmt: skip
 RESUME_FLAGS = (
     "--run a --resume --depth 2", "--run a --resume --seed 7", "--run a --resume --vocab-size 400",

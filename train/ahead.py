@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.model.backends import flash_ahead
+from nanofuse.model.fused import kernels_are_interpreted
 from nanofuse.train.compiling import Compiling, Request
 
 
@@ -33,7 +34,8 @@ class Ahead:
         """
         if self.request is not None:
             return
-        if machine.backend != "fused" or machine.device.type != "cuda":
+        on_gpu = machine.device.type == "cuda" and not kernels_are_interpreted()
+        if machine.backend != "fused" or not on_gpu:
             return self.compiling.close()
         from nanofuse.train.kernel_cache import Needed, unpack  # needs Triton
 

@@ -14,7 +14,6 @@ import secrets
 import shutil
 import sys
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 from nanofuse.kernels.common.store import Store, user_folder
@@ -71,7 +70,7 @@ def conditions(capability):
         "GPUs": f"sm_{major}{minor}",
         "machine": f"{platform.system()} {platform.machine()}",
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "Triton": f"{version('triton')}, build {ahead.build_key()[:12]}",
+        "Triton": ahead.build(),
         "the kernels' sources": sources()[:12],
         "FlashAttention 4": flash_ahead.versions(),
     }

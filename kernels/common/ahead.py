@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from nanofuse.kernels.common.jit import HAS_TRITON
+from nanofuse.kernels.common.jit import HAS_TRITON, triton
 
 if HAS_TRITON:  # parts of it that only a compilation ahead of a launch needs
     from triton import compiler, knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
-    from triton.runtime import build, cache, driver
+    from triton.runtime import build as modules
+    from triton.runtime import cache, driver
 
 WARP_SIZE = 32
 
@@ -134,7 +135,9 @@ def _modules_not_loaded():
     """Within the context Triton's C modules are built, and not loaded, as that needs the GPU's
     driver. Without that driver they are linked to an empty library of its name."""
     with ExitStack() as stack:
-        stack.enter_context(_set(build, "_load_module_from_path", lambda name, path: _NotLoaded()))
+        stack.enter_context(
+            _set(modules, "_load_module_from_path", lambda name, path: _NotLoaded())
+        )
         try:
             nvidia.libcuda_dirs()
         except (AssertionError, OSError, subprocess.SubprocessError):
@@ -188,13 +191,13 @@ class Support:
         with ExitStack() as stack:
             self.entries = stack.enter_context(_noted_entries())
             stack.enter_context(_modules_not_loaded())
-            make = build._build
+            make = modules._build
 
             def noted(*args, **options):
                 built.append(args)
                 return make(*args, **options)
 
-            stack.enter_context(_set(build, "_build", noted))
+            stack.enter_context(_set(modules, "_build", noted))
             nvidia.CudaUtils()
         del nvidia.CudaUtils.instance  # Triton keeps it
         return not built
@@ -206,12 +209,13 @@ def cache_folder():
 
 
 @functools.cache
-def build_key():
-    """Digest of this build of Triton, which is part of every entry's name."""
-    return hashlib.sha256(cache.triton_key().encode()).hexdigest()
+def build():
+    """Version and digest of this build of Triton, which is part of every entry's name."""
+    digest = hashlib.sha256(cache.triton_key().encode()).hexdigest()
+    return f"{triton.__version__}, build {digest[:12]}"
 
 
 def load(capability):
     """Do what Triton does once in a process before it compiles, so that forked ones need not."""
-    build_key()
+    build()
     compiler.make_backend(_Driver(capability).target).hash()

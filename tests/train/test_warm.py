@@ -9,17 +9,22 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.providers import PRODUCTS, Choice
 from nanofuse.train import kernel_cache, warm
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.compiling import Compiling, Request, wanted
+from nanofuse.train.device import Machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.kernel_cache import HEADER, Needed, conditions, pack, unpack
 from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.settings import resolve
 from tests.test_ops import ROOT
 
 pytest.importorskip("triton")
@@ -212,6 +217,40 @@ def test_a_process_that_was_not_asked_ends():
     child = compiling.process
     Ahead(compiling).close()
     assert child.poll() is not None
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A Hopper GPU as far as a start asks for it."""
+
+    class OnGPU(Machine):
+        capability = HOPPER
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("nanofuse.train.ahead.kernels_are_interpreted", lambda: False)
+    return OnGPU(torch.device("cuda", 0), "NVIDIA H200", "fused", "asked for", torch.bfloat16)
+
+
+def test_a_start_asks_for_what_is_not_there(caches, hopper, capsys):
+    fp8 = Choice(PRODUCTS[0], SimpleNamespace(fp8=True), "asked for")
+    known = resolve({"attention": "sdpa", "depth": 4}, "cuda"), hopper, GPTConfig.from_depth(4), fp8
+    asked = request()
+    events = [{"event": "found", "count": 1}]
+    kernel = {"event": "kernel", "name": "k", "seconds": 1.0, "there": False}
+    events += [kernel | {"entries": ["triton/ABC234"]}, {"event": "end"}]
+    code = f"print(input())\nfor line in {[json.dumps(e) for e in events]!r}: print(line)"
+    ahead = Ahead(Compiling(process(code)))
+    ahead.begin(*known)
+    assert json.loads(ahead.compiling.process.stdout.readline()) == json.loads(asked.text())
+    ahead.begin(*known)
+    ahead.ready()
+    assert "kernels: 1 of 1 compiled in" in capsys.readouterr().out
+    write(caches / "a.zip")  # a file brings what was said to be needed, and nothing is waited for
+    ahead = Ahead(Compiling(process("import time; time.sleep(100)")), caches / "a.zip")
+    ahead.begin(*known)
+    ahead.ready()
+    assert "kernels: all in the caches, 1 entries" in capsys.readouterr().out
 
 
 def test_nothing_compiles_where_nothing_is_launched(monkeypatch):
