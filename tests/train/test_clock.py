@@ -41,3 +41,13 @@ def test_where_the_system_does_not_tell(process, monkeypatch):
     process(7.5)
     monkeypatch.delattr(time, "CLOCK_BOOTTIME")
     assert clock.process_seconds() == 5.0
+
+
+def test_phases_end_one_after_the_other(monkeypatch):
+    now = iter([3.0, 4.5, 4.75])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    phases = clock.Phases(1.0)
+    for name in ("imports", "model", "imports"):
+        phases.end(name)
+    assert phases == {"imports": 2.25, "model": 1.5} and phases.started == 1.0
+    assert str(phases) == "imports 2.2, model 1.5"

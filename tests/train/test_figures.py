@@ -39,10 +39,11 @@ def make(**fields):
         "steady_seconds": 6.0,
         "steady_steps": 3,
         "first_step_seconds": 9.0,
-        "first_evaluation_seconds": 1.5,
+        "phases": {"imports": 2.0, "evaluation": 1.5},
+        "steady_joules": None,
         "device": torch.device("cpu"),
         "directory": Path("runs/d4"),
-        "ranks": SimpleNamespace(world=1),
+        "ranks": SimpleNamespace(world=1, collect=lambda thing: [thing]),
         **fields,
     })  # fmt: skip
 
@@ -97,7 +98,12 @@ def test_a_summary():
         "run": "d4", "ranks": 1, "steps": 5, "tokens": 5000, "loss": 3.0,
         "val_bpb": 1.25, "best_bpb": 1.2,
         "train_seconds": 7.0, "train_seconds_nanochat": 6.5, "ms_per_step": 2000.0,
-        "time_to_first_step_s": 9.0, "first_evaluation_s": 1.5, "peak_gib": None,
+        "time_to_first_step_s": 9.0, "first_evaluation_s": 1.5,
+        "start_seconds": {"imports": 2.0, "evaluation": 1.5}, "peak_gib": None,
         "reserved_gib": None,
     }  # fmt: skip
+    assert summary(make(steady_joules=6.0))["joules_per_million_tokens"] == 2000.0
+    ranks = SimpleNamespace(world=2, collect=lambda thing: [thing, 9.0])
+    assert summary(make(steady_joules=6.0, ranks=ranks))["joules_per_million_tokens"] == 5000.0
+    assert "joules_per_million_tokens" not in summary(make(ranks=ranks))
     assert summary(make(steady_steps=0))["ms_per_step"] is None

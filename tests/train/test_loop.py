@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
-from nanofuse.train import loop
-from nanofuse.train.clock import Phases
+from nanofuse.train import clock, loop
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -53,7 +52,7 @@ def make_trainer(data_dir, work_dir):
 
     def make(**flags):
         given = {**SIZES, "data": str(data_dir), **flags}
-        trainer = build_trainer(start_new(given, RunLock()), Phases(time.perf_counter()))
+        trainer = build_trainer(start_new(given, RunLock()), clock.Phases(time.perf_counter()))
         made.append(trainer)
         return trainer
 
@@ -133,7 +132,9 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     """Samples, evaluations and saves between them take much longer on this clock."""
     now = [100.0]
     trainer = make_trainer(num_iterations=14, eval_every=3, sample_every=5, save_every=7)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    timer = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(loop, "time", timer)
+    monkeypatch.setattr(clock, "time", timer)
 
     def taking(seconds, run):
         def timed(*args):
@@ -158,12 +159,13 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     records, lines = [], []
     monkeypatch.setattr(trainer.log, "print", lines.append)
     monkeypatch.setattr(trainer.log, "metrics", lambda kind, step, **v: records.append((step, v)))
-    trainer.started = 40.0
+    trainer.phases = clock.Phases(40.0)
     trainer.run()
     progress = trainer.progress
     assert progress.train_seconds == 28.0 and progress.counted_seconds == 6.0
     assert (trainer.steady_seconds, trainer.steady_steps) == (26.0, 13)
-    assert trainer.first_step_seconds == 3062.0 and trainer.first_evaluation_seconds == 3000.0
+    assert trainer.first_step_seconds == 3062.0
+    assert trainer.phases == {"evaluation": 3060.0, "step": 2.0}
     assert [step for step, _ in records] == [1, 3, 5, 6, 7, 9, 10, 12, 14]
     etas = [f"ETA {2 * (14 - step) / 60:.1f} min" for step, _ in records]
     assert [line[line.index("ETA") :] for line in lines if "ETA" in line] == etas
