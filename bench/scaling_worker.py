@@ -46,6 +46,13 @@ class Task:
     fp8: str
 
 
+def meet(ranks, device):
+    """Have what follows begin on all ranks at once: on GPUs behind a message of theirs, which no
+    process is late for."""
+    synchronize()
+    ranks.maximum_(torch.zeros(1, device=device))
+
+
 @dataclass(frozen=True)
 class _InPhase:
     """A transfer that is waited for within a phase."""
@@ -69,7 +76,7 @@ class Contender:
     """
 
     def __init__(self, name, task, machine, ranks):
-        self.ranks = ranks
+        self.ranks, self.device = ranks, machine.device
         self.crew = ALONE if name == "alone" else ranks
         workload, optim = task.workload, OptimConfig()
         batches = workload.batches(machine.device)
@@ -113,13 +120,12 @@ class Contender:
         sharing.add_gradients, sharing.return_values = add, give_back
 
     def step(self):
-        """Take a step when all ranks are ready for it; {phase: seconds} and the first loss.
+        """Take a step that begins on all ranks at once; {phase: seconds} and the first loss.
 
         The phases "gradients" and "values" are the time in which the stream that computes waits for
         other ranks' parts, and adds or copies them. What runs beside it does not count.
         """
-        synchronize()
-        self.ranks.agree()
+        meet(self.ranks, self.device)
         self.clock = PhaseClock()
         loss = train_step(self.built, self.batches, self.clock, self.crew.world)
         return self.clock.seconds(), loss.item()
@@ -206,8 +212,7 @@ class Worker:
     def _median(self, run):
         seconds = []
         for _ in range(WARMUP + REPEATS):
-            synchronize()
-            self.ranks.agree()
+            meet(self.ranks, self.machine.device)
             clock = PhaseClock()
             with clock("all"):
                 run()
