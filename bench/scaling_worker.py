@@ -232,7 +232,7 @@ def work(rank, world, port, pipe, task):
     ranks = Ranks(Place(rank, world, rank), machine.device) if world > 1 else ALONE
     worker = Worker(task, ranks, machine)
     commands = {"build": worker.build, "step": worker.step}
-    commands |= {"drop": worker.drop, "library": worker.library, "close": worker.check}
+    commands |= {"drop": worker.drop, "library": worker.library, "close": worker.drop}
     while True:
         command, *args = pipe.recv()
         pipe.send(commands[command](*args))
