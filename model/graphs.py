@@ -23,9 +23,11 @@ class GraphedPass:
         self.tokens, self.targets = tokens.clone(), targets.clone()
         self.grad_loss = torch.ones((), device=tokens.device)
         self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[0]):  # first frees memory cached by eager passes
+        # other threads may call CUDA meanwhile, as that of NCCL does
+        mode = {"capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graphs[0], **mode):  # first frees memory cached by eager passes
             self.mean, state = fused.loss(self.tokens, self.targets)
-        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
+        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool(), **mode):
             fused.backward(state, self.grad_loss)
         self.runs = 0
 
