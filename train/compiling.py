@@ -10,9 +10,11 @@ here loads torch.
 import hashlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +25,8 @@ import nanofuse
 from nanofuse.train.command import DEBUG_ENV
 
 DRIVER = Path("/dev/nvidiactl")  # there where a GPU of NVIDIA's is
+SILENT_SECONDS = 180  # without a word of the process, after which the run no longer waits
+GOING_SECONDS = 5  # for it to end
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,28 @@ class Compiling:
         self.note = note
 
     def _read(self):
-        """Events of the process, until it has done everything or ends."""
-        for line in self.process.stdout:
-            event = json.loads(line)
+        """Events of the process, until it has done everything, ends or says nothing any more."""
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def pump(file):
+            with suppress(OSError, ValueError):  # closed under it
+                for line in file:
+                    lines.put(line)
+            lines.put("")
+
+        threading.Thread(target=pump, args=(self.process.stdout,), daemon=True).start()
+        while True:
+            try:
+                event = json.loads(lines.get(timeout=SILENT_SECONDS))
+            except queue.Empty:
+                self.problem = f"the process that compiles them says nothing for {SILENT_SECONDS} s"
+                return
+            except ValueError:  # also of "", its end
+                self.problem = self.problem or "the process that compiles them ended early"
+                return
             if event["event"] == "end":
                 return
             yield event
-        self.problem = self.problem or "the process that compiles them ended early"
 
     def wait(self, say=print):
         """Wait until everything is compiled; say(line) what was."""
@@ -150,8 +169,10 @@ class Compiling:
             return
         with suppress(OSError):
             process.stdin.close()
-        process.stdout.close()
-        if process.poll() is None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+                os.killpg(process.pid, number)  # with all that it forked
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GOING_SECONDS)
+                break
+        process.stdout.close()

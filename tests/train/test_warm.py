@@ -212,6 +212,25 @@ def test_what_compiled_is_said(ending):
     assert compiling.entries[0] == "triton/a" and compiling.process is None
 
 
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("print('{', flush=True); time.sleep(100)", "ended early"),
+        ("time.sleep(100)", "says nothing for 0.3 s"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)", "says nothing"),
+    ],
+)
+def test_a_process_that_hangs_holds_up_no_run(monkeypatch, code, why):
+    monkeypatch.setattr("nanofuse.train.compiling.SILENT_SECONDS", 0.3)
+    monkeypatch.setattr("nanofuse.train.compiling.GOING_SECONDS", 0.3)
+    compiling, lines = Compiling(process(f"import signal, time; input(); {code}")), []
+    child = compiling.process
+    compiling.ask(request())
+    compiling.wait(lines.append)
+    assert "compile when they are launched" in lines[-1] and why in lines[-1]
+    assert child.poll() is not None
+
+
 def test_a_process_that_was_not_asked_ends():
     compiling = Compiling(process("import time; time.sleep(100)"))
     child = compiling.process
