@@ -57,7 +57,8 @@ class Guard:
         self.cut_off = False  # from the store
         self.lock = threading.Lock()  # of the store's connection
         self.main = threading.main_thread()
-        self.limit, self.since, self.waits = START_SECONDS, time.monotonic(), 0
+        self.limit, self.grace, self.waits = START_SECONDS, 0.0, 0
+        self.since = time.monotonic()  # the main thread was last heard of
         self.contact = time.monotonic()  # with the store
         self.count, self.published, self.changed = 0, threading.Event(), threading.Event()
         self.next, self.next_pulse, self.next_seen = (rank + 1) % world, None, self.contact
@@ -97,6 +98,17 @@ class Guard:
         finally:
             self.since = time.monotonic()
             self.waits -= 1
+
+    @contextlib.contextmanager
+    def patient(self, seconds):
+        """Within the context the main thread may take so much longer, as it waits for something
+        else than a rank."""
+        self.grace += seconds
+        try:
+            yield
+        finally:
+            self.since = time.monotonic()
+            self.grace -= seconds
 
     def check(self):
         """Raise where another rank has left its last word.
@@ -231,7 +243,7 @@ class Guard:
                 self._miss(f"rank 0's store gives no sign of life for {SILENT_SECONDS} s")
             if self.word is not None and now - self.heard > DEAF_SECONDS:
                 self._end(self.word.code, self.ends)
-            if self.word is None and not self.waits and now - self.since > self.limit:
+            if self.word is None and not self.waits and now - self.since > self.limit + self.grace:
                 seconds = now - self.since
                 line = f"rank {self.rank} hangs since {seconds:.0f} s, {self._place()}"
                 if self.claim(1, line).rank == self.rank:
@@ -258,6 +270,9 @@ class NoGuard:
 
     def allow(self, seconds):
         pass
+
+    def patient(self, seconds):
+        return contextlib.nullcontext()
 
     def stop(self):
         pass

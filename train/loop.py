@@ -41,6 +41,7 @@ from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import training_state
 
 LEAST_SECONDS = 15  # that a step may take before a rank counts as hung
+DATA_SECONDS = 600  # that a batch may take besides, such as from a slow disk
 PATIENCE = 4  # times the slowest step so far, where that is longer
 
 RATES_HINT = (
@@ -187,7 +188,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         with self.pace:
             for _ in range(self.plan.micro_steps // self.ranks.world):
-                inputs, targets = next(self.loader)
+                with self.ranks.guard.patient(DATA_SECONDS):
+                    inputs, targets = next(self.loader)
                 loss = self.model(inputs, targets)
                 (loss / self.plan.micro_steps).backward()
                 total += loss.detach()

@@ -113,6 +113,17 @@ def test_a_rank_that_waits_for_others_owes_nothing(guards, ended):
     assert ended == [] and made[1].word is None
 
 
+def test_a_rank_that_waits_for_data_has_longer(guards, ended):
+    made = guards(2)
+    made[0].main = threading.current_thread()
+    made[0].allow(0.8)
+    with made[0].patient(600):
+        time.sleep(1.2)
+    assert ended == []
+    made[0].check()
+    wait_for(lambda: ended)
+
+
 def test_a_deaf_rank_is_ended(guards, ended, capfd):
     made = guards(2)
     made[0].claim(143, "stopped")
