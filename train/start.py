@@ -434,43 +434,47 @@ def train(given, compiling=None):
     phases = Phases(time.perf_counter() - process_seconds())
     phases.end("imports")
     ahead = Ahead(compiling, given.get("kernel_cache"))
-    ranks = join()
-    if ranks is ALONE:
-        return train_as(ranks, given, phases, ahead)
+    ranks = ALONE
     try:
-        train_as(ranks, given, phases, ahead)
+        with Signals() as signals, closing(ahead):
+            try:
+                ranks = join()
+                train_as(ranks, given, phases, ahead, signals)
+            except Interrupted as stop:
+                text, code = f"stopped by {stop} before the first step", 128 + stop.number
+                raise RunEnded(text, code) from None
         ranks.close()
     except BaseException as failure:
+        if ranks is ALONE:
+            raise
         ranks.leave(failure)
 
 
-def train_as(ranks, given, phases, ahead):
+def train_as(ranks, given, phases, ahead, signals):
     """As train.
 
     Args:
         ranks: train.ranks.Ranks.
         phases: train.clock.Phases since the start of the process.
-        ahead: train.ahead.Ahead; it is closed.
+        ahead: train.ahead.Ahead.
+        signals: train.signals.Signals that were installed.
     """
     given = {**given, "gpus": str(ranks.world)}
-    try:
-        with Signals() as signals, RunLock() as lock, closing(ahead):
-            start = start_with_rank_0(given, lock, ranks, ahead)
-            phases.end("data")
-            try:
-                trainer = build_trainer(start, phases, signals, ahead)
-                phases.end("model")
-            except torch.OutOfMemoryError:
-                rows, device = start.settings.horizon.device_batch_size, start.machine.device
-                raise UserError(out_of_memory(rows, device)) from None
-            try:
-                run_and_save(trainer)
-            finally:
-                trainer.loader.close()
-                trainer.log.close()
-                gc.unfreeze()
-    except Interrupted as stop:
-        raise RunEnded(f"stopped by {stop} before the first step", 128 + stop.number) from None
+    with RunLock() as lock:
+        start = start_with_rank_0(given, lock, ranks, ahead)
+        phases.end("data")
+        try:
+            trainer = build_trainer(start, phases, signals, ahead)
+            phases.end("model")
+        except torch.OutOfMemoryError:
+            rows, device = start.settings.horizon.device_batch_size, start.machine.device
+            raise UserError(out_of_memory(rows, device)) from None
+        try:
+            run_and_save(trainer)
+        finally:
+            trainer.loader.close()
+            trainer.log.close()
+            gc.unfreeze()
     facts = summary(trainer)
     if ranks.main:
         print(json.dumps(facts))

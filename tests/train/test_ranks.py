@@ -1,5 +1,6 @@
 """Several ranks train as one process does: the same rows, losses and evaluations."""
 
+import shutil
 import signal
 
 import pytest
@@ -99,6 +100,16 @@ def test_a_signal_saves_once_and_the_run_goes_on(forks, train, data_dir, work_di
     args = ["--run", "a", "--resume", "--gpus", 2, "--num-iterations", step + 2]
     assert forks.run(args, work_dir) == (0, "")
     assert list(losses(directory)) == list(range(1, step + 3))
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(forks, data_dir, work_dir):
+    args = [*ARGS, "--data", data_dir, "--run", "a", "--gpus", 2, "--num-iterations", 300]
+    for after in (0.1, 0.2, 0.3):
+        code, err = forks.run(args, work_dir, signal.SIGTERM, after)
+        assert code == 143 and err.count("\n") <= 2 and "error:" not in err
+        if "before the first step" in err:
+            assert not (work_dir / "runs").exists()
+        shutil.rmtree(work_dir / "runs", ignore_errors=True)
 
 
 def test_a_signal_to_one_rank_ends_all(forks, data_dir, work_dir):
