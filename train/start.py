@@ -329,7 +329,7 @@ def build_trainer(start, phases, signals=None, ahead=None):
         UserError: an attention backend that cannot run here, or a damaged checkpoint.
     """
     settings, config, machine = start.settings, start.config, start.machine
-    plan, directory, ranks = start.plan, start.directory, start.ranks
+    plan, ranks = start.plan, start.ranks
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     ranks.use(machine.device)
@@ -337,6 +337,21 @@ def build_trainer(start, phases, signals=None, ahead=None):
     if ranks.main:
         for line in (*describe(start, plan), f"memory: {memory} expected"):
             print(line, flush=True)
+    state = None
+    if start.checkpoint:
+        state = restore_state(start.meta["loader"], load_tensors(start.checkpoint / LOADER))
+    loader = DeviceLoader(start.packing, machine.device, state)  # reads while the model is built
+    try:
+        return build_with(loader, start, phases, signals or Signals(), ahead or Ahead())
+    except BaseException:
+        loader.close()
+        raise
+
+
+def build_with(loader, start, phases, signals, ahead):
+    """As build_trainer, with a DeviceLoader that makes its batches."""
+    settings, config, machine = start.settings, start.config, start.machine
+    plan, directory, ranks = start.plan, start.directory, start.ranks
 
     def set_weights(model):
         if start.checkpoint:
@@ -346,7 +361,7 @@ def build_trainer(start, phases, signals=None, ahead=None):
 
     def ready():
         phases.end("model")
-        ranks.by_main((ahead or Ahead()).ready)  # rank 0's are in the caches of all
+        ranks.by_main(ahead.ready)  # rank 0's are in the caches of all
         phases.end("kernels")
 
     built = assemble(
@@ -364,12 +379,11 @@ def build_trainer(start, phases, signals=None, ahead=None):
         ranks,
         ready,
     )
-    state, progress, done, wandb_id = None, Progress(), set(), None
+    progress, done, wandb_id = Progress(), set(), None
     if start.checkpoint:
         meta, folder = start.meta, start.checkpoint
         saved = load_optim(folder)
         load_training_state(built.model, built.optimizer, saved, meta["optimizer_steps"])
-        state = restore_state(meta["loader"], load_tensors(folder / LOADER))
         try:
             progress = Progress(**meta["progress"])
         except TypeError as error:
@@ -392,7 +406,6 @@ def build_trainer(start, phases, signals=None, ahead=None):
     needed = size_of(built.raw_model.state_dict()) + sum(beside)
     for line in (*built.facts, room(needed, directory)):
         log.print(line)
-    loader = DeviceLoader(start.packing, machine.device, state)
     trainer = Trainer(
         model=built.model,
         raw_model=built.raw_model,
@@ -410,7 +423,7 @@ def build_trainer(start, phases, signals=None, ahead=None):
         peak_flops=bf16_peak(machine.name),
         phases=phases,
         progress=progress,
-        signals=signals or Signals(),
+        signals=signals,
         ranks=ranks,
         resumed=start.checkpoint is not None,
         done=frozenset(done),
