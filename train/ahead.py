@@ -20,7 +20,7 @@ class Ahead:
         self.compiling, self.file = compiling or Compiling(), file
         self.request, self.needed = None, None
 
-    def begin(self, settings, machine, config, fp8):
+    def begin(self, settings, machine, config, fp8, world=1):
         """Say what the run will launch; only the first call counts.
 
         Args:
@@ -28,6 +28,7 @@ class Ahead:
             machine: train.device.Machine.
             config: GPTConfig.
             fp8: providers.Choice of the products.
+            world: number of ranks.
 
         Raises:
             UserError: the file is damaged, stale or for something else.
@@ -50,6 +51,7 @@ class Ahead:
             machine.name,
             machine.capability,
             sm_count(machine.device),
+            world=world,
         )
         if self.file:
             count = unpack(Path(self.file), machine.capability)

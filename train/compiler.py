@@ -79,7 +79,7 @@ def _triton(report, request, config, optim, gpu):
     def task(name, kernel):
         return name, kernel.compile, lambda: [triton_entry(key) for key in set(kernel.entries)]
 
-    launches = rehearse(config, optim, request.rows, request.fp8, gpu)
+    launches = rehearse(config, optim, request.rows, request.fp8, gpu, request.world)
     kernels = [ahead.Support(), *launches]
     report("found", count=len(kernels))
     tasks = [task(kernel.name, kernel) for kernel in kernels]

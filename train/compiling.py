@@ -35,7 +35,7 @@ class Request:
 
     Fields: GPTConfig and OptimConfig as {name: value}; rows of a micro-step; whether products are
     in FP8; whether attention is FlashAttention 4, and deterministic; the GPU's name, compute
-    capability and streaming multiprocessors.
+    capability and streaming multiprocessors; number of ranks.
     """
 
     config: dict[str, Any]
@@ -47,11 +47,12 @@ class Request:
     gpu: str
     capability: tuple[int, int]
     sms: int
+    world: int = 1
 
     @classmethod
-    def of(cls, config, optim, *others):
+    def of(cls, config, optim, *others, world=1):
         """The Request of a GPTConfig, an OptimConfig and the other fields."""
-        return cls(asdict(config), asdict(optim), *others)
+        return cls(asdict(config), asdict(optim), *others, world)
 
     def text(self):
         return json.dumps(asdict(self), sort_keys=True)

@@ -1,5 +1,7 @@
 """The kernels of a training run, found without a GPU: a step on tensors without memory."""
 
+from functools import partial
+
 import torch
 
 from nanofuse.kernels.common.ahead import recorded
@@ -10,6 +12,8 @@ from nanofuse.model.fp8.products import Gemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.train.assemble import follow, fused_optimizer
+from nanofuse.train.placement import matrix_owners
+from nanofuse.train.ranks import Alone, Pending
 
 MICRO_STEPS = 2
 
@@ -79,7 +83,23 @@ class _Attention(AttentionBackend):
         return tuple(x.new_empty(x.shape) for x in take(saved))
 
 
-def rehearse(config, optim, rows, fp8, gpu):
+class _FirstOf(Alone):
+    """Rank 0 of several, to which nothing comes."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def swap(self, sends, receives):
+        return Pending()
+
+    def gather(
+        self,
+        x,  # any shape
+    ):
+        return x.new_empty(self.world, *x.shape)
+
+
+def rehearse(config, optim, rows, fp8, gpu, world=1):
     """The Launches (kernels.common.ahead) of a run by the kernels, of Triton alone.
 
     Args:
@@ -88,11 +108,14 @@ def rehearse(config, optim, rows, fp8, gpu):
         rows: of a micro-step, in training and evaluation.
         fp8: whether the products are in FP8.
         gpu: kernels.common.tuning.Gpu.
+        world: number of ranks, of which the kernels are rank 0's.
     """
+    ranks = _FirstOf(world)
     with recorded(gpu.capability) as launches, aimed_at(gpu):
         model = GPT(config, torch.bfloat16, _Attention(), "meta")
-        fused = FusedGPT(model, _Products(fp8), graphs=False)
-        optimizer = fused_optimizer(fused, optim)
+        deal = partial(matrix_owners, world=world)
+        fused = FusedGPT(model, _Products(fp8), False, deal, ranks.maximum_)
+        optimizer = fused_optimizer(fused, optim, ranks=ranks)
         tokens = torch.empty(rows, config.sequence_len, dtype=torch.int64, device="meta")
         for _ in range(MICRO_STEPS):
             fused(tokens, tokens).backward()

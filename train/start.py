@@ -259,12 +259,14 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
     ahead = ahead or Ahead()
     if not (corpus.tokenizer_path and corpus.tokenizer_path.exists()):
-        ahead.begin(settings, machine, config, fp8)  # beside its training, for the size asked for
+        ahead.begin(
+            settings, machine, config, fp8, ranks.world
+        )  # beside its training, for the size asked for
     tokenizer = find_tokenizer(corpus, settings.model.vocab_size, "vocab_size" in given)
     if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = replace(config, vocab_size=tokenizer.vocab_size)
-    ahead.begin(settings, machine, config, fp8)
+    ahead.begin(settings, machine, config, fp8, ranks.world)
     plan = make_plan(settings, config, world=ranks.world)
     return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks)
 
@@ -307,7 +309,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
-    (ahead or Ahead()).begin(settings, machine, config, fp8)
+    (ahead or Ahead()).begin(settings, machine, config, fp8, ranks.world)
     if plan.num_iterations != length:
         print(
             f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "

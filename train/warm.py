@@ -97,6 +97,7 @@ def compile_and_pack(compiling, settings, config, gpu, out):
         flash_ahead.expected(machine.attention),
         machine.deterministic,
         *gpu,
+        world=int(machine.gpus) if machine.gpus.isdecimal() else 1,
     )
     compiling.ask(request)
     compiling.wait()

@@ -64,7 +64,9 @@ known.append(Needed(gpu.capability).there(request))
 # a launch as the GPU's would be: the same kernel, recorded anew, finds it
 again = next(e for e in rehearse(config, OptimConfig(), 2, True, gpu) if e.name == launch.name)
 there.append(again.compile())
-print(json.dumps({"found": found, "there": there, "known": known, "size": size, "n": len(entries)}))
+ranks = {e.name for e in rehearse(config, OptimConfig(), 2, False, gpu, world=2)}
+print(json.dumps({"found": found, "there": there, "known": known, "size": size, "n": len(entries),
+    "ranks": sorted(ranks)}))
 """
 
 
@@ -88,6 +90,8 @@ def test_what_is_compiled_here_is_found_elsewhere(tmp_path):
     ops = ("embed_smear", "residual_mix", "rotary_qk_norm", "residual_gradients", "quantize")
     assert all(any(op in name for name in names) for op in (*ops, "adamw", "symmetric_matmul"))
     assert 40 < len(told["found"]) < 120
+    assert "_quantize_kernel" in names and "_quantize_kernel" not in told["ranks"]  # in bf16
+    assert {"_adamw_kernel", "_momentum_kernel", "_apply_kernel"} <= set(told["ranks"])
 
 
 def test_kernels_are_aimed_at_a_gpu():
