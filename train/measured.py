@@ -20,9 +20,10 @@ CEILINGS = {
     "NVIDIA H100 80GB HBM3": Ceilings(3000e9, 800e12, None, "2026-11-25-depths"),
 }
 
-# Milliseconds of a step by depth, of --backend fused with FlashAttention 4 and FP8 by Transformer
-# Engine ("te") or bf16 ("off"), and the record of each.
+# Milliseconds of a step by depth, of --backend fused with FlashAttention 4 and --fp8 as named, and
+# the record of each.
 STEPS = {
+    ("NVIDIA H200", "nvmath"): ({4: 81.8, 8: 242.5, 16: 1037.8}, "2026-11-29-loss-products"),
     ("NVIDIA H200", "te"): ({4: 104.9, 8: 273.8, 16: 1113.3}, "2026-11-28-house"),
     ("NVIDIA H200", "off"): ({16: 1555.7}, "2026-11-28-house"),
     ("NVIDIA H100 80GB HBM3", "te"): (

@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def h200(monkeypatch, work_dir):
-    """An H200 without FlashAttention 3, with a damaged Transformer Engine until it is called."""
+    """An H200 without FlashAttention 3, with a damaged Transformer Engine and without nvmath-python
+    until it is called."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *d: (9, 0))
@@ -45,6 +46,8 @@ def h200(monkeypatch, work_dir):
     def make(record, *args):
         if record.name == "fa3":
             raise ModuleNotFoundError("No module", name="flash_attn_interface")
+        if damaged and record.library == "nvmath":
+            raise ModuleNotFoundError("No module", name="nvmath")
         if record.name in damaged:
             raise ImportError("libcudnn.so: no such file")
         return object()
@@ -95,7 +98,7 @@ def test_a_gpu_with_a_library_that_is_damaged(h200, capsys):
         "run: python -m train.run --depth 16 --save-every 500 --keep 2",
         "predicted: 3,584 steps of 524,288 tokens; the time of one is not measured on this GPU, "
         "with these providers",
-        "batch: --device-batch-size up to 64 by the memory estimate",
+        "batch: --device-batch-size up to 128 by the memory estimate",
     ):
         assert line in lines
 
@@ -103,15 +106,15 @@ def test_a_gpu_with_a_library_that_is_damaged(h200, capsys):
 def test_the_step_time_of_a_known_gpu(h200, capsys, data_dir):
     h200()
     found = as_json(capsys, "--data", str(data_dir), "--quick")
-    assert found["chosen"] == {"backend": "fused", "attention": "fa4", "fp8": "te"}
-    assert found["advice"]["ms_per_step"] == 1113.3 and found["rates"] is None
+    assert found["chosen"] == {"backend": "fused", "attention": "fa4", "fp8": "nvmath"}
+    assert found["advice"]["ms_per_step"] == 1037.8 and found["rates"] is None
     assert found["advice"]["commands"] == [
         f"python -m train.run --depth 16 --save-every 500 --keep 2 --data {data_dir}"
     ]
     main(["--data", str(data_dir), "--quick"])
     lines = capsys.readouterr().out.splitlines()
-    assert "predicted: 3,584 steps of 524,288 tokens at 1,113 ms, 1.1 h " in lines[-2]
-    assert lines[-2].endswith("(records/2026-11-28-house)")
+    assert "predicted: 3,584 steps of 524,288 tokens at 1,038 ms, 1.0 h " in lines[-2]
+    assert lines[-2].endswith("(records/2026-11-29-loss-products)")
 
 
 def test_a_gpu_of_little_memory_gets_a_smaller_model_or_batch(h200, capsys, monkeypatch):
