@@ -3,7 +3,7 @@
 It reads the Request as a line of JSON from stdin, and writes a line of JSON for each thing that
 happens to stdout. It sees no GPU: launches are found by a rehearsal on tensors without memory, and
 each compiles in a forked process, which has everything imported. FlashAttention 4 has a branch of
-its own, as its import takes seconds.
+its own, which imports it before the Request comes, as that takes seconds.
 """
 
 import json
@@ -64,6 +64,10 @@ def _run(processes, report):
     """Start processes and wait for them; one that dies is reported."""
     for process in processes:
         process.start()
+    _join(processes, report)
+
+
+def _join(processes, report):
     for process in processes:
         process.join()
         if process.exitcode:
@@ -86,11 +90,21 @@ def _triton(report, request, config, optim, gpu):
     _share(tasks, min(len(tasks), len(os.sched_getaffinity(0))), report)
 
 
-def _flash(report, request, config, gpu):
-    """The kernels of FlashAttention 4, with a process each."""
+def _flash(report, hopper, inbox):
+    """The kernels of FlashAttention 4, with a process each.
+
+    Args:
+        inbox: gives the Request, its config and Gpu; or None.
+    """
     from nanofuse.model.backends import flash_ahead
     from nanofuse.train.kernel_cache import flash_entry
 
+    flash_ahead.aim(hopper)
+    flash_ahead.load()
+    order = inbox.recv()
+    if order is None:
+        return
+    request, config, gpu = order
     flash_ahead.aim(gpu)
     passes = config, request.rows, request.deterministic
 
@@ -112,6 +126,7 @@ def main():
 
     from nanofuse.kernels.common import ahead
     from nanofuse.kernels.common.tuning import Gpu
+    from nanofuse.model.backends import flash_ahead
     from nanofuse.model.config import GPTConfig
     from nanofuse.train.compiling import Request
     from nanofuse.train.optim.config import OptimConfig
@@ -120,21 +135,24 @@ def main():
     torch.set_num_threads(1)  # threads do not survive a fork
     # what takes long at its first use, before the Request comes
     small, hopper = GPTConfig.from_depth(1, vocab_size=64), Gpu("", (9, 0), 1)
+    inbox, outbox = FORK.Pipe(duplex=False)
+    branches = []
+    if flash_ahead.versions():
+        args = report, hopper, inbox
+        branches.append(FORK.Process(name="FlashAttention 4", target=_flash, args=args))
+        branches[0].start()
     ahead.load(hopper.capability)
     rehearse(small, OptimConfig(), 1, True, hopper)
     line = sys.stdin.readline()
     if not line:
-        return
+        return outbox.send(None)
     request = Request(**json.loads(line))
     config, optim = GPTConfig(**request.config), OptimConfig(**request.optim)
     gpu = Gpu(request.gpu, tuple(request.capability), request.sms)
-    branches = [
-        FORK.Process(name="Triton", target=_triton, args=(report, request, config, optim, gpu))
-    ]
-    if request.flash:
-        args = report, request, config, gpu
-        branches.append(FORK.Process(name="FlashAttention 4", target=_flash, args=args))
-    _run(branches, report)
+    outbox.send((request, config, gpu) if request.flash else None)
+    branch = FORK.Process(name="Triton", target=_triton, args=(report, request, config, optim, gpu))
+    branch.start()
+    _join([branch, *branches], report)
     report("end")
 
 

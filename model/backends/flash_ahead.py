@@ -47,6 +47,11 @@ def aim(gpu):
     os.environ["CUTE_DSL_ARCH"] = f"sm_{major}{minor}a"
 
 
+def load():
+    """Import the library, which takes seconds."""
+    _Caches()
+
+
 class _Caches:
     """The library's caches, by the name of the function that has one."""
 

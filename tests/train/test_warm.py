@@ -17,7 +17,7 @@ import torch
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import PRODUCTS, Choice
-from nanofuse.train import kernel_cache, warm
+from nanofuse.train import compiler, kernel_cache, warm
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.compiling import Compiling, Request, wanted
 from nanofuse.train.device import Machine
@@ -233,6 +233,27 @@ def test_a_process_that_hangs_holds_up_no_run(monkeypatch, code, why):
     compiling.wait(lines.append)
     assert "compile when they are launched" in lines[-1] and why in lines[-1]
     assert child.poll() is not None
+
+
+def test_a_kernel_that_does_not_compile_is_reported_in_a_line():
+    told = []
+
+    def report(event, **values):
+        told.append((event, values))
+
+    def refuse():
+        raise RuntimeError("no registers\n" + 9 * "line\n")
+
+    compiler._compiled(report, "a", lambda: True, lambda: ["triton/A"])
+    compiler._compiled(report, "b", refuse, list)
+    compiler._compiled(report, "c", lambda: 1 // 0, list)
+    (_, first), *failed = told
+    assert first.pop("seconds") >= 0
+    assert first == {"name": "a", "there": True, "entries": ["triton/A"]}
+    assert failed == [
+        ("failed", {"name": "b", "why": "no registers"}),
+        ("failed", {"name": "c", "why": "integer division or modulo by zero"}),
+    ]
 
 
 def test_a_process_that_was_not_asked_ends():
