@@ -108,3 +108,9 @@ def test_every_file_has_a_mirror(room):
         assert (ROOT / f"{name}.py").is_file(), f"{name} is gone"
         own = ROOT / "tests" / place.parent / f"test_{place.name}.py"
         assert not own.exists(), f"{name} has a mirror of its name"
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their name alone, and would not collect the second."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert sorted(names) == sorted(set(names))
