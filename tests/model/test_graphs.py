@@ -39,9 +39,13 @@ def recorded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         records = []
-        patch.setattr(
-            torch.cuda, "graph", lambda graph, pool=None: records.append(graph) or nullcontext()
-        )
+
+        def record(graph, pool=None, capture_error_mode="global"):
+            assert capture_error_mode == "thread_local"  # NCCL has a thread that calls CUDA
+            records.append(graph)
+            return nullcontext()
+
+        patch.setattr(torch.cuda, "graph", record)
         again = fused(*data)  # records
     assert records == list(fused.graphed.graphs)
     assert again.item() == first.item()
