@@ -18,8 +18,10 @@ def training_state(model, optimizer):
         model: what is called for losses, a FusedGPT or another one.
         optimizer: train.optim.muon_adamw.MuonAdamW.
     """
-    fused = isinstance(model, FusedGPT) and optimizer.ranks.main  # all have the same scales
-    scales = model.operands.state_dict() if fused else {}
+    # on every rank, as making scales anew may take a word of all; they are the same on all
+    scales = model.operands.state_dict() if isinstance(model, FusedGPT) else {}
+    if not optimizer.ranks.main:
+        scales = {}
     return optimizer.state_dict() | {FP8_PREFIX + name: x for name, x in scales.items()}
 
 

@@ -1,5 +1,7 @@
 """What a checkpoint holds beside the weights goes between backends, in any order, or is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -121,3 +123,20 @@ def test_maxima_of_a_step_left_out_do_not_reach_the_scales():
     after = everything(called, model, optimizer)
     assert not torch.equal(before.pop("fp8.updates"), after["fp8.updates"])
     assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_every_rank_makes_the_scales_and_one_saves_them(main):
+    """Operands that are older than the weights are made anew by all ranks at once, or by none."""
+    asked = []
+
+    def state_dict():
+        asked.append(True)
+        return {"scale": torch.ones(1)}
+
+    model = FusedGPT.__new__(FusedGPT)
+    torch.nn.Module.__init__(model)
+    model.operands = SimpleNamespace(state_dict=state_dict)
+    optimizer = SimpleNamespace(ranks=SimpleNamespace(main=main), state_dict=dict)
+    assert training_state(model, optimizer).keys() == ({"fp8.scale"} if main else set())
+    assert asked == [True]
