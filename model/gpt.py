@@ -165,6 +165,14 @@ class GPT(nn.Module):
         Raises:
             ValueError: positions beyond the rotary table (10 times sequence_len).
         """
+        return self.pieces.head(self.hidden(tokens, cache), targets, reduction)
+
+    def hidden(
+        self,
+        tokens,  # (B, T) integer
+        cache=None,
+    ):
+        """What the head takes, (B, T, C) normalised; arguments and errors as of `forward`."""
         start = cache.length if cache is not None else 0
         stop = start + tokens.size(1)
         if stop > self.cos.size(0):
@@ -185,10 +193,9 @@ class GPT(nn.Module):
             x = block(x, value, rotary, attend, cache)
             if i == self.config.middle_layer:
                 x_mid = x
-        x = rms_norm_ref(pieces.backout(x, x_mid))
         if cache is not None:
             cache.advance(tokens, embedding[:, -1])
-        return pieces.head(x, targets, reduction)
+        return rms_norm_ref(pieces.backout(x, x_mid))
 
 
 def count_parameters(model):

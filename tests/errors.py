@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
-from nanofuse.train import convert, doctor, generate, plot, run, runs
+from nanofuse.train import convert, doctor, evaluate, generate, plot, run, runs
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data.pickled import pickled
@@ -57,7 +57,8 @@ RUN_FLAGS = (
     "--backend warp", "--attention fa9", "--fp8 torch",
     "--compile-mode max-autotune", "--kernel-cache a.zip", "--device-type tpu", "--run a",
     "--run a/b", "--data nowhere", "--data=", "--text-column body",
-    "--val-shard none.parquet", "--wandb maybe", "--gpus 0", "--gpus many",
+    "--val-shard none.parquet", "--core-every 5", "--core-every 5 --core-bundle nowhere",
+    "--wandb maybe", "--gpus 0", "--gpus many",
 )  # fmt: skip
 RESUME_FLAGS = (
     "--run a --resume --depth 2", "--run a --resume --seed 7", "--run a --resume --vocab-size 400",
@@ -69,6 +70,10 @@ SAMPLE_FLAGS = (
     "--temperature nan", "--temperature -1", "--num-samples 0", "--num-samples 99999999999",
     "--max-tokens 0", "--max-tokens 1000", f"--top-k {BIG}", f"--seed {BIG}", "--step garbage",
     "--step 7", "--run b", "--device-type tpu",
+)  # fmt: skip
+EVALUATE_FLAGS = (
+    "b", "a --step 7", "a --data nowhere", "a --val-shard none.parquet", "a --eval-tokens 0",
+    "a --skip-bpb", "a --max-per-task 5", "a --core-bundle empty", "a --device-batch-size 16777216",
 )  # fmt: skip
 DATA_FLAGS = (
     "info --data nowhere", "info --data empty", "download --data new --workers 0",
@@ -258,6 +263,9 @@ def sections():
     yield "train.run --resume", [(f, said(run.main, f.split())) for f in RESUME_FLAGS]
     yield "A run's files, with `--resume`", list(file_rows())
     yield "train.generate", [(f, said(generate.main, [*SAMPLE, *f.split()])) for f in SAMPLE_FLAGS]
+    asked = [[*f.split(), "--device-type", "cpu"] for f in EVALUATE_FLAGS]
+    lines = [said(evaluate.main, argv) for argv in asked]
+    yield "train.evaluate", list(zip(EVALUATE_FLAGS, lines, strict=True))
     yield "train.convert", list(nanochat_rows())
     Path("runs/broken").mkdir()
     Path("runs/broken/metrics.jsonl").write_text('{"kind": "val", "step": -1}\n')

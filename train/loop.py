@@ -19,6 +19,7 @@ from nanofuse.train.assemble import follow
 from nanofuse.train.bpb import Validation
 from nanofuse.train.clock import Phases
 from nanofuse.train.command import exit_code
+from nanofuse.train.core import BATCH_TOKENS, evaluate_core
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
@@ -90,6 +91,7 @@ class Trainer:
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
     phases: Phases  # since the start of the process, up to the first step
     progress: Progress
+    tasks: list  # of train.core_bundle.Task, for CORE; empty without --core-every
     signals: Signals = field(default_factory=Signals)
     ranks: Alone = ALONE  # those that train together
     resumed: bool = False  # from a checkpoint of progress.step
@@ -234,6 +236,16 @@ class Trainer:
         settle_garbage()  # the first evaluation compiles
         self.log.metrics("val", progress.step, bpb=bpb, train_seconds=progress.train_seconds)
         self.log.print(f"step {progress.step:>6}  val bpb {bpb:.6f}")
+
+    def measure_core(self):
+        """Measure CORE."""
+        progress, rows = self.progress, self.settings.horizon.device_batch_size
+        most = min(rows * self.settings.model.max_seq_len, BATCH_TOKENS)
+        found = evaluate_core(
+            self.raw_model, self.tokenizer, self.tasks, most, self.ranks, self.decide_now
+        )
+        self.log.metrics("core", progress.step, **found, train_seconds=progress.train_seconds)
+        self.log.print(f"step {progress.step:>6}  CORE {found['core']:.6f}")
 
     def sample(self):
         """Show a continuation of the prompt."""
@@ -390,17 +402,18 @@ class Trainer:
         return status
 
     def reports_due(self):
-        """What is due between this step and the next: "save", "val", "sample"."""
+        """What is due between this step and the next: "save", "val", "core", "sample"."""
         s, step = self.settings.reports, self.progress.step
         due = {
             "save": self.due(s.save_every),
             "val": self.due(s.eval_every) or (step == 0 and not s.skip_initial_eval),
+            "core": s.core_every >= 0 and self.due(s.core_every),
             "sample": s.sample_every >= 0 and self.due(s.sample_every),
         }
         return {name for name, now in due.items() if now}
 
     def between_steps(self, due):
-        """Save, then evaluate and sample, as far as `due` names them.
+        """Save, then evaluate, measure CORE and sample, as far as `due` names them.
 
         The checkpoint comes before what may fail, and gets the BPB of its weights afterwards.
         """
@@ -417,6 +430,8 @@ class Trainer:
                 self.by_main(self.saver.amend, self.progress.step, self.meta())
         if saved:
             self.by_main(self.saver.prune)
+        if "core" in due:
+            self.together(self.measure_core)
         if "sample" in due:
             self.by_main(self.try_sample)
 

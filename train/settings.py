@@ -62,6 +62,19 @@ class Reports:
         80 * 524288, "validation tokens per evaluation, at most", least=1, most=2**48
     )
     skip_initial_eval: bool = option(False, "no evaluation before the first step")
+    core_every: int = option(
+        -1,
+        "steps between evaluations of CORE, and at the end (-1: none, 0: only at the end)",
+        least=-1,
+        most=MAX_STEPS,
+        since="0.2",
+    )
+    core_bundle: str = option(
+        "", "folder of CORE's tasks, as nanochat's eval_bundle", metavar="DIR", since="0.2"
+    )
+    core_max_per_task: int = option(
+        500, "examples of each of CORE's tasks (-1: all)", least=-1, most=MAX_STEPS, since="0.2"
+    )
     sample_every: int = option(
         2000, "steps between samples (-1: none, 0: only at the end)", least=-1, most=MAX_STEPS
     )

@@ -22,6 +22,7 @@ from nanofuse.train.checkpoint import (
     load_weights,
 )
 from nanofuse.train.clock import Phases, process_seconds
+from nanofuse.train.core_bundle import load_bundle
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
 from nanofuse.train.data.loader import Packing
@@ -157,6 +158,7 @@ class Start:
     plan: Plan
     lock: RunLock | Followed
     ranks: Alone
+    tasks: list  # of train.core_bundle.Task
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
 
@@ -201,6 +203,19 @@ def check_backend_flags(given, machine):
                 f"{flag_name(field)} needs --backend {backend}, and this run is {machine.backend}; "
                 "drop it"
             )
+
+
+def core_tasks(reports):
+    """The tasks of CORE that a run measures, for Reports; none without --core-every.
+
+    Raises:
+        UserError: no bundle is named, or it is damaged.
+    """
+    if reports.core_every < 0:
+        return []
+    if not reports.core_bundle:
+        raise UserError("--core-every needs the tasks of CORE; name their folder as --core-bundle")
+    return load_bundle(reports.core_bundle, reports.core_max_per_task)
 
 
 def start_with_rank_0(given, lock, ranks, ahead):
@@ -254,6 +269,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
     least = config if "vocab_size" in given else replace(config, vocab_size=1)
     check_training_memory(settings, least, machine, fp8.name)
+    tasks = core_tasks(settings.reports)
     take_new_folder(settings, lock)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
@@ -268,7 +284,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     config = replace(config, vocab_size=tokenizer.vocab_size)
     ahead.begin(settings, machine, config, fp8, ranks.world)
     plan = make_plan(settings, config, world=ranks.world)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks, tasks)
 
 
 def start_resumed(given, lock, ranks=ALONE, ahead=None):
@@ -315,7 +331,8 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
             f"plan: {plan.num_iterations:,} steps in place of {length:,}; from now on the schedule "
             "is that of a run of this length"
         )
-    known = settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks
+    tasks = core_tasks(settings.reports)
+    known = settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks, tasks
     return Start(*known, checkpoint, meta)
 
 
@@ -425,6 +442,7 @@ def build_with(loader, start, phases, signals, ahead):
         peak_flops=bf16_peak(machine.name),
         phases=phases,
         progress=progress,
+        tasks=start.tasks,
         signals=signals,
         ranks=ranks,
         resumed=start.checkpoint is not None,

@@ -15,7 +15,12 @@ class AttentionBackend:
 
     Args:
         deterministic: require a backward pass with the same bits on every run.
+
+    Attributes:
+        any_length: whether it takes other lengths than the one that `prepare` was told.
     """
+
+    any_length = True
 
     def __init__(self, deterministic=False):
         self.deterministic = deterministic

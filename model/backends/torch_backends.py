@@ -66,6 +66,8 @@ class FlexAttention(AttentionBackend):
     Its kernels use no atomics, so `deterministic` changes nothing.
     """
 
+    any_length = False
+
     def __init__(self, deterministic=False):
         super().__init__(deterministic)
         self.block_masks = {}

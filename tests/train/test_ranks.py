@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from nanofuse.train.run_folder import checkpoints
+from tests.train.bundles import write_bundle
 from tests.train.forks import Forks
 from tests.train.tiny import TINY, losses, records, strangers
 
@@ -36,6 +37,10 @@ def bpbs(directory):
     return {record["step"]: record["bpb"] for record in records(directory, "val")}
 
 
+def cores(directory):
+    return [(record["step"], record["tasks"]) for record in records(directory, "core")]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_methods(forks, work_dir, world):
     assert forks.run(["--gpus", world], work_dir, job="tests.train.rank_jobs:methods") == (0, "")
@@ -56,15 +61,17 @@ def test_ranks_in_different_calls_end(forks, work_dir):
     assert sorted(err.splitlines()) == said
 
 
-def test_losses_and_bpb_are_those_of_one_rank(train):
+def test_losses_and_figures_are_those_of_one_rank(train, work_dir):
     """Evaluations of the same weights, to the bit."""
-    flags = ["--num-iterations", 4, "--eval-every", 2]
+    flags = ["--num-iterations", 4, "--eval-every", 2, "--core-every", 4, "--core-bundle", "core"]
+    write_bundle(work_dir / "core")
     alone = train("w1", 1, *flags)
     for world in (2, 3):
         shared = train(f"w{world}", world, *flags)
         assert losses(shared) == pytest.approx(losses(alone), abs=1e-6)
         assert bpbs(shared)[0] == bpbs(alone)[0]
         assert bpbs(shared) == pytest.approx(bpbs(alone), abs=1e-6)
+        assert cores(shared) == cores(alone) and [step for step, _ in cores(alone)] == [4]
         for record in records(shared):
             assert record["ranks"] == world and record["skew"] >= 1
             rate = record["tok_per_s_per_rank"]
