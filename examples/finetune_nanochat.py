@@ -17,8 +17,10 @@ import torch
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.assemble import assemble
 from nanofuse.train.checkpoint import load_tensors, load_tokenizer, load_weights, save_checkpoint
+from nanofuse.train.command import run_command
 from nanofuse.train.convert import main as convert
 from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.run_folder import MODEL, find_checkpoint, load_meta, run_dir
 
@@ -56,7 +58,9 @@ def finetune(directory, text, name, steps=20, rows=4):
         lr_scale=LR_SCALE,
         set_weights=lambda model: load_weights(model, load_tensors(folder / MODEL), folder),
     )
-    ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text)])
+    ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text)])  # (n,)
+    if len(ids) < 2:
+        raise UserError("TEXT is empty; there is nothing to learn")
     source = batches(ids, rows, min(config.sequence_len, len(ids) - 1))
     losses = []
     for step in range(steps):
@@ -72,7 +76,16 @@ def finetune(directory, text, name, steps=20, rows=4):
     return losses
 
 
-if __name__ == "__main__":
+def main():
     if len(sys.argv) != 4:
-        sys.exit(__doc__)
-    finetune(sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8"), sys.argv[3])
+        raise UserError("usage: python -m examples.finetune_nanochat DIR TEXT RUN")
+    directory, text, name = sys.argv[1:]
+    try:
+        text = Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"TEXT {text} cannot be read ({error}); name a file of UTF-8") from None
+    finetune(directory, text, name)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -13,6 +13,7 @@ from nanofuse.model.pieces.mix import ROWS
 from nanofuse.train.assemble import assemble
 from nanofuse.train.checkpoint import load_model
 from nanofuse.train.device import select_fp8, select_machine
+from nanofuse.train.errors import UserError
 from nanofuse.train.generate import main as generate
 from nanofuse.train.nanochat import to_nanochat
 from nanofuse.train.optim.config import OptimConfig
@@ -37,6 +38,18 @@ def test_a_nanochat_checkpoint_learns_a_text_and_both_can_be_read(
     assert not torch.equal(new.lm_head.weight, old.lm_head.weight)
     generate(["--run", "tuned", "--prompt", "the cat", "--max-tokens", "3"])
     assert "the cat" in capsys.readouterr().out
+
+
+def test_what_cannot_be_tuned_is_told(work_dir, monkeypatch):
+    (work_dir / "text").write_text("some text")
+    for given, match in (
+        ([], "usage"),
+        (["base", "gone", "x"], "TEXT gone cannot be read"),
+        (["base", "text", "x"], "base holds no model_"),
+    ):
+        monkeypatch.setattr("sys.argv", ["finetune_nanochat", *given])
+        with pytest.raises(UserError, match=match):
+            finetune_nanochat.main()
 
 
 def test_a_model_of_ones_own_learns_the_same_with_kernels():
