@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
-from nanofuse.train import convert, doctor, evaluate, generate, plot, run, runs
+from nanofuse.train import convert, doctor, evaluate, export, generate, plot, run, runs
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data.pickled import pickled
@@ -85,6 +85,10 @@ DATA_FLAGS = (
 )  # fmt: skip
 PLOT_FLAGS = (
     "nowhere", "data", "a a", "a broken", "a --out a.pdf", "a --x hours", "a runs/a/tokenizer.json",
+)  # fmt: skip
+EXPORT_FLAGS = (
+    "hf nowhere out", "hf data out", "hf a data", "hf a out --step 9", "hf a out --dtype float8",
+    "hf runs/a/step_000002 out --step 1", "nanochat a data", "gguf a out",
 )  # fmt: skip
 CONFIG_EDITS = (
     ("rope_base", 500000), ("n_layer", 10**6), ("n_layer", 2000), ("n_embd", 2**40),
@@ -267,6 +271,7 @@ def sections():
     lines = [said(evaluate.main, argv) for argv in asked]
     yield "train.evaluate", list(zip(EVALUATE_FLAGS, lines, strict=True))
     yield "train.convert", list(nanochat_rows())
+    yield "train.export", [(f, said(export.main, f.split())) for f in EXPORT_FLAGS]
     Path("runs/broken").mkdir()
     Path("runs/broken/metrics.jsonl").write_text('{"kind": "val", "step": -1}\n')
     yield "train.plot", [(flags, said(plot.main, flags.split())) for flags in PLOT_FLAGS]

@@ -33,6 +33,7 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/data/library": "train/data/test_corpus",
     "train/data/token_file": "train/data/test_tokens",
     "train/errors": "test_errors",
+    "train/exporting": "train/test_export",
     "train/kernel_cache": "train/test_warm",
     "train/measured": "train/test_doctor",
     "train/metrics": "train/test_plot",

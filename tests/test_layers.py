@@ -15,7 +15,7 @@ ALLOWED["model"] = ALLOWED["kernels"] | {"model"}
 ALLOWED["train"] = ALLOWED["model"] | {"train"}
 ALLOWED["bench"] = ALLOWED["train"] | {"bench"}
 COMMANDS = {"train.run", "train.generate", "train.convert", "train.data.__main__"}
-COMMANDS |= {"train.plot", "train.runs", "train.doctor", "train.warm"}
+COMMANDS |= {"train.export", "train.plot", "train.runs", "train.doctor", "train.warm"}
 COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call", "bench.ops_page"}
 COMMANDS |= {"bench.scaling_model"}
 

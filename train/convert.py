@@ -3,8 +3,8 @@
     python -m train.convert from-nanochat DIR --run NAME [--step N] [--tokenizer FILE]
     python -m train.convert to-nanochat DIR --run NAME [--step N]
 
-Optimiser state is not converted, so a converted run generates but does not resume. torch is loaded
-once the flags are parsed.
+Optimiser state is not converted, so a converted run generates but does not resume. to-nanochat is
+the older name of `python -m train.export nanochat`. torch is loaded once the flags are parsed.
 """
 
 from pathlib import Path
@@ -62,21 +62,11 @@ def import_run(args):
 
 def export_run(args):
     """Write a run in nanochat's format."""
-    from nanofuse.train.checkpoint import config_of, load_tensors, load_tokenizer
-    from nanofuse.train.data.tokenizer import FILE_NAME
-    from nanofuse.train.nanochat import to_nanochat
-    from nanofuse.train.run_folder import MODEL, find_checkpoint, load_meta, run_dir
+    from nanofuse.train.exporting import export_nanochat
+    from nanofuse.train.run_folder import find_checkpoint, run_dir
 
-    directory, target = run_dir(args.run), Path(args.dir)
-    folder = find_checkpoint(directory, args.step)
-    meta = load_meta(folder)
-    config, step = config_of(meta, folder), meta["step"]
-    kept = (directory / FILE_NAME).exists()
-    tokenizer = load_tokenizer(directory, config, meta) if kept else None
-    tensors = load_tensors(folder / MODEL)
-    place = to_nanochat(target, config, step, meta.get("val_bpb"), tensors, tokenizer)
-    print(f"{target}: step {step} in nanochat's format")
-    print(f"tokenizer: {place or 'none, as the run has none'}")
+    directory = run_dir(args.run)
+    export_nanochat(directory, find_checkpoint(directory, args.step), Path(args.dir))
 
 
 def main(argv=None):

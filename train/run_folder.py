@@ -130,6 +130,25 @@ def find_checkpoint(directory: Path | str, step: int | None = None) -> Path:
     return found[step]
 
 
+def find_run(given: str, step: int | None = None) -> tuple[Path, Path]:
+    """(folder of the run, folder of the checkpoint) of what was given: a run's folder, its name
+    under runs/, or a checkpoint's folder. Of a run it is the latest checkpoint, or that of `step`.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in (Path(given), RUNS_DIR / given):
+        if STEP_NAME.fullmatch(path.name) and is_complete(path):
+            number = int(path.name.removeprefix("step_"))
+            if step not in (None, number):
+                raise UserError(f"{given} is step {number}; drop --step, or name the run")
+            return path.parent, path
+        if path.is_dir():
+            return path, find_checkpoint(path, step)
+    there = ", ".join(runs_with_checkpoints()) or "none"
+    raise UserError(f"{given}: no such run; runs that have a checkpoint: {there}")
+
+
 def load_meta(folder: Path | str) -> dict[str, Any]:
     """meta.json of a checkpoint.
 
