@@ -3,21 +3,19 @@
     python -m train.evaluate RUN [--data PATH] [--split train] [--val-shard FILE]
     python -m train.evaluate RUN --core-bundle DIR [--max-per-task 500] [--skip-bpb]
 
-RUN is a name under runs/ or a folder. BPB is measured as training does it, with the run's data,
-shard, rows and tokens where no flag says otherwise. CORE's tasks are read from a folder in the
-layout of nanochat's eval_bundle (train/core_bundle.py). Results are printed, and kept in the run's
-folder as evaluate-STEP.json; what another call found there stays. torch is loaded once the flags
-are parsed.
+RUN is a name under runs/, or the folder of a run or checkpoint. BPB is measured as training does
+it, with the run's data, shard, rows and tokens where no flag says otherwise. CORE's tasks are read
+from a folder in the layout of nanochat's eval_bundle (train/core_bundle.py). Results are printed,
+and kept in the run's folder as evaluate-STEP.json; what another call found there stays. torch is
+loaded once the flags are parsed.
 """
 
 import json
 import sys
-from pathlib import Path
 
 from nanofuse.train.command import CommandParser, add_data_argument, not_empty, run_command
 from nanofuse.train.errors import UserError
 from nanofuse.train.flags import STEP, whole
-from nanofuse.train.run_folder import RUNS_DIR
 from nanofuse.train.tables import aligned_lines
 
 CPU_BATCH_TOKENS = 4096  # of a batch of CORE
@@ -27,7 +25,12 @@ def parse(argv):
     """The flags that were given, each within its bounds."""
     parser = CommandParser(prog="python -m train.evaluate", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("run", metavar="RUN", type=not_empty, help="name under runs/, or a run's folder")
+    add(
+        "run",
+        metavar="RUN",
+        type=not_empty,
+        help="name under runs/, or a run's or checkpoint's folder",
+    )
     add("--step", type=STEP, metavar="N", help="checkpoint to use (default: the latest)")
     add_data_argument(parser)
     add("--split", choices=("val", "train"), default="val", help="what of the data [val]")
@@ -150,11 +153,10 @@ def load(args):
     from nanofuse.train.checkpoint import config_of, load_model, load_tokenizer
     from nanofuse.train.device import choosing, select_machine
     from nanofuse.train.memory import check_memory
-    from nanofuse.train.run_folder import find_checkpoint, load_meta
+    from nanofuse.train.run_folder import find_run, load_meta
 
     machine = select_machine(args.device_type, "auto")
-    directory = Path(args.run) if Path(args.run).is_dir() else RUNS_DIR / args.run
-    folder = find_checkpoint(directory, args.step)
+    directory, folder = find_run(args.run, args.step)
     meta = load_meta(folder)
     config = config_of(meta, folder)
     tokenizer = load_tokenizer(directory, config, meta)

@@ -73,7 +73,7 @@ def test_other_data_beside_what_was_found(trained, data_dir, capsys):
         (["--skip-bpb"], "--skip-bpb leaves nothing to do"),
         (["--max-per-task", "3"], "--max-per-task is for CORE"),
         (["--core-bundle", "none"], "none/core.yaml cannot be read"),
-        ([], "no checkpoint in runs/a"),
+        ([], "a: no such run"),
     ],
 )
 def test_refusals(work_dir, flags, message):
