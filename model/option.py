@@ -17,6 +17,7 @@ def option(
     most: float | None = None,
     since: str | None = None,
     fixed: str | None = None,
+    word: str | None = None,
 ) -> Any:
     """A field with a default, a line of help, and its bounds or choices.
 
@@ -26,6 +27,7 @@ def option(
         least, most: bounds of a number, inclusive.
         since: version that brought the field; settings saved before it take the default.
         fixed: why a resumed run keeps its value; None: it may be given anew.
+        word: that a command line may have in place of a number, which is found out at the start.
     """
     metadata = {
         "help": help,
@@ -35,6 +37,7 @@ def option(
         "most": most,
         "since": since,
         "fixed": fixed,
+        "word": word,
     }
     return field(default=default, metadata=metadata)
 

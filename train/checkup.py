@@ -17,7 +17,7 @@ from nanofuse.train.device import select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.gpu import copy_ceiling, fp8_matmul_ceiling, matmul_ceiling
 from nanofuse.train.measured import CEILINGS, STEP_TOKENS, measured_step
-from nanofuse.train.memory import memory_of
+from nanofuse.train.memory import fitting_rows, free_memory, memory_of, training_estimate
 from nanofuse.train.plan import make_plan
 from nanofuse.train.runlog import first_line
 from nanofuse.train.settings import resolve
@@ -25,7 +25,7 @@ from nanofuse.train.settings import resolve
 PRODUCT = 128, 256, 64  # M, N, K of the check
 PRODUCT_ERROR = 0.01  # relative, allowed: bf16 rounds to 0.002, FP8's fast accumulation adds to it
 DEPTHS = 16, 12, 8, 4  # that are proposed, the first of which FEW_ROWS fit
-FEW_ROWS, MOST_ROWS = 8, 2**12
+FEW_ROWS = 8
 
 
 def check_products(gemm, device, dtype):
@@ -148,10 +148,10 @@ def rates(machine):
 
 
 def memory(device):
-    """(free, all) bytes of a GPU's memory; of the machine's, under its limits, twice on a CPU."""
+    """(free, all) bytes of a GPU's memory, of the machine's under its limits on a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    return memory_of(device), memory_of(device)
+    return free_memory(device), memory_of(device)
 
 
 def data_facts(flag):
@@ -194,25 +194,6 @@ def has_tokens(cache, shard):
         return False
 
 
-def most_rows(config, machine, fp8, free, total):
-    """Largest power of two of rows per forward pass that the memory estimate lets through; 0: none.
-
-    Args:
-        fp8: whether products are in FP8.
-        free: bytes of memory; None: not known.
-        total: tokens of a step, which a micro-step does not exceed.
-    """
-    rows, fits = 1, 0
-    while rows <= MOST_ROWS and rows * config.sequence_len <= total:
-        needed = config.memory_estimate(
-            rows, machine.dtype.itemsize, fp8=fp8, fused=machine.backend == "fused"
-        )
-        if free is not None and needed > free:
-            break
-        rows, fits = 2 * rows, rows
-    return fits
-
-
 def advice(machine, attention, products, free, data, given=None):
     """The run that suits a machine.
 
@@ -232,7 +213,8 @@ def advice(machine, attention, products, free, data, given=None):
         settings = resolve({"depth": depth} if gpu else {}, machine.device.type)
         config = settings.model.config()
         total = make_plan(settings.replace({"device_batch_size": 1}), config).total_batch_size
-        rows = most_rows(config, machine, providers.in_fp8(products), free, total)
+        estimate = training_estimate(config, machine, products)
+        rows = fitting_rows(estimate, config.sequence_len, total, free)
         if rows >= FEW_ROWS:
             break
     used = min(rows, settings.horizon.device_batch_size) or 1
@@ -241,7 +223,7 @@ def advice(machine, attention, products, free, data, given=None):
     if gpu:
         run += f" --depth {depth} --save-every 500 --keep 2"
         if used != settings.horizon.device_batch_size:
-            run += f" --device-batch-size {used}"
+            run += " --device-batch-size auto"
     if given:
         run += f" --data {shlex.quote(given)}"
     commands = [run]

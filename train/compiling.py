@@ -142,6 +142,7 @@ class Compiling:
         """Wait until everything is compiled; say(line) what was."""
         if self.note:
             say(self.note)
+            self.note = None
         if self.process is None or self.asked is None:
             return self.close()
         waited = time.perf_counter()

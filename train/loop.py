@@ -91,6 +91,7 @@ class Trainer:
     peak_flops: float | None  # bf16 peak of the device in FLOP/s, where it is known
     phases: Phases  # since the start of the process, up to the first step
     progress: Progress
+    estimate: Callable[[int], int]  # bytes of memory by rows of a micro-step
     tasks: list  # of train.core_bundle.Task, for CORE; empty without --core-every
     signals: Signals = field(default_factory=Signals)
     ranks: Alone = ALONE  # those that train together

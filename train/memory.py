@@ -7,6 +7,7 @@ import torch
 
 from nanofuse.model.config import ROTARY_LENGTHS
 from nanofuse.model.providers import in_fp8
+from nanofuse.train.device import device_name
 from nanofuse.train.errors import UserError
 
 try:
@@ -15,6 +16,8 @@ except ImportError:  # Windows
     resource = None
 
 GIB = 2**30
+MOST_ROWS = 2**12  # that are proposed
+CPU_SHARE = 0.75  # of the machine's free memory
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # versions 2 and 1
 
 
@@ -71,6 +74,74 @@ def check_memory(needed, device, what, hint):
     return f"about {needed / GIB:.1f} GiB{of}"
 
 
+def free_memory(device):
+    """Bytes of a device's memory that nobody has; None: unknown. On a CPU under the machine's
+    limits, and less a share for what else may want some."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [memory_of(device)]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError):  # another system
+        pass
+    known = [count for count in found if count is not None]
+    return int(CPU_SHARE * min(known)) if known else None
+
+
+def training_estimate(config, machine, fp8):
+    """The function rows -> bytes that a training run is expected to take.
+
+    Args:
+        config: GPTConfig.
+        machine: train.device.Machine.
+        fp8: name of the FP8 provider.
+    """
+    size, fused = machine.dtype.itemsize, machine.backend == "fused"
+    return lambda rows: config.memory_estimate(rows, size, fp8=in_fp8(fp8), fused=fused)
+
+
+def fitting_rows(estimate, length, total, free, world=1):
+    """Largest power of two of rows per forward pass that splits a step's tokens and is expected to
+    fit; 0: none.
+
+    Args:
+        estimate: rows -> bytes.
+        length: tokens of a row.
+        total: tokens of a step, of which all ranks take the same number of passes.
+        free: bytes of memory; None: not known.
+        world: number of ranks.
+    """
+    rows, fits = 1, 0
+    while rows <= MOST_ROWS and total % (rows * length * world) == 0:
+        if free is not None and estimate(rows) > free:
+            break
+        rows, fits = 2 * rows, rows
+    return fits
+
+
+def out_of_memory(rows, estimate, device):
+    """Words for rows that do not fit: what was expected, on a GPU the peak, and what should fit:
+    half of them or less, as far as the estimate goes.
+
+    Args:
+        estimate: rows -> bytes.
+    """
+    memory = memory_of(device)
+    text = (
+        f"--device-batch-size {rows} does not fit in the memory of {device_name(device)}: "
+        f"{estimate(rows) / GIB:,.1f} GiB were expected"
+    )
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        text += f", {peak / GIB:,.1f} were taken at most, and there are {memory / GIB:,.1f}"
+    for fewer in range(rows // 2, 0, -1):
+        if rows % fewer == 0 and (memory is None or estimate(fewer) <= memory):
+            return f"{text}; {fewer} should fit (the total batch stays the same)"
+    return f"{text}; lower --depth or --max-seq-len"
+
+
 def check_training_memory(settings, config, machine, fp8):
     """As check_memory, for a training run.
 
@@ -82,13 +153,7 @@ def check_training_memory(settings, config, machine, fp8):
     Raises:
         UserError: it does not fit.
     """
-    rows = settings.horizon.device_batch_size
-
-    def estimate(rows):
-        return config.memory_estimate(
-            rows, machine.dtype.itemsize, fp8=in_fp8(fp8), fused=machine.backend == "fused"
-        )
-
+    rows, estimate = settings.horizon.device_batch_size, training_estimate(config, machine, fp8)
     state = estimate(0)
     if 2 * state > estimate(rows):  # most of it are weights and optimiser state
         counts = config.param_counts()

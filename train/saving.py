@@ -8,11 +8,11 @@ import torch
 from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import DEBUG_ENV, command_module, exit_code
 from nanofuse.train.data.tokenizer import FILE_NAME
-from nanofuse.train.device import device_name
 from nanofuse.train.disk import SaveError
 from nanofuse.train.errors import PeerFailed, RunBroken, RunEnded, UserError
 from nanofuse.train.files import portable
 from nanofuse.train.guard import START_SECONDS
+from nanofuse.train.memory import out_of_memory
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.run_folder import amend_meta, checkpoints, prune
 from nanofuse.train.runlog import first_line
@@ -96,14 +96,6 @@ class Saver:
         return f"python -m {command_module()} --run {self.directory.name} --resume{gpus}"
 
 
-def out_of_memory(rows, device):
-    """Words for a batch that does not fit."""
-    return (
-        f"--device-batch-size {rows} does not fit in the memory of {device_name(device)}; "
-        "halve it (the total batch stays the same)"
-    )
-
-
 def run_and_save(trainer):
     """trainer.run(); whatever ends it early, the steps that were made are saved first, unless ranks
     have no common end.
@@ -165,7 +157,8 @@ def describe_failure(failure, trainer):
     if isinstance(failure, Interrupted):
         return f"stopped by {failure} after step {trainer.progress.step}"
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
-        return out_of_memory(trainer.settings.horizon.device_batch_size, trainer.device)
+        rows = trainer.settings.horizon.device_batch_size
+        return out_of_memory(rows, trainer.estimate, trainer.device)
     if isinstance(failure, OSError) and failure.filename:
         return f"{failure.filename}: {failure.strerror}"
     return f"{first_line(failure)} ({DEBUG_ENV}=1 shows where)"

@@ -29,6 +29,7 @@ MAX_STEPS = 10**12
 KEEP_ALL = 10**12  # checkpoints
 LEAST_LAMBDA = 1e-9  # of a bigram lambda's start: AdamW's epsilon hides the gradients of less
 OTHER_DATA = "the loader's state is of the run's data"  # why a resumed run keeps a value
+AUTO = "auto"  # in place of a number
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 
 
@@ -41,7 +42,14 @@ class Horizon:
     )
     target_flops: float = option(-1.0, "train for this many FLOPs (-1: off)", least=-1, most=1e40)
     target_param_data_ratio: float = option(8.0, "tokens per scaling parameter", most=1e9)
-    device_batch_size: int = option(32, "rows per forward pass", least=1, most=2**24)
+    device_batch_size: int = option(
+        32,
+        "rows per forward pass; auto: the most that fit",
+        metavar="N",
+        least=1,
+        most=2**24,
+        word=AUTO,
+    )
     total_batch_size: int = option(
         -1,
         "tokens per step (-1: from the horizon)",
@@ -253,6 +261,12 @@ def naming_flags(prefix: str = "") -> Iterator[None]:
         raise UserError(prefix + text) from error
 
 
+def parser_of(f: Field[Any]) -> Any:
+    """The type of a flag: of its number, its text, or of the word that it has beside numbers."""
+    word, parse = f.metadata["word"], PARSERS[f.type]
+    return parse if word is None else lambda text: text if text == word else parse(text)
+
+
 def build_parser() -> CommandParser:
     """The argument parser; values that were not given are absent from its namespace."""
     parser = CommandParser(
@@ -278,7 +292,7 @@ def build_parser() -> CommandParser:
         else:
             if not choices and not metavar:
                 metavar = METAVARS[f.type]
-            kwargs |= {"type": PARSERS[f.type], "choices": choices, "metavar": metavar}
+            kwargs |= {"type": parser_of(f), "choices": choices, "metavar": metavar}
             groups[part].add_argument(flag_name(f.name), **kwargs)
     return parser
 

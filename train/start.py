@@ -36,7 +36,7 @@ from nanofuse.train.figures import summary
 from nanofuse.train.files import native
 from nanofuse.train.lock import Followed, RunLock, Taken
 from nanofuse.train.loop import Trainer
-from nanofuse.train.memory import check_training_memory
+from nanofuse.train.memory import check_training_memory, out_of_memory, training_estimate
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
 from nanofuse.train.progress import Progress
 from nanofuse.train.ranks import ALONE, Alone, join
@@ -49,7 +49,7 @@ from nanofuse.train.run_folder import (
     run_dir,
 )
 from nanofuse.train.runlog import METRICS_FILE, RunLog, Silent, cut_back
-from nanofuse.train.saving import Saver, out_of_memory, run_and_save
+from nanofuse.train.saving import Saver, run_and_save
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import (
     Settings,
@@ -61,6 +61,7 @@ from nanofuse.train.settings import (
 )
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import load_training_state, training_state
+from nanofuse.train.trial import asked, choose_rows, settle_rows, without_auto
 
 
 def take_new_folder(settings, lock):
@@ -159,8 +160,14 @@ class Start:
     lock: RunLock | Followed
     ranks: Alone
     tasks: list  # of train.core_bundle.Task
+    auto_rows: bool = False  # whether the rows of a micro-step were found out
     checkpoint: Path | None = None
     meta: dict | None = None  # the checkpoint's
+
+    @property
+    def estimate(self):
+        """Bytes of memory that are expected, by rows of a micro-step."""
+        return training_estimate(self.config, self.machine, self.fp8.name)
 
     @property
     def directory(self):
@@ -258,15 +265,24 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
         UserError: any bad input.
     """
     device_type = select_device(given.get("device_type", "auto")).type
-    settings = resolve(given, device_type)
-    options = settings.machine
+    settings = resolve(without_auto(given), device_type)
+    options, auto = settings.machine, asked(given)
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     with naming_flags():
         config = settings.model.config()
+
+    def sized(settings, config):
+        """Settings and providers.Choice of the products, for the rows of a micro-step."""
+        fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+        if auto:
+            settings = choose_rows(settings, config, machine, fp8.name, ranks.world)
+            fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+        return settings, fp8
+
     # bad sizes are refused before a tokenizer is trained
     make_plan(settings, config, world=ranks.world)
-    fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+    settings, fp8 = sized(settings, config)
     least = config if "vocab_size" in given else replace(config, vocab_size=1)
     check_training_memory(settings, least, machine, fp8.name)
     tasks = core_tasks(settings.reports)
@@ -282,9 +298,11 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     if "vocab_size" not in given:  # a size that was given is kept, for the same flags to resume
         settings = settings.replace({"vocab_size": tokenizer.vocab_size})
     config = replace(config, vocab_size=tokenizer.vocab_size)
+    if auto:  # a vocabulary of another size takes other memory
+        settings, fp8 = sized(settings, config)
     ahead.begin(settings, machine, config, fp8, ranks.world)
     plan = make_plan(settings, config, world=ranks.world)
-    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks, tasks)
+    return Start(settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks, tasks, auto)
 
 
 def start_resumed(given, lock, ranks=ALONE, ahead=None):
@@ -309,9 +327,9 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     if meta.get("settings") is None:
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
     settled = {name: native(value) for name, value in meta["settings"].items()}
-    settings = resolve_resumed(given, settled)
+    settings = resolve_resumed(without_auto(given), settled)
     config = config_of(meta, checkpoint)
-    saved = resolve_resumed({}, settled)
+    saved, auto = resolve_resumed({}, settled), asked(given)
     length = meta["num_iterations"]
     evaluated = meta.get("val_bpb") is not None
     at = meta["step"], length, evaluated, ranks.world
@@ -325,6 +343,11 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+    if auto:
+        total = plan.total_batch_size
+        settings = choose_rows(settings, config, machine, fp8.name, ranks.world, total)
+        fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+        plan = make_resumed_plan(settings, saved, config, *at)
     (ahead or Ahead()).begin(settings, machine, config, fp8, ranks.world)
     if plan.num_iterations != length:
         print(
@@ -333,7 +356,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
         )
     tasks = core_tasks(settings.reports)
     known = settings, machine, corpus, tokenizer, config, fp8, plan, lock, ranks, tasks
-    return Start(*known, checkpoint, meta)
+    return Start(*known, auto, checkpoint, meta)
 
 
 def build_trainer(start, phases, signals=None, ahead=None):
@@ -442,6 +465,7 @@ def build_with(loader, start, phases, signals, ahead):
         peak_flops=bf16_peak(machine.name),
         phases=phases,
         progress=progress,
+        estimate=start.estimate,
         tasks=start.tasks,
         signals=signals,
         ranks=ranks,
@@ -496,12 +520,13 @@ def train_as(ranks, given, phases, ahead, signals):
     with RunLock() as lock:
         start = start_with_rank_0(given, lock, ranks, ahead)
         phases.end("data")
+        start = settle_rows(start, ahead.ready)
         try:
             trainer = build_trainer(start, phases, signals, ahead)
             phases.end("model")
         except torch.OutOfMemoryError:
             rows, device = start.settings.horizon.device_batch_size, start.machine.device
-            raise UserError(out_of_memory(rows, device)) from None
+            raise UserError(out_of_memory(rows, start.estimate, device)) from None
         try:
             run_and_save(trainer)
         finally:

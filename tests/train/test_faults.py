@@ -30,8 +30,8 @@ def train(forks, data_dir, work_dir):
 GO_ON = "; step 2 is saved; go on with python -m train.run --run a --resume --gpus 2"
 TOGETHER = [
     ("error", 1, "rank 1: RuntimeError: out of luck (NANOFUSE_DEBUG=1 shows where)"),
-    ("memory", 2, "rank 1: --device-batch-size 2 does not fit in the memory of CPU; halve it "
-     "(the total batch stays the same)"),
+    ("memory", 2, "rank 1: --device-batch-size 2 does not fit in the memory of CPU: 0.0 GiB were "
+     "expected; 1 should fit (the total batch stays the same)"),
     ("data", 2, "rank 1: shard: Input/output error"),
 ]  # fmt: skip
 

@@ -12,7 +12,11 @@ from nanofuse.train.memory import (
     cgroup_limits,
     check_inference_memory,
     check_training_memory,
+    fitting_rows,
+    free_memory,
     memory_of,
+    out_of_memory,
+    training_estimate,
 )
 from nanofuse.train.settings import resolve
 
@@ -99,3 +103,58 @@ def test_a_run_and_the_flags_to_lower(flags, hint, backend, fp8, has):
     has(needed - 1)
     with pytest.raises(UserError, match=f"with {rows} rows of .*lower {hint}"):
         check_training_memory(settings, config, machine, fp8)
+
+
+def test_what_is_free_is_a_share_of_what_nobody_has(tmp_path, monkeypatch, has):
+    has(1000 * 1024)
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert free_memory(CPU) == 750 * 1024
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:     400 kB\n")
+    assert free_memory(CPU) == 300 * 1024
+    has(100 * 1024)
+    assert free_memory(CPU) == 75 * 1024
+    has(None)
+    assert free_memory(CPU) == 300 * 1024
+    (tmp_path / "proc/meminfo").write_text("")
+    assert free_memory(CPU) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    assert free_memory(torch.device("cuda", 0)) == 5
+
+
+def test_the_rows_are_the_most_that_the_estimate_lets_through():
+    config = GPTConfig.from_depth(4)
+    machine = SimpleNamespace(dtype=torch.float32, backend="eager", device=CPU)
+    estimate, length = training_estimate(config, machine, "off"), config.sequence_len
+    assert estimate(3) == config.memory_estimate(3, 4)
+    free = estimate(16)
+    assert fitting_rows(estimate, length, 2**30, free) == 16
+    assert fitting_rows(estimate, length, 2**30, free - 1) == 8
+    assert fitting_rows(estimate, length, 2**30, estimate(1) - 1) == 0
+    assert fitting_rows(estimate, length, 4 * length, None) == 4
+    assert fitting_rows(estimate, length, 24 * length, None) == 8
+    assert fitting_rows(estimate, length, 24 * length, None, world=4) == 2
+    assert fitting_rows(estimate, length, 2**40, None) == 4096
+
+
+def test_words_for_rows_that_do_not_fit(has, monkeypatch):
+    def estimate(rows):
+        return (1 + 2 * rows) * 2**30
+
+    has(20 * 2**30)
+    said = out_of_memory(8, estimate, CPU)
+    assert said == (
+        "--device-batch-size 8 does not fit in the memory of CPU: 17.0 GiB were expected; "
+        "4 should fit (the total batch stays the same)"
+    )
+    assert "; 3 should fit" in out_of_memory(9, estimate, CPU)
+    has(5 * 2**30)
+    assert "; 2 should fit" in out_of_memory(8, estimate, CPU)
+    assert out_of_memory(1, estimate, CPU).endswith("; lower --depth or --max-seq-len")
+    has(None)
+    assert "; 4 should fit" in out_of_memory(8, estimate, CPU)
+    has(20 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 19 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    said = out_of_memory(8, estimate, torch.device("cuda", 0))
+    assert "of H200: 17.0 GiB were expected, 19.0 were taken at most, and there are 20.0" in said

@@ -83,7 +83,7 @@ def test_any_number_of_ranks_goes_on(train, forks, work_dir):
     """1, 2, 3 and 1 again; each but the last is asked to end."""
     whole, flags = train("whole", 1, "--num-iterations", 8), ["--num-iterations", 8]
     for world, step in ((1, 2), (2, 4), (3, 6)):
-        args = [*ARGS, *flags] if step == 2 else ["--resume"]
+        args = [*ARGS, *flags] if step == 2 else ["--resume", "--device-batch-size", "auto"]
         args = [*args, "--data", work_dir.parent / "data", "--run", "a", "--gpus", world]
         code, err = forks.run(args, work_dir, fault=("SIGTERM", world - 1, step))
         assert code == 143 and f"step {step} is saved" in err
