@@ -88,7 +88,7 @@ def run_settings(args, meta, device_type):
         settings = resolve_resumed({}, {name: native(value) for name, value in saved.items()})
     changes = {"max_seq_len": meta["model_config"]["sequence_len"]}
     if args.data:  # the run's shard and column belong to its own data
-        changes |= {"data": args.data, "val_shard": "", "text_column": "text", "cache": "off"}
+        changes |= {"data": args.data, "val_shard": "", "text_column": "text"}
     given = ("val_shard", "text_column", "eval_tokens", "device_batch_size")
     changes |= {name: getattr(args, name) for name in given if getattr(args, name)}
     return settings.replace(changes)

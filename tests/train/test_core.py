@@ -13,10 +13,11 @@ from nanofuse.train.core import (
     evaluate_core,
     is_right,
     padded_length,
+    prompts_of,
     score_batch,
     sequences_of,
 )
-from nanofuse.train.core_bundle import load_bundle
+from nanofuse.train.core_bundle import Language, Task, load_bundle
 from nanofuse.train.ranks import Alone
 from tests.helpers import random_model, small_config
 from tests.train.bundles import BASELINES, write_bundle
@@ -91,9 +92,23 @@ def test_a_long_sequence_keeps_its_end(model, tokenizer, bundle):
             assert cropped.tokens == sequence.tokens[-most:]
             gone = len(sequence.tokens) - len(cropped.tokens)
             assert gone > 0 and cropped.start == max(sequence.start - gone, 1)
-    room = model.cos.size(0)
-    mean, _ = score_batch(model, [Sequence([tokenizer.bos] * room, room - 1)], 0)[0]
-    assert math.isfinite(mean)
+    small = random_model(small_config(sequence_len=9))
+    room = small.cos.size(0)  # less than a batch is padded to
+    mean, _ = score_batch(small, [Sequence([tokenizer.bos] * room, room - 1)], 0)[0]
+    assert room % 64 and math.isfinite(mean)
+
+
+def test_prompts_of_language_modelling(tokenizer):
+    """Contexts lose the blanks around them, and a prompt the one at its end."""
+    examples = [
+        Language(context=" a mat\n", continuation="sat"),
+        Language(context="the cat ", continuation="fell on"),
+    ]
+    task = Task("t", "language_modeling", 1, " ", 0.0, examples)
+    assert prompts_of(task, 0) == ["the cat fell on\n\na mat", "the cat fell on\n\na mat sat"]
+    (sequence,) = sequences_of(task, 0, tokenizer, 99)
+    before, whole = (tokenizer.encode(text) for text in prompts_of(task, 0))
+    assert sequence == Sequence([tokenizer.bos, *whole], 1 + len(before))
 
 
 def test_batches():

@@ -22,6 +22,7 @@ def trained(work_dir, data_dir):
     """A run of two steps that evaluated at the end, CORE included."""
     write_bundle(work_dir / "bundle")
     flags = ["--core-every", "1", "--core-bundle", "bundle", "--core-max-per-task", "3"]
+    flags += ["--val-shard", "shard_00002.parquet"]
     argv = [*TINY, "--data", data_dir, "--run", "a", "--num-iterations", 2, *flags]
     run.main(list(map(str, argv)))
     return run_dir("a")
@@ -55,6 +56,7 @@ def test_other_data_beside_what_was_found(trained, data_dir, capsys):
     assert (own["split"], train["split"], more["tokens"]) == ("val", "train", 512)
     assert "shard_00000.parquet validates" in other["data"]
     shutil.copytree(data_dir, "copy")
+    shutil.move("copy/shard_00002.parquet", "copy/shard_00003.parquet")  # not the run's --val-shard
     moved = found(capsys, "--data", "copy")
     assert moved["bpb"]["bpb"] == own["bpb"] and "copy" in moved["bpb"]["data"]
     kept = json.loads((trained / "evaluate-000002.json").read_text())
