@@ -1,7 +1,7 @@
 """What runs have logged: metrics.jsonl, validated, and the settings of the checkpoint beside it."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,20 @@ class Val(Record):
     train_seconds: float = Field(ge=0)
 
 
+class Core(Record):
+    """Of an evaluation of CORE."""
+
+    core: float
+    train_seconds: float = Field(ge=0)
+
+
 def parse(line: bytes) -> Record:
-    """A line of the file: a Train, a Val, or a Record of a kind that is not read.
+    """A line of the file: a Train, a Val, a Core, or a Record of a kind that is not read.
 
     Raises:
         ValidationError: it is none.
     """
-    kinds: dict[str, type[Record]] = {"train": Train, "val": Val}
+    kinds: dict[str, type[Record]] = {"train": Train, "val": Val, "core": Core}
     record = Record.model_validate_json(line)
     return kinds.get(record.kind, Record).model_validate_json(line)
 
@@ -64,7 +71,7 @@ class Run:
 
     Attributes:
         name: in tables and legends.
-        train, val: {step: record}, ascending.
+        train, val, core: {step: record}, ascending.
         settings: {flag: value} of the newest checkpoint; None: there is none, or it was converted.
         flops_per_token: of the model, None without a checkpoint.
         commit: of the code that wrote it, where that is known.
@@ -77,6 +84,7 @@ class Run:
     settings: dict[str, Any] | None = None
     flops_per_token: int | None = None
     commit: str | None = None
+    core: dict[int, Core] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -90,7 +98,7 @@ class Run:
         times = [record.ms_per_step for record in self.train.values()][1:]
         return statistics.median(times) if times else None
 
-    def seconds(self, record: Train | Val) -> float:
+    def seconds(self, record: Train | Val | Core) -> float:
         """Of training up to a record; the first window, which compiles, counts as others do."""
         first, ms = next(iter(self.train.values()), None), self.ms_per_step
         if first is None or ms is None or record.step < first.step:
@@ -106,15 +114,16 @@ class Run:
         return {k: v for k, v in self.settings.items() if k not in NOT_COMPARED}
 
 
-def read_metrics(path: Path | str) -> tuple[dict[int, Train], dict[int, Val]]:
-    """Training records and evaluations of a metrics.jsonl by step; the last of a step counts.
+def read_metrics(path: Path | str) -> tuple[dict[int, Train], dict[int, Val], dict[int, Core]]:
+    """Records of training, validation and CORE in a metrics.jsonl by step; the last of a step
+    counts.
 
     A last line that a killed process left without its end is left out.
 
     Raises:
         UserError: it cannot be read, or a line is none of a run's; names the file and the line.
     """
-    train, val = {}, {}
+    found: dict[type[Record], dict[int, Any]] = {Train: {}, Val: {}, Core: {}}
     try:
         *lines, rest = read_bounded(path, MAX_METRICS_BYTES).split(b"\n")
     except OSError as error:
@@ -132,11 +141,10 @@ def read_metrics(path: Path | str) -> tuple[dict[int, Train], dict[int, Val]]:
                 f"{path}, line {number} is not of a run's log ({reason:.120}); delete the line, or "
                 "give another run"
             ) from None
-        if isinstance(record, Train):
-            train[record.step] = record
-        elif isinstance(record, Val):
-            val[record.step] = record
-    return dict(sorted(train.items())), dict(sorted(val.items()))
+        if type(record) in found:
+            found[type(record)][record.step] = record
+    train, val, core = (dict(sorted(records.items())) for records in found.values())
+    return train, val, core
 
 
 def find_metrics(given: str) -> Path:
@@ -170,17 +178,17 @@ def read_run(given: str) -> Run:
         UserError: as find_metrics and read_metrics; no evaluation; a damaged checkpoint.
     """
     path = find_metrics(given)
-    train, val = read_metrics(path)
+    train, val, core = read_metrics(path)
     if not val:
         raise UserError(f"{path} holds no evaluation; train with --eval-every above 0")
     if path.name != METRICS_FILE:
-        return Run(path.stem, path, train, val)
+        return Run(path.stem, path, train, val, core=core)
     name = path.absolute().parent.name
     found = checkpoints(path.parent)
     if not found:
-        return Run(name, path, train, val)
+        return Run(name, path, train, val, core=core)
     meta = load_meta(found[max(found)])
     if meta.get("settings") is None:
-        return Run(name, path, train, val)
+        return Run(name, path, train, val, core=core)
     flops = GPTConfig(**meta["model_config"]).flops_per_token
-    return Run(name, path, train, val, meta["settings"], flops, commit_of(meta))
+    return Run(name, path, train, val, meta["settings"], flops, commit_of(meta), core)

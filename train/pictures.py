@@ -8,12 +8,13 @@ from nanofuse.train.files import write_atomically
 
 COLUMNS = 3
 PANEL = 5.0, 3.4  # inches
-PANELS = {  # of training records, by field
+PANELS = {  # of training records, and of CORE's, by field
     "loss_ema": "loss, smoothed",
     "lr_mult": "learning rate, of its peak",
     "tok_per_s": "tokens/s",
     "grad_norm": "gradient norm",
     "fp8_clipped": "tensors clipped in FP8",
+    "core": "CORE",
 }
 LABELS = {"steps": "step", "tokens": "tokens", "time": "seconds of training"}
 
@@ -24,9 +25,9 @@ def smoothed(record):
 
 
 def series(run, field, axis):
-    """Positions and values of a run's training records, without those that were not finite."""
+    """Positions and values of a field of a run's records, without those that were not finite."""
     read = smoothed if field == "loss_ema" else lambda record: getattr(record, field)
-    records = list(run.train.values())
+    records = list((run.core if field == "core" else run.train).values())
     if field == "tok_per_s":  # the first window compiles
         records = records[1:]
     xs = {

@@ -130,7 +130,7 @@ def describe(directory):
     metrics, train, val = directory / METRICS_FILE, {}, {}
     if metrics.exists():
         try:
-            train, val = read_metrics(metrics)
+            train, val, _ = read_metrics(metrics)
         except UserError as error:
             faults.append(str(error))
     meta = metas[-1] if metas else None

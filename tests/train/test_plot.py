@@ -175,6 +175,15 @@ def test_the_picture(tmp_path, capsys):
         configured(tmp_path / "b", FAST, seed=2),
         write_run(tmp_path / "c", {0: 3.0, 100: 1.75}, grad_norm=None, fp8_clipped=3),
     ]
+    with (tmp_path / "c" / "metrics.jsonl").open("a") as file:
+        for step, core in ((50, 0.1), (100, 0.25)):
+            record = {
+                "kind": "core",
+                "step": step,
+                "core": core,
+                "train_seconds": 0.89 + step / 100,
+            }
+            file.write(json.dumps({**record, "tasks": {"piqa": {"accuracy": 0.5}}}) + "\n")
     groups = grouped([read_run(run) for run in runs])
     panels = {axes.get_title(): axes for axes in figure_of(groups, "time").axes}
     bpb = panels["validation BPB"]
@@ -185,7 +194,10 @@ def test_the_picture(tmp_path, capsys):
     assert len(panels["loss, smoothed"].lines) == 3
     assert list(panels["tensors clipped in FP8"].lines[2].get_ydata()) == [3, 3]
     assert "gradient norm" not in panels  # nobody logged one
-    assert len(panels) == 6
+    core = panels["CORE"].lines[2]
+    assert list(core.get_ydata()) == [0.1, 0.25]
+    assert list(core.get_xdata()) == pytest.approx([0.5, 1.0])
+    assert len(panels) == 7
     assert len(figure_of(groups[:1], "steps").axes) == 5  # and no sixth of the grid
 
 
