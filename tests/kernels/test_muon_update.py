@@ -24,7 +24,7 @@ MODEL_SHAPES = [(2, r, c) for w in (256, 768, 1024) for r, c in ((w, w), (4 * w,
 SCHEDULE = [(0.02, 0.85, 0.3), (0.01, 0.9, 0.0), (0.03, 0.97, 1.0)]  # lr, momentum, decay
 
 
-ITERATION = "kernels.muon_update.orthogonalize"
+ITERATION = "nanofuse.kernels.muon_update.orthogonalize"
 
 
 @pytest.fixture(autouse=True)
