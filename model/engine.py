@@ -128,7 +128,10 @@ def sample_next(
     sampling,
     generators,
 ):
-    """Draw one token per row, (B,) int64, each with its generator."""
+    """Draw one token per row, (B,) int64, each with its generator; waits for nothing.
+
+    The draw is torch.multinomial's of each row: the largest of p / e, of exponential variates e.
+    """
     if sampling.temperature < LEAST_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # no overflow
@@ -136,12 +139,22 @@ def sample_next(
         k = min(sampling.top_k, logits.size(-1))
         kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    rows = zip(logits.softmax(dim=-1), generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=each) for row, each in rows])
+    variates = torch.empty_like(logits)
+    for row, generator in zip(variates, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (logits.softmax(dim=-1) / variates).argmax(dim=-1)
 
 
 @torch.inference_mode()
-def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), stop_token=None):
+def generate(
+    model,
+    prompt,
+    num_samples=1,
+    max_tokens=256,
+    sampling=Sampling(),
+    stop_token=None,
+    decoder=None,
+):
     """Sample num_samples continuations of a prompt; yields a list of num_samples tokens per step.
 
     A row ends at the stop token, which is not yielded; from then on its entry is None. The prompt
@@ -153,6 +166,7 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
         max_tokens: steps at most; generation ends earlier when every row has ended.
         sampling: Sampling: temperature, top_k and seed.
         stop_token: token id that ends a row, or None.
+        decoder: model.decode.Decoder of the model, which then runs every step after the prefill.
 
     Raises:
         ValueError: an empty prompt, num_samples below 1, or logits that are no finite numbers.
@@ -168,18 +182,24 @@ def generate(model, prompt, num_samples=1, max_tokens=256, sampling=Sampling(), 
     try:
         cache = KVCache(model.config, 1, model.dtype, device)
         logits = model(torch.tensor([prompt], device=device), cache=cache)[:, -1]  # (1, V)
-        cache, logits = cache.expand(num_samples), logits.repeat(num_samples, 1)
+        logits = logits.repeat(num_samples, 1)
+        if decoder is not None:
+            decoder.start(cache, num_samples, len(prompt) + max_tokens)
+        else:
+            cache = cache.expand(num_samples)
         ended = [False] * num_samples
         for step in range(max_tokens):
-            if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite; its weights are no numbers")
             tokens = sample_next(logits, sampling, generators)  # (num_samples,)
-            column = tokens.tolist()
+            *column, finite = torch.cat([tokens, logits.isfinite().all()[None]]).tolist()
+            if not finite:
+                raise ValueError("the model's logits are not finite; its weights are no numbers")
             ended = [e or t == stop_token for e, t in zip(ended, column, strict=True)]
             if all(ended):
                 return
             yield [None if e else t for e, t in zip(ended, column, strict=True)]
-            if step + 1 < max_tokens:
+            if step + 1 < max_tokens and decoder is not None:
+                logits = decoder.step(tokens)
+            elif step + 1 < max_tokens:
                 logits = model(tokens[:, None], cache=cache)[:, -1]
     finally:
         model.train(was_training)

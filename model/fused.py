@@ -45,20 +45,26 @@ def fp8_fits(config, tokens):
     return not any(size % MULTIPLE for size in sizes) and head >= 32 and head & (head - 1) == 0
 
 
-def fused_pieces(model):
-    """The pieces of a GPT in the order of its forward pass; the last one is the head."""
+def fused_pieces(model, rotary=None, attentions=None, mlp=FusedMLP):
+    """The pieces of a GPT in the order of its forward pass; the last one is the head.
+
+    Args:
+        rotary: cos and sin (>= T, D), and attentions: a backend for each layer; None: the model's.
+        mlp: class of the MLP's piece.
+    """
     config, pieces = model.config, model.pieces
+    rotary = rotary or (model.cos, model.sin)
+    attentions = attentions or [model.attention] * config.n_layer
     found = [FusedEmbedding(pieces.embedding)]
     for layer, block in enumerate(model.transformer.h):
         values = None
         if layer in config.value_embed_layers:
             values = model.value_embeds[str(layer)].weight
-        rotary = model.cos, model.sin
         found += [
             FusedMix(pieces.mix, pieces.tables, layer),
-            FusedAttention(block.attn, values, rotary, model.attention, config),
+            FusedAttention(block.attn, values, rotary, attentions[layer], config),
             FusedNorm(),
-            FusedMLP(block.mlp, layer),
+            mlp(block.mlp, layer),
         ]
         if layer == config.middle_layer:
             found.append(FusedMiddle(pieces.mix, pieces.backout, layer))

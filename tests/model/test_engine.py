@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.engine import KVCache, Sampling, generate
+from nanofuse.model.engine import KVCache, Sampling, generate, row_generators, sample_next
 from tests.helpers import random_model, small_config
 
 GREEDY = Sampling(temperature=0)
@@ -100,6 +100,16 @@ def test_top_k_draws_from_the_likeliest(model):
     for seed in range(40):
         drawn.update(*generate(model, [1, 2], 4, 1, Sampling(5.0, 3, seed)))
     assert drawn == allowed
+
+
+def test_a_draw_is_multinomials(model):
+    logits = model(torch.tensor([[1, 2], [3, 4], [5, 6]]))[:, -1].float()
+    for seed in range(5):
+        sampling = Sampling(0.7, 0, seed)
+        drawn = sample_next(logits, sampling, row_generators(seed, 3, "cpu"))
+        chances = ((logits - logits.amax(dim=-1, keepdim=True)) / 0.7).softmax(dim=-1)
+        rows = zip(chances, row_generators(seed, 3, "cpu"), strict=True)
+        assert drawn.tolist() == [torch.multinomial(p, 1, generator=g).item() for p, g in rows]
 
 
 def test_defaults():

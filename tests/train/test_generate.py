@@ -3,14 +3,16 @@
 import io
 import json
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanofuse.model.fused import kernels_are_interpreted
 from nanofuse.train import convert
 from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import run_command
-from nanofuse.train.generate import MAX_SAMPLES, main, parse
+from nanofuse.train.generate import MAX_SAMPLES, Writer, main, parse
 from nanofuse.train.run_folder import run_dir
 from tests.helpers import random_model, small_config
 
@@ -38,8 +40,8 @@ def run(work_dir, tokenizer):
 
 def test_defaults():
     assert vars(parse(["--run", "a"])) == {
-        "run": "a", "step": None, "prompt": "", "num_samples": 1, "max_tokens": 128,
-        "temperature": 0.8, "top_k": 50, "seed": 0, "device_type": "auto",
+        "run": "a", "step": None, "prompt": None, "num_samples": 1, "max_tokens": 128,
+        "temperature": 0.8, "top_k": 50, "seed": 0, "device_type": "auto", "backend": "auto",
     }  # fmt: skip
     least = ["--num-samples=1", "--max-tokens=1", "--temperature=0", "--top-k=0", "--seed=0"]
     assert vars(parse(["--run", "a", *least]))["num_samples"] == 1
@@ -53,6 +55,7 @@ REFUSED = {
     "--seed": (2**63, 2**64, "-1", "nan", "1e999", ""),
     "--step": ("garbage", "-1", 2**63, "nan", "", "6", "5.0", "0x5"),
     "--device-type": ("tpu", ""),
+    "--backend": ("compile", ""),
     "--run": ("", "..", "b", "a/b"),
 }
 
@@ -159,3 +162,72 @@ def test_memory_that_is_not_there_is_one_line(allocate):
     assert err.getvalue().startswith("error: out of memory") and err.getvalue().count("\n") == 1
     with pytest.raises(RuntimeError, match="another"):
         run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def converse(answers, monkeypatch):
+    """What the command prints in a terminal: input() gives the answers, or raises them."""
+    given = iter(answers)
+
+    def ask(prompt):
+        assert prompt == "> "
+        answer = next(given)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    main(["--run", "a", "--max-tokens", "3", "--device-type", "cpu"])
+    assert next(given, None) is None
+
+
+def test_a_terminal_is_asked_for_one_text_after_the_other(run, monkeypatch, capsys):
+    converse(["the cat", " ", KeyboardInterrupt(), "the cat", "x" * 3000, " /quit "], monkeypatch)
+    out, err = capsys.readouterr()
+    first, blank, second, end = out.split("\n")
+    assert first.startswith("the cat") and second.startswith("the cat")
+    assert blank == end == "" and first != second  # another seed
+    assert err.count("tokens/s (plain PyTorch)") == 2 and err.count("error: --prompt has") == 1
+    converse([EOFError()], monkeypatch)
+    assert capsys.readouterr().out == "\n"
+
+
+def test_ctrl_c_stops_a_continuation_and_not_the_command(run, monkeypatch, capsys):
+    columns = Writer.columns
+
+    def interrupted(self, ids):
+        for column in columns(self, ids):
+            yield column
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "columns", interrupted)
+    converse(["the cat", "rain", "/quit"], monkeypatch)
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2 and "\nrain" in out
+    assert err.count("1 tokens: the first after") == 2
+
+
+def test_no_prompt_without_a_terminal_is_the_empty_text(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert run("--seed", 3)[0] == 0
+    plain = capsys.readouterr().out
+    assert run("--seed", 3, "--prompt", "")[0] == 0 and capsys.readouterr().out == plain
+
+
+def test_samples_are_those_of_one_alone(run, capsys):
+    """The first of several draws what one alone does; several are printed in whole."""
+    run("--prompt", "the cat")
+    alone = capsys.readouterr().out
+    code, err = run("--prompt", "the cat", "--num-samples", 2)
+    assert code == 0 and "--- sample 1" in err and "6 tokens: the first after" in err
+    assert capsys.readouterr().out.startswith(alone)
+
+
+def test_the_kernels_write_the_same(run, capsys):
+    """In the interpreter; on Hopper it is the default."""
+    if not kernels_are_interpreted():
+        pytest.skip("the kernels do not run on the CPU here")
+    run("--prompt", "the cat")
+    plain = capsys.readouterr().out
+    code, err = run("--prompt", "the cat", "--backend", "fused")
+    assert code == 0 and capsys.readouterr().out == plain and "(kernels)" in err
