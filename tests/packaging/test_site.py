@@ -62,6 +62,12 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(mkdocs,
                 assert place in pages[there].places, f"{path}: {link}"
 
 
+def test_the_nav_has_every_page_of_the_docs():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [p.name for p in (ROOT / "docs").glob("*.md") if f": docs/{p.name}\n" not in text]
+    assert not missing, missing
+
+
 def test_a_dead_link_is_an_error(mkdocs, tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "docs").mkdir()
