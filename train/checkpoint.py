@@ -146,7 +146,7 @@ class _Save:
             with naming_save_errors(self.folder, self.needed):
                 for name, tensors in self.own.items():
                     partial = self.metadata if name not in (MODEL, LOADER) else None
-                    _write_tensors(temporary / name, tensors, partial)
+                    write_tensors(temporary / name, tensors, partial)
                 with ThreadPoolExecutor() as pool:
                     found = pool.map(_digest, [temporary / name for name in self.own])
                     sums = dict(zip(self.own, found, strict=True))
@@ -160,7 +160,8 @@ class _Save:
         return {name: digest for part, _ in every for name, digest in part.items()}
 
 
-def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
+    """Write tensors as a safetensors file that has the umask's mode."""
     # copies, as safetensors refuses views of one storage
     plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     path.touch()  # with the umask's mode, which safetensors does not give

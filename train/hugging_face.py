@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from nanofuse.train.checkpoint import write_tensors
 from nanofuse.train.data.tokenizer import BOS, NUM_BYTES, PROBE, SPECIAL_TOKENS
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder
@@ -172,7 +172,7 @@ def to_hugging_face(target, config, tensors, tokenizer=None, dtype="float32"):
         for name, tensor in tensors.items()
     }
     with atomic_folder(target) as folder:
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
         (folder / "config.json").write_text(config_text(config, bos, dtype), encoding="utf-8")
         ids = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos}
         generation = json.dumps(ids, indent=2) + "\n"

@@ -53,6 +53,8 @@ def test_a_run_is_a_name_a_folder_or_a_checkpoint(run):
 def test_hf_writes_weights_config_code_and_tokenizer(run, dtype, capsys):
     main(["hf", "a", "out", "--dtype", dtype])
     said = capsys.readouterr().out
+    modes = {path.stat().st_mode for path in Path("out").iterdir()}
+    assert len(modes) == 1, "who may read config.json may read the weights"
     assert f"out: step 6 for transformers, {dtype}" in said and "tokenizer: out" in said
     assert sorted(os.listdir("out")) == [
         "config.json", "generation_config.json", "model.safetensors", "modeling_nanofuse.py",

@@ -105,7 +105,7 @@ def test_where_one_rank_cannot_write_none_has_written(work_dir, model, monkeypat
     """Both raise, nothing is left, and the next save works."""
     from nanofuse.train import checkpoint
 
-    write = checkpoint._write_tensors
+    write = checkpoint.write_tensors
     broken = {"optim-00002-of-00002.safetensors"}
 
     def fail(path, tensors, metadata):
@@ -113,7 +113,7 @@ def test_where_one_rank_cannot_write_none_has_written(work_dir, model, monkeypat
             raise OSError(28, "No space left on device", str(path))
         write(path, tensors, metadata)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
 
     def save(ranks):
         tensors, rows = part(ranks.rank)
