@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def test_every_module_can_be_imported():
     ]
     names = {str(Path(*p.relative_to(ROOT).with_suffix("").parts)).replace("/", ".") for p in files}
     names = {n if n.startswith("nanofuse") else f"nanofuse.{n}" for n in names}
+    if find_spec("transformers") is None:
+        names.remove("nanofuse.train.modeling_nanofuse")  # which that library loads
     names = sorted(n.removesuffix(".__init__") for n in names if not n.endswith("__main__"))
     assert len(names) > 60
     code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
