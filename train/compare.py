@@ -30,13 +30,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration."""
+    """Runs of one configuration; `label` is its name where it has one."""
 
     runs: list[Run]
     curve: list[Point]
+    label: str | None = None
 
     @property
     def name(self) -> str:
+        if self.label is not None:
+            return self.label
         first = self.runs[0].name
         return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more"
 

@@ -27,19 +27,29 @@ def is_rank():
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def visible_gpus():
-    """Number of GPUs that CUDA would show; 0 without a driver."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+def _gpu_lines():
+    """What nvidia-smi says of each GPU of the machine, such as "GPU 0: NVIDIA H200 (UUID: …)"."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return 0
-    there = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+        return []
+    return [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def gpu_name():
+    """The name of the machine's first GPU, None without one."""
+    lines = _gpu_lines()
+    return lines[0].partition(": ")[2].partition(" (UUID")[0] if lines else None
+
+
+def visible_gpus():
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that CUDA would show; empty without a driver."""
+    chosen, there = os.environ.get("CUDA_VISIBLE_DEVICES"), len(_gpu_lines())
     if chosen is None:
-        return there
-    names = chosen.split(",")
-    stop = next((i for i, name in enumerate(names) if name.strip() in ("", "-1")), len(names))
-    return min(there, stop)
+        return [str(index) for index in range(there)]
+    names = [name.strip() for name in chosen.split(",")]
+    stop = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    return names[: min(there, stop)]
 
 
 def number_of_ranks(asked, device_type):
@@ -56,7 +66,7 @@ def number_of_ranks(asked, device_type):
         return 1
     if asked != "auto" and not (asked.isdecimal() and asked.isascii() and 0 < int(asked) <= 4096):
         raise UserError(f"--gpus must be a number from 1 to 4096, or auto, got {asked!r:.50}")
-    there = 0 if device_type == "cpu" else visible_gpus()
+    there = 0 if device_type == "cpu" else len(visible_gpus())
     if asked == "auto":
         return max(there, 1)
     if there and int(asked) > there:

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+from nanofuse.train.plan import Plan
+from nanofuse.train.settings import Settings
+
 STEP_TOKENS = 524288  # of a measured step
+START_SECONDS = 15.0  # of a run with warm caches, and of its end; about
+EVALUATION = 0.5  # of a training step's time for as many tokens; about
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,26 @@ def measured_step(gpu: str, depth: int, fp8: str, attention: str) -> tuple[float
     """(milliseconds of a step, its record) with these providers, or None: not measured."""
     times, record = STEPS.get((gpu, fp8), ({}, ""))
     return (times[depth], record) if attention == "fa4" and depth in times else None
+
+
+def expected_seconds(gpu: str | None, settings: Settings, plan: Plan) -> float | None:
+    """Seconds that a run takes in all, about; None: its step is not measured on this GPU.
+
+    Args:
+        gpu: its name, or None without one.
+    """
+    machine, depth = settings.machine, settings.model.depth
+    if gpu is None or machine.backend not in ("auto", "fused"):
+        return None
+    attention = "fa4" if machine.attention == "auto" else machine.attention
+    products = ("nvmath", "te") if machine.fp8 == "auto" else (machine.fp8,)
+    found = (measured_step(gpu, depth, name, attention) for name in products)
+    step = next((ms for ms, _ in filter(None, found)), None)
+    if step is None:
+        return None
+    reports, steps = settings.reports, plan.num_iterations
+    evaluations = 1 + (not reports.skip_initial_eval)
+    if reports.eval_every > 0:
+        evaluations += (steps - 1) // reports.eval_every
+    evaluated = EVALUATION * evaluations * plan.eval_rows * settings.model.max_seq_len
+    return START_SECONDS + step * (plan.tokens + evaluated) / STEP_TOKENS / 1e3

@@ -36,11 +36,12 @@ def gpus(monkeypatch):
 
 def test_auto_takes_every_gpu_that_is_visible(gpus):
     for count, visible, expected in (
-        (0, None, 0), (8, None, 8), (8, "3,5", 2), (8, "", 0), (4, "0,-1,2", 1), (2, "0,1,2", 2),
+        (0, None, ""), (3, None, "0 1 2"), (8, "3, GPU-5", "3 GPU-5"), (8, "", ""),
+        (4, "0,-1,2", "0"), (2, "0,1,2", "0 1"),
     ):  # fmt: skip
         gpus(count, visible)
-        assert launch.visible_gpus() == expected
-        assert launch.number_of_ranks("auto", "auto") == max(expected, 1)
+        assert launch.visible_gpus() == expected.split()
+        assert launch.number_of_ranks("auto", "auto") == max(len(expected.split()), 1)
         assert launch.number_of_ranks("auto", "cpu") == 1
 
 
