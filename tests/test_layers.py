@@ -17,7 +17,7 @@ ALLOWED["bench"] = ALLOWED["train"] | {"bench"}
 COMMANDS = {"train.run", "train.generate", "train.convert", "train.data.__main__"}
 COMMANDS |= {"train.export", "train.plot", "train.runs", "train.doctor", "train.warm"}
 COMMANDS |= {"bench.tune", "bench.step_profile", "bench.first_call", "bench.ops_page"}
-COMMANDS |= {"bench.scaling_model", "bench.decode"}
+COMMANDS |= {"bench.scaling_model", "bench.decode", "train.sweep"}
 
 
 def imports(path):

@@ -34,6 +34,7 @@ from nanofuse.train.sweeps.results import gather, report, unexpected, write
 
 SWEEPS_DIR = Path("sweeps")
 MOST_JOBS = 4096
+NAMED = 3  # failed runs in the last line
 GLANCES = 20  # turns of the pool between two looks at the runs' steps
 TAIL = 4096  # bytes of a log in which its last step stands
 
@@ -148,8 +149,8 @@ def finish(sweep, folder, states, failed, number):
     said = []
     if failed:
         said.append(
-            f"{len(failed)} of {len(sweep.items)} runs failed ({', '.join(failed)}); the same "
-            "command tries them again"
+            f"{len(failed)} of {len(sweep.items)} runs failed ({', '.join(failed[:NAMED])}"
+            f"{', …' * (len(failed) > NAMED)}); the same command tries them again"
         )
     if elsewhere:
         said.append(f"other processes train {', '.join(elsewhere)}; call again when they have done")

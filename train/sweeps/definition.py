@@ -261,7 +261,7 @@ def expectations(content: Content, names: list[str], path: Path) -> dict[str, di
         except ArgumentTypeError as error:
             raise UserError(f"{where}: a step {error}") from None
     if bool(found) != (content.tolerance is not None):
-        raise UserError(f"{path}: tolerance and [expected] need each other; give both, or neither")
+        raise UserError(f"{path}: tolerance and [expected] need each other; give both, or none")
     return found
 
 

@@ -285,5 +285,5 @@ class Pool:
             return Outcome("stopped", seconds)
         text = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         return Outcome(
-            "failed", seconds, f"{text}, {last_words(log_path(self.folder, child.item.run))}"
+            "failed", seconds, f"{text}: {last_words(log_path(self.folder, child.item.run))}"
         )
