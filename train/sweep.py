@@ -82,7 +82,7 @@ class Screen:
 def told(item, folder, seconds):
     """Words for a run that has finished."""
     note = read_note(folder, item.run)
-    train, _ = read_metrics(run_dir(item.run) / METRICS_FILE)
+    train, *_ = read_metrics(run_dir(item.run) / METRICS_FILE)
     times = [record.ms_per_step for record in train.values()][1:]
     rate = f", {statistics.median(times):.1f} ms/step" if times else ""
     return f"BPB {note.bpb:.6f} after {note.step:,} steps{rate}, {in_words(seconds)}"

@@ -28,7 +28,7 @@ LOG_END = 20_000  # bytes in which a run's last words are looked for
 # Flags that do not change what a run comes to; all others must be those of its checkpoint.
 FREE = {
     "run", "resume", "gpus", "data", "cache", "kernel_cache", "keep", "save_every", "sample_every",
-    "train_log_every", "wandb",
+    "core_every", "train_log_every", "wandb",
 }  # fmt: skip
 
 
@@ -109,8 +109,8 @@ def refuse_others(item, settings):
         raise UserError(f"{place} was converted, and is not the sweep's; move it away")
     saved = resolve_resumed({}, {name: native(value) for name, value in settings.items()}).flat()
     for name, value in item.settings.flat().items():
-        open_size = name == "vocab_size" and name not in item.given  # the tokenizer's
-        if name not in FREE and not open_size and saved[name] != value:
+        is_open = name == "vocab_size" and name not in item.given  # the tokenizer's
+        if name not in FREE and not is_open and saved[name] != value:
             raise UserError(
                 f"{place} was made with {flag_name(name)} {saved[name]}, and the sweep says "
                 f"{value}; move that run away, or give the sweep's file another name"

@@ -52,8 +52,8 @@ class Results:
 def finished_run(item, note):
     """The metrics.Run of a run that has finished."""
     path = run_dir(item.run) / METRICS_FILE
-    train, val = read_metrics(path)
-    return Run(item.run, path, train, val, note.settings, None, note.commit)
+    train, val, core = read_metrics(path)
+    return Run(item.run, path, train, val, note.settings, None, note.commit, core)
 
 
 def mean_of(values):

@@ -67,6 +67,7 @@ REFUSED = [
     (LIST + "matrix_lr = 1\n", "'matrix_lr' is no flag of train.run; did you mean 'matrix-lr'"),
     (LIST + "qqqq = 1\n", "see python -m train.run --help"),
     (LIST + 'matrix-lr = "x"\n', "'b': --matrix-lr must be a number, got 'x'"),
+    (LIST + 'device-batch-size = "auto"\n', "--device-batch-size must be a whole number"),
     (LIST + 'fp8 = "fp4"\n', "'b': --fp8 must be one of"),
     (LIST + 'data = ""\n', "'b': --data is empty"),
     (LIST + "seed = 1\n", "'seed' cannot be set here, as give the file seeds"),
