@@ -12,6 +12,8 @@ tests/model/test_fused.py the loss and the gradient of every parameter with the 
 import torch
 from torch import nn
 
+import nanofuse.kernels
+from nanofuse.kernels.common.ahead import name_kernels
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, MULTIPLE, Scaling
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.embedding_grad import sort_rows
@@ -128,6 +130,7 @@ class FusedGPT(nn.Module):
                 f"the fused pass needs a width that is a multiple of {MULTIPLE}, "
                 f"not {config.n_embd}; change head_dim"
             )
+        name_kernels(nanofuse.kernels.common, nanofuse.kernels)  # as whoever compiled them ahead
         self.graphs, self.graphed = graphs, None
         self.ran = False  # whether a whole training pass has run in this process
         pieces = fused_pieces(model)

@@ -13,7 +13,9 @@ All of it needs Triton, and does not work in its interpreter.
 
 import functools
 import hashlib
+import importlib
 import os
+import pkgutil
 import subprocess
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -29,8 +31,8 @@ if HAS_TRITON:  # parts of it that only a compilation ahead of a launch needs
     from triton import compiler, knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import JITFunction, cache, driver
     from triton.runtime import build as modules
-    from triton.runtime import cache, driver
 
 WARP_SIZE = 32
 
@@ -213,6 +215,20 @@ def build():
     """Version and digest of this build of Triton, which is part of every entry's name."""
     digest = hashlib.sha256(cache.triton_key().encode()).hexdigest()
     return f"{triton.__version__}, build {digest[:12]}"
+
+
+def name_kernels(*packages):
+    """Let Triton name the source of every kernel in the modules of `packages`, in one order.
+
+    Triton 3.6 leaves the constants that a called function reads out of the caller's name unless
+    that function was named before, so a name depends on what the process named until then.
+    Processes that share entries call this first.
+    """
+    for package in packages:
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(found.name)).values():
+                if isinstance(value, JITFunction):
+                    _ = value.cache_key  # made when it is first read, and kept
 
 
 def load(capability):

@@ -37,8 +37,13 @@ import json, os, sys
 from pathlib import Path
 import torch
 from nanofuse.kernels.common import ahead
-from nanofuse.kernels.common.tuning import Gpu
+from nanofuse.kernels import linear_softcap_cross_entropy_kernels as head, quantize
+from nanofuse.kernels.common import ahead, ptx
+from nanofuse.kernels.common.tuning import Gpu, aimed_at
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.fp8.products import PlainGemm
+from nanofuse.model.fused import FusedGPT
+from nanofuse.model.gpt import GPT
 from nanofuse.train.compiling import Request
 from nanofuse.train.kernel_cache import Needed, conditions, pack, triton_entry, unpack
 from nanofuse.train.optim.config import OptimConfig
@@ -48,6 +53,11 @@ def caches(name):
     os.environ["TRITON_CACHE_DIR"] = str(Path(sys.argv[1], name))
 
 config, gpu = GPTConfig.from_depth(2, vocab_size=1024), Gpu("NVIDIA H200", (9, 0), 132)
+kernels = [head.rows_kernel, quantize._quantize_kernel, ptx.fast_tanh]
+named = [[kernel.hash is not None for kernel in kernels]]
+with ahead.recorded(gpu.capability), aimed_at(gpu):
+    FusedGPT(GPT(config, device="meta"), PlainGemm())
+named.append([kernel.hash is not None for kernel in kernels])
 launches = rehearse(config, OptimConfig(), 2, True, gpu)
 found = [(launch.name, str(launch.source.constants)) for launch in launches]
 launch = next(each for each in launches if each.name == "_bigram_rows_kernel")
@@ -66,7 +76,7 @@ again = next(e for e in rehearse(config, OptimConfig(), 2, True, gpu) if e.name 
 there.append(again.compile())
 ranks = {e.name for e in rehearse(config, OptimConfig(), 2, False, gpu, world=2)}
 print(json.dumps({"found": found, "there": there, "known": known, "size": size, "n": len(entries),
-    "ranks": sorted(ranks)}))
+    "ranks": sorted(ranks), "named": named}))
 """
 
 
@@ -84,6 +94,7 @@ def test_what_is_compiled_here_is_found_elsewhere(tmp_path):
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["there"] == [False, True, True]
+    assert told["named"] == [[False] * 3, [True] * 3]  # whatever launches first
     assert told["known"] == [None, told["n"]]
     assert 500 < told["size"] < LARGEST_KERNEL
     names = {name for name, _ in told["found"]}
