@@ -14,12 +14,11 @@ from nanofuse.train.data.corpus import ParquetCorpus, open_corpus
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.data.tokens import SUFFIX, open_cache
 from nanofuse.train.device import select_machine
-from nanofuse.train.errors import UserError
+from nanofuse.train.errors import UserError, first_line
 from nanofuse.train.gpu import copy_ceiling, fp8_matmul_ceiling, matmul_ceiling
 from nanofuse.train.measured import CEILINGS, STEP_TOKENS, measured_step
 from nanofuse.train.memory import fitting_rows, free_memory, memory_of, training_estimate
 from nanofuse.train.plan import make_plan
-from nanofuse.train.runlog import first_line
 from nanofuse.train.settings import resolve
 
 PRODUCT = 128, 256, 64  # M, N, K of the check

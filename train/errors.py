@@ -27,3 +27,9 @@ class PeerFailed(RunEnded):
 class RunBroken(RunEnded):
     """Another rank is gone without a word that all have heard: nothing can be done together any
     more."""
+
+
+def first_line(error):
+    """An exception in one line: its type and the first line of what it says."""
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

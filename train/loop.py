@@ -24,7 +24,7 @@ from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.energy import EnergyMeter
-from nanofuse.train.errors import PeerFailed, RunBroken, UserError
+from nanofuse.train.errors import PeerFailed, RunBroken, UserError, first_line
 from nanofuse.train.figures import Crew, window_figures
 from nanofuse.train.guard import START_SECONDS
 from nanofuse.train.optim.muon_adamw import MuonAdamW
@@ -33,7 +33,7 @@ from nanofuse.train.pace import Pace
 from nanofuse.train.plan import Plan
 from nanofuse.train.progress import EMA_DECAY, Progress
 from nanofuse.train.ranks import ALONE, Alone
-from nanofuse.train.runlog import RunLog, first_line
+from nanofuse.train.runlog import RunLog
 from nanofuse.train.samples import draw_sample
 from nanofuse.train.saving import Saver
 from nanofuse.train.schedules import Schedule

@@ -1,21 +1,16 @@
-"""Where a run's figures go: a progress bar, metrics.jsonl, and Weights & Biases if asked for."""
+"""Where a run's figures go: a progress bar, metrics.jsonl, and trackers if asked for."""
 
 import json
 import os
 import sys
+from functools import partial
 
 from tqdm import tqdm
 
-from nanofuse.train.errors import UserError
+from nanofuse.train.errors import first_line
 from nanofuse.train.files import make_folder, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def first_line(error):
-    """An exception in one line: its type and the first line of what it says."""
-    said = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _records(path):
@@ -72,20 +67,17 @@ class RunLog:
     Args:
         directory: the run's folder, made if need be; metrics.jsonl in it is appended to.
         first_step, num_iterations: range of the bar.
-        wandb: log to Weights & Biases as well.
-        wandb_id: the run there that goes on; None: a new one.
+        trackers: of train.trackers, which take the figures as well.
+        wandb_id: of the run in Weights & Biases, if no tracker says another.
 
     Attributes:
-        wandb_id: of the run there, None without one.
-
-    Raises:
-        UserError: wandb is asked for and not installed, or does not start.
+        wandb_id: of the run in Weights & Biases, None without one.
     """
 
-    def __init__(self, directory, first_step, num_iterations, wandb=False, wandb_id=None):
-        self.wandb = start_wandb(directory.name, wandb_id) if wandb else None
-        self.wandb_id = getattr(self.wandb, "id", None) or wandb_id
-        self.wandb_failed = False
+    def __init__(self, directory, first_step, num_iterations, trackers=(), wandb_id=None):
+        self.trackers, self.failed = trackers, set()
+        ids = [tracker.id for tracker in trackers if hasattr(tracker, "id")]
+        self.wandb_id = next(iter(ids), None) or wandb_id
         make_folder(directory)
         self.path = directory / METRICS_FILE
         self.file = self.path.open("a+b", buffering=0)
@@ -105,7 +97,7 @@ class RunLog:
         return not self.bar.disable
 
     def metrics(self, kind, step, **values):
-        """Append one JSON object {"kind", "step", ...} and pass it on to wandb.
+        """Append one JSON object {"kind", "step", ...} and pass it on to the trackers.
 
         A whole line goes to the system at once, so that a killed process leaves no half.
         """
@@ -117,18 +109,19 @@ class RunLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
-        if self.wandb is None:
-            return
-        try:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-        except Exception as error:
-            self._tell_wandb(error)
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        for tracker in self.trackers:
+            self._tell(tracker, partial(tracker.log, named, step))
 
-    def _tell_wandb(self, error):
-        """Say once that wandb does not take the figures."""
-        if not self.wandb_failed:
-            self.print(f"wandb: {first_line(error)}; {METRICS_FILE} has every figure")
-        self.wandb_failed = True
+    def _tell(self, tracker, call):
+        """Call a tracker; that it does not take the figures is said once and ends no run."""
+        try:
+            call()
+        except Exception as error:
+            if tracker.name not in self.failed:
+                what = f"{tracker.name}: {first_line(error)}"
+                self.print(f"{what}; {METRICS_FILE} has every figure")
+            self.failed.add(tracker.name)
 
     def restore(self):
         """Write metrics.jsonl anew, with all it held, after it was removed under this process."""
@@ -155,11 +148,8 @@ class RunLog:
     def close(self):
         self.bar.close()
         self.file.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                self._tell_wandb(error)
+        for tracker in self.trackers:
+            self._tell(tracker, tracker.close)
 
 
 class Silent:
@@ -179,22 +169,3 @@ class Silent:
 
     def close(self):
         pass
-
-
-def start_wandb(name, wandb_id=None):
-    """A run of Weights & Biases, a new one or the one of this id.
-
-    Raises:
-        UserError: it is not installed, or does not start.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs wandb; install it with pip install -e .[wandb]") from None
-    known = {"id": wandb_id, "resume": "allow"} if wandb_id else {}
-    try:
-        return wandb.init(project="nanofuse", name=name, **known)
-    except Exception as error:
-        raise UserError(
-            f"--wandb does not start ({first_line(error)}); run wandb login, or drop --wandb"
-        ) from None

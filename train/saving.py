@@ -9,13 +9,12 @@ from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import DEBUG_ENV, command_module, exit_code
 from nanofuse.train.data.tokenizer import FILE_NAME
 from nanofuse.train.disk import SaveError
-from nanofuse.train.errors import PeerFailed, RunBroken, RunEnded, UserError
+from nanofuse.train.errors import PeerFailed, RunBroken, RunEnded, UserError, first_line
 from nanofuse.train.files import portable
 from nanofuse.train.guard import START_SECONDS
 from nanofuse.train.memory import out_of_memory
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.run_folder import amend_meta, checkpoints, prune
-from nanofuse.train.runlog import first_line
 from nanofuse.train.signals import Interrupted
 from nanofuse.train.versions import code, versions
 

@@ -100,6 +100,12 @@ class Reports:
         50, "steps between log lines; others never wait for the GPU", least=1, most=MAX_STEPS
     )
     wandb: bool = option(False, "log to Weights & Biases as well (needs the wandb extra)")
+    trackio: bool = option(False, "log to Trackio as well (needs the trackio extra)", since="0.2")
+    tensorboard: bool = option(
+        False,
+        "write TensorBoard's files into the run's folder (needs the tensorboard extra)",
+        since="0.2",
+    )
 
 
 @dataclass(frozen=True)

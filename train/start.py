@@ -33,7 +33,7 @@ from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8,
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.figures import summary
-from nanofuse.train.files import native
+from nanofuse.train.files import native, portable
 from nanofuse.train.lock import Followed, RunLock, Taken
 from nanofuse.train.loop import Trainer
 from nanofuse.train.memory import check_training_memory, out_of_memory, training_estimate
@@ -61,6 +61,7 @@ from nanofuse.train.settings import (
 )
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import load_training_state, training_state
+from nanofuse.train.trackers import start_trackers
 from nanofuse.train.trial import asked, choose_rows, settle_rows, without_auto
 
 
@@ -439,10 +440,12 @@ def build_with(loader, start, phases, signals, ahead):
         ranks.by_main(start.tokenizer.save, directory / FILE_NAME)
 
     reports = settings.reports
+    at = progress.step if start.checkpoint else None
     log = Silent()
     if ranks.main:
-        log = RunLog(directory, progress.step, plan.num_iterations, reports.wandb, wandb_id)
-    at = progress.step if start.checkpoint else None
+        values = {name: portable(value) for name, value in settings.flat().items()}
+        trackers = start_trackers(reports, directory, values, at, wandb_id)
+        log = RunLog(directory, progress.step, plan.num_iterations, trackers, wandb_id)
     saver = Saver(start.lock, log, start.tokenizer, reports.keep, at, ranks)
     beside = ranks.collect(size_of(training_state(built.model, built.optimizer)))
     needed = size_of(built.raw_model.state_dict()) + sum(beside)

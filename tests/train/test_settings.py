@@ -122,6 +122,8 @@ def test_defaults_and_bounds_move_on_purpose_only():
         "keep": (most, 1, most),
         "train_log_every": (50, 1, most),
         "wandb": (False, None, None),
+        "trackio": (False, None, None),
+        "tensorboard": (False, None, None),
     }
     numbers = {n: r for n, r in ranges(Job).items() if r[1:] != (None, None)}
     assert numbers == {"seed": (42, 0, 2**63 - 1)}

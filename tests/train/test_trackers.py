@@ -1,0 +1,101 @@
+"""Trackers take what metrics.jsonl takes; Weights & Biases' are in test_runlog.py."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from nanofuse.train.errors import UserError
+from nanofuse.train.run import main
+from nanofuse.train.run_folder import run_dir
+from nanofuse.train.settings import Reports
+from nanofuse.train.trackers import FOLDER, start_trackers
+from tests.train.tiny import TINY, records
+
+
+class FakeTrackio(types.ModuleType):
+    def __init__(self):
+        super().__init__("trackio")
+        self.starts, self.logged, self.ends = [], [], 0
+
+    def init(self, **kwargs):
+        self.starts.append(kwargs)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ends += 1
+
+
+class FakeTensorBoard(types.ModuleType):
+    """torch.utils.tensorboard, of which every writer is noted."""
+
+    def __init__(self):
+        super().__init__("torch.utils.tensorboard")
+        self.writers = []
+
+    def SummaryWriter(self, folder, purge_step):
+        writer = types.SimpleNamespace(folder=folder, purge=purge_step, scalars=[], texts=[])
+        writer.add_scalar = lambda *args: writer.scalars.append(args)
+        writer.add_text = lambda *args: writer.texts.append(args)
+        writer.close = lambda: writer.scalars.append("closed")
+        self.writers.append(writer)
+        return writer
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    trackio, board = FakeTrackio(), FakeTensorBoard()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    return trackio, board
+
+
+def test_a_run_and_its_resumption_are_one_in_each(fakes, data_dir, work_dir):
+    trackio, board = fakes
+    flags = ["--trackio", "--tensorboard", "--num-iterations", "1"]
+    main([*TINY, "--data", str(data_dir), "--run", "a", *flags])
+    main(["--run", "a", "--resume", "--num-iterations", "2"])
+    assert [start["resume"] for start in trackio.starts] == ["never", "allow"]
+    assert {(start["project"], start["name"]) for start in trackio.starts} == {("nanofuse", "a")}
+    assert trackio.starts[0]["config"]["depth"] == 1 and trackio.ends == 2
+    expected = [(r["step"], r["loss"]) for r in records(run_dir("a"))]
+    assert [(s, v["train/loss"]) for s, v in trackio.logged if "train/loss" in v] == expected
+
+    first, second = board.writers
+    assert first.folder == second.folder == str(run_dir("a") / FOLDER)
+    assert (first.purge, second.purge) == (None, 2)
+    assert first.scalars.pop() == second.scalars.pop() == "closed"
+    losses = [(s, v) for name, v, s in first.scalars + second.scalars if name == "train/loss"]
+    assert losses == expected
+    [(name, text, _)] = first.texts
+    settings = json.loads(text.removeprefix("<pre>").removesuffix("</pre>"))
+    assert (name, settings["depth"], second.texts) == ("settings", 1, [])
+
+
+def test_tensorboard_takes_numbers_alone(fakes, tmp_path):
+    [tracker] = start_trackers(Reports(tensorboard=True), tmp_path, {})
+    values = {"a": 1, "b": 2.5, "c": "text", "d": None, "e": [1, 2], "f": True}
+    tracker.log(values, 3)
+    assert fakes[1].writers[0].scalars == [("a", 1, 3), ("b", 2.5, 3)]
+
+
+@pytest.mark.parametrize("name", ["trackio", "tensorboard"])
+def test_what_is_missing_or_does_not_start_is_one_line(name, tmp_path, monkeypatch):
+    module = {"trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}[name]
+    reports = Reports(**{name: True})
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"--{name} needs {name}; install it .*\[{name}\]$"):
+        start_trackers(reports, tmp_path, {})
+
+    def fail(*args, **kwargs):
+        raise OSError("no room\nand more")
+
+    broken = types.SimpleNamespace(init=fail, SummaryWriter=fail)
+    monkeypatch.setitem(sys.modules, module, broken)
+    with pytest.raises(UserError, match=rf"--{name} does not start .OSError: no room.; drop"):
+        start_trackers(reports, tmp_path, {})
+    assert start_trackers(Reports(), tmp_path, {}) == []

@@ -1,0 +1,120 @@
+"""Where else a run's figures go, if asked for: Weights & Biases, TensorBoard, Trackio.
+
+Each takes the records of metrics.jsonl under the names "kind/figure", and the settings once. A
+resumed run goes on in the same place. Steps that it makes again are kept once by TensorBoard and by
+Weights & Biases (the later and the earlier one), twice by Trackio.
+"""
+
+import json
+from numbers import Real
+
+from nanofuse.train.errors import UserError, first_line
+
+PROJECT = "nanofuse"
+FOLDER = "tensorboard"  # in the run's folder
+
+
+class Wandb:
+    """A run of Weights & Biases, a new one or the one of this id; `id` is its own.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+
+    name = "wandb"
+    mend = "run wandb login, or drop --wandb"
+
+    def __init__(self, directory, settings, step, wandb_id):
+        import wandb
+
+        known = {"id": wandb_id, "resume": "allow"} if wandb_id else {}
+        self.run = wandb.init(project=PROJECT, name=directory.name, config=settings, **known)
+        self.id = self.run.id
+
+    def log(self, values, step):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+class Trackio:
+    """A run of Hugging Face's Trackio, of the name of the run's folder.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+
+    name = "trackio"
+    mend = "drop --trackio"
+
+    def __init__(self, directory, settings, step, wandb_id):
+        import trackio
+
+        resume = "never" if step is None else "allow"
+        self.run = trackio.init(
+            project=PROJECT, name=directory.name, config=settings, resume=resume
+        )
+
+    def log(self, values, step):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in the run's folder: `tensorboard --logdir runs` shows them.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+
+    name = "tensorboard"
+    mend = "drop --tensorboard"
+
+    def __init__(self, directory, settings, step, wandb_id):
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if step is None else step + 1  # later steps are made again
+        self.writer = SummaryWriter(str(directory / FOLDER), purge_step=purge)
+        if step is None:
+            text = json.dumps(settings, indent=1)
+            self.writer.add_text("settings", f"<pre>{text}</pre>", 0)
+
+    def log(self, values, step):
+        for name, value in values.items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
+
+
+def start_trackers(reports, directory, settings, step=None, wandb_id=None):
+    """The trackers that Reports asks for, ready.
+
+    Args:
+        reports: train.settings.Reports.
+        directory: the run's folder; its name is the run's.
+        settings: {name: value} of the run's hyperparameters.
+        step: that a resumed run goes on from; None: a new one.
+        wandb_id: of the run in Weights & Biases that goes on; None: a new one.
+
+    Raises:
+        UserError: one is not installed, or does not start.
+    """
+    made = []
+    for kind in (Wandb, Trackio, TensorBoard):
+        if not getattr(reports, kind.name):
+            continue
+        flag = f"--{kind.name}"
+        try:
+            made.append(kind(directory, settings, step, wandb_id))
+        except ImportError:
+            raise UserError(
+                f"{flag} needs {kind.name}; install it with pip install -e .[{kind.name}]"
+            ) from None
+        except Exception as error:
+            raise UserError(f"{flag} does not start ({first_line(error)}); {kind.mend}") from None
+    return made
