@@ -6,6 +6,7 @@ Weights & Biases (the later and the earlier one), twice by Trackio.
 """
 
 import json
+from contextlib import suppress
 from numbers import Real
 
 from nanofuse.train.errors import UserError, first_line
@@ -14,7 +15,17 @@ PROJECT = "nanofuse"
 FOLDER = "tensorboard"  # in the run's folder
 
 
-class Wandb:
+class _Run:
+    """What the run of a service takes, as wandb and those made after it have it."""
+
+    def log(self, values, step):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+class Wandb(_Run):
     """A run of Weights & Biases, a new one or the one of this id; `id` is its own.
 
     Raises:
@@ -31,14 +42,8 @@ class Wandb:
         self.run = wandb.init(project=PROJECT, name=directory.name, config=settings, **known)
         self.id = self.run.id
 
-    def log(self, values, step):
-        self.run.log(values, step=step)
 
-    def close(self):
-        self.run.finish()
-
-
-class Trackio:
+class Trackio(_Run):
     """A run of Hugging Face's Trackio, of the name of the run's folder.
 
     Raises:
@@ -55,12 +60,6 @@ class Trackio:
         self.run = trackio.init(
             project=PROJECT, name=directory.name, config=settings, resume=resume
         )
-
-    def log(self, values, step):
-        self.run.log(values, step=step)
-
-    def close(self):
-        self.run.finish()
 
 
 class TensorBoard:
@@ -102,19 +101,25 @@ def start_trackers(reports, directory, settings, step=None, wandb_id=None):
         wandb_id: of the run in Weights & Biases that goes on; None: a new one.
 
     Raises:
-        UserError: one is not installed, or does not start.
+        UserError: one is not installed, or does not start; those before it are closed.
     """
     made = []
     for kind in (Wandb, Trackio, TensorBoard):
         if not getattr(reports, kind.name):
             continue
-        flag = f"--{kind.name}"
         try:
             made.append(kind(directory, settings, step, wandb_id))
-        except ImportError:
-            raise UserError(
-                f"{flag} needs {kind.name}; install it with pip install -e .[{kind.name}]"
-            ) from None
         except Exception as error:
-            raise UserError(f"{flag} does not start ({first_line(error)}); {kind.mend}") from None
+            for tracker in made:
+                with suppress(Exception):  # the error that is told is the first one
+                    tracker.close()
+            raise UserError(_refusal(kind, error)) from None
     return made
+
+
+def _refusal(kind, error):
+    """What keeps a tracker from its start, and the mend, in one line."""
+    if isinstance(error, ImportError):
+        name = kind.name
+        return f"--{name} needs {name}; install it with pip install -e .[{name}]"
+    return f"--{kind.name} does not start ({first_line(error)}); {kind.mend}"

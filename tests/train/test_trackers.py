@@ -99,3 +99,10 @@ def test_what_is_missing_or_does_not_start_is_one_line(name, tmp_path, monkeypat
     with pytest.raises(UserError, match=rf"--{name} does not start .OSError: no room.; drop"):
         start_trackers(reports, tmp_path, {})
     assert start_trackers(Reports(), tmp_path, {}) == []
+
+
+def test_those_before_one_that_fails_are_closed(fakes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard"):
+        start_trackers(Reports(trackio=True, tensorboard=True), tmp_path, {})
+    assert fakes[0].ends == 1
