@@ -1,5 +1,7 @@
 """Tokenizer, corpus and directories shared by the tests; GPU tests skip without a GPU."""
 
+import fcntl
+import os
 import signal
 
 import pyarrow as pa
@@ -71,10 +73,27 @@ def exact_casts():
         yield
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `cuda` skip with a reason where there is no GPU."""
-    if torch.cuda.is_available():
+@pytest.fixture(autouse=True)
+def gpu_to_oneself(request, tmp_path_factory):
+    """Tests marked `large` wait for each other, and leave no memory in PyTorch's cache."""
+    if "large" not in request.keywords:
+        yield
         return
+    # processes of one pytest-xdist have one folder above those of their own
+    above = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    with open((base.parent if above else base) / "large.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` skip with a reason where there is no GPU, those marked `cpu` where
+    there is one."""
+    on_gpu = torch.cuda.is_available()
+    mark, reason = ("cpu", "there is a GPU: run with CUDA_VISIBLE_DEVICES= -m cpu") if on_gpu else (
+        "cuda", "needs a CUDA GPU")  # fmt: skip
     for item in items:
-        if "cuda" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))

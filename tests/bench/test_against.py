@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--depth", "1", "--backend", "eager", "--rounds", "3"]
 
 
+@pytest.mark.cpu
 def test_a_tree_against_itself(tmp_path, capsys):
     out = tmp_path / "result.json"
     main([str(ROOT), *TINY, "--json", str(out)])

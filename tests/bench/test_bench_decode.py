@@ -10,6 +10,7 @@ from nanofuse.train.errors import UserError
 from tests.helpers import small_config
 
 
+@pytest.mark.cpu
 def test_both_paths_run_and_agree(monkeypatch):
     monkeypatch.setattr(decode, "WARM_STEPS", 1)
     monkeypatch.setattr(decode, "COMPARED_STEPS", 3)

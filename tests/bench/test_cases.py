@@ -86,6 +86,7 @@ UNITS = {  # bytes of a call over rows * width, by the formulas in the docstring
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("op", UNITS)
 def test_the_count_is_that_of_the_docstrings(op):
     """Above it are numbers per row and rows of tables, at these sizes up to an eighth, and nothing

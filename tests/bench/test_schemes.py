@@ -66,6 +66,7 @@ def test_a_scheme_updates_as_one_process(scheme, world):
     assert_close(run_ranks(world, lambda ranks: eager(ranks, scheme)), truth, 1e-12)
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
 def test_nanochats_scheme_by_the_kernels():
     config = GPTConfig.from_depth(1, 32, 16, sequence_len=32, vocab_size=64, bigram_embed_factor=1)

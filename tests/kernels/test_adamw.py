@@ -213,6 +213,7 @@ def test_a_gradient_that_is_another_tensor_is_refused(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     count = 2**31 + 4099
     lists = [[torch.zeros(count, dtype=torch.bfloat16, device=device)] for _ in range(4)]

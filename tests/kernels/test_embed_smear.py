@@ -118,6 +118,7 @@ def test_training_shapes(width, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     b, t, c = 1025, 2048, 1024
     tokens = torch.zeros(b, t, dtype=torch.int32, device=device)

@@ -221,6 +221,7 @@ def test_real_shapes_give_the_same_bits(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_a_table_and_gradients_of_more_than_two_to_the_31_elements(device):
     rows, cols = 2**21 + 70, 1024
     table = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)

@@ -89,6 +89,7 @@ def test_what_does_not_fit_is_refused(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     n, c, heads, channels = 65600, 32768, 2, 12
     y = torch.zeros(n, c, dtype=torch.bfloat16, device=device)

@@ -365,6 +365,7 @@ def test_every_candidate_on_tensors(op, tile, shape, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_more_than_two_to_the_31_elements_of_tensors(op, device):
     rows, depth, cols = 131072 + 64, 32, 16384
@@ -383,6 +384,7 @@ def test_more_than_two_to_the_31_elements_of_tensors(op, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_more_than_two_to_the_31_elements(op, device):
     rows, depth, cols = 131072 + 64, 32, 16384

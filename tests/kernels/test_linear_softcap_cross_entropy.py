@@ -360,6 +360,7 @@ def test_every_candidate_in_bf16(tile, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     rows, padded = 65552, 32768
     x, w = torch.zeros(rows, 16, device=device), torch.zeros(padded, 16, device=device)

@@ -313,6 +313,7 @@ def test_what_does_not_fit_is_refused(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     shape = (2050, 1024, 1024)
     state = State((1, *shape[1:]), device)

@@ -369,6 +369,7 @@ def test_model_shapes(shape, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements_in_newton_schulz(device):
     x = torch.zeros(2049, 1024, 1024, dtype=torch.bfloat16, device=device)
     x[-1] = random((1024, 1024)).to(device)

@@ -95,6 +95,7 @@ def test_a_bound_must_be_positive():
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     rows, cols = 65600, 32768
     x = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)

@@ -114,6 +114,7 @@ def test_two_runs_give_the_same_bits(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 @pytest.mark.parametrize("width", [256, 768, 1024])
 def test_model_shapes(width, device):
     x, dy = torch.randn(2, 65536, 4 * width, device=device).bfloat16()
@@ -129,6 +130,7 @@ def test_model_shapes(width, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     rows, cols = 65600, 32768
     x = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)

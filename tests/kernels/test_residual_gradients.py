@@ -119,6 +119,7 @@ def test_sixteen_layers_of_a_micro_step(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     layers, n, c = 3, 800_000, 1024
     grads = torch.zeros(layers, n, c, dtype=torch.bfloat16, device=device)

@@ -273,6 +273,7 @@ def test_training_shapes(width, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     n, c = (1 << 21) + 48, 1024
     x = torch.zeros(n, c, dtype=torch.bfloat16, device=device)

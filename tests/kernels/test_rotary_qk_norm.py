@@ -364,6 +364,7 @@ def test_model_shapes(heads, value, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     B, T, H, K, D = 1030, 2048, 4, 2, 128  # 2.16e9 elements
     case = Case((1, T, H, K, D), torch.bfloat16, device)

@@ -392,6 +392,7 @@ def test_real_vocabulary(shape, device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     rows, vocab = 65552, 32768
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=device)

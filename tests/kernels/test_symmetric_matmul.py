@@ -124,6 +124,7 @@ def test_refused_operands(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device):
     x = torch.zeros(2100, 1024, 1024, dtype=torch.float16, device=device)
     x[-1, -1, -1], x[-1, 0, -1] = 2.0, 3.0

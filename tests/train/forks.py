@@ -35,6 +35,7 @@ class Forks:
             env={
                 **os.environ,
                 "PYTHONPATH": path,
+                "CUDA_VISIBLE_DEVICES": "",  # more ranks than GPUs
                 "OMP_NUM_THREADS": "1",
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
             },

@@ -71,6 +71,7 @@ def started():
 ALL = ["s.high.1 new", "s.high.2 new", "s.low.1 new", "s.low.2 new"]
 
 
+@pytest.mark.cpu
 def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep):
     code, out, err = sweep("--jobs", "2", fake={"high": "fail"})
     assert code == 1 and started() == ALL
@@ -92,6 +93,7 @@ def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep):
     assert "runs/s.low.1 was made with --depth 1, and the sweep says 2; move that run away" in err
 
 
+@pytest.mark.cpu
 def test_a_signal_stops_all_and_a_second_call_goes_on(sweep, tmp_path):
     env = {**os.environ, "FAKE": json.dumps({"low": "wait", "high": "wait"})}
     script = (
@@ -119,6 +121,7 @@ def test_a_signal_stops_all_and_a_second_call_goes_on(sweep, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.cpu
 def test_a_bpb_that_is_not_expected_ends_with_1(sweep, tmp_path):
     """The run of `low` ends at 1.27."""
     text = "tolerance = 2e-3\n" + FILE.replace("[1, 2]", "[2]")

@@ -106,9 +106,9 @@ def test_what_is_compiled_here_is_found_elsewhere(tmp_path):
 
 
 def test_kernels_are_aimed_at_a_gpu():
-    with aimed_at(Gpu("NVIDIA H200", HOPPER, 77)):
-        assert (gpu_name(), sm_count(None)) == ("NVIDIA H200", 77)
-    assert gpu_name() != "NVIDIA H200"
+    with aimed_at(Gpu("of no machine", HOPPER, 77)):
+        assert (gpu_name(), sm_count(None)) == ("of no machine", 77)
+    assert gpu_name() != "of no machine"
 
 
 def test_a_request_is_named_by_all_it_says():

@@ -155,6 +155,7 @@ def test_one_rank_that_is_not_finite_stops_the_update_of_all(bad_rank):
     assert run_ranks(3, check) == [True] * 3
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
 def test_kernels_update_as_one():
     """On stacks of matrices as the fused pass stores them: in place, or between each other."""
