@@ -21,7 +21,18 @@ import pyarrow.parquet as pq
 import torch
 
 from nanofuse.model.config import NANOCHAT_FIELDS, GPTConfig
-from nanofuse.train import convert, doctor, evaluate, export, generate, plot, run, runs
+from nanofuse.train import (
+    convert,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    plot,
+    run,
+    runs,
+    sweep,
+    warm,
+)
 from nanofuse.train.command import run_command
 from nanofuse.train.data import __main__ as data
 from nanofuse.train.data.pickled import pickled
@@ -58,7 +69,7 @@ RUN_FLAGS = (
     "--compile-mode max-autotune", "--kernel-cache a.zip", "--device-type tpu", "--run a",
     "--run a/b", "--data nowhere", "--data=", "--text-column body",
     "--val-shard none.parquet", "--core-every 5", "--core-every 5 --core-bundle nowhere",
-    "--wandb maybe", "--gpus 0", "--gpus many",
+    "--wandb maybe", "--wandb", "--trackio", "--tensorboard", "--gpus 0", "--gpus many",
 )  # fmt: skip
 RESUME_FLAGS = (
     "--run a --resume --depth 2", "--run a --resume --seed 7", "--run a --resume --vocab-size 400",
@@ -82,6 +93,30 @@ DATA_FLAGS = (
     "train-tokenizer --data data --max-chars -1",
     "tokenize --data stdlib", "tokenize --data data --cache off",
     "tokenize --data data --workers 0",
+)  # fmt: skip
+SWEEP_FLAGS = (
+    "nowhere", "data/tokenizer.json", "a.b.toml", "parts-d4 --bogus", "parts-d4 --jobs 0",
+    "parts-d4 --depth 0", "parts-d4 --scalar-lr 1", "parts-d4 --seed 3", "parts-d4 --run x",
+    "parts-d4 --gpus 2", "parts-d4 --data=", "parts-d4 --data nowhere", "parts-d4 --wandb",
+)  # fmt: skip
+SWEEP_FILES = (
+    "seeds = [1", "seeds = []", "seeds = [1, 1]", "seeds = [-1]", 'seeds = ["a"]',
+    "seeds = [1]; about = 3", "seeds = [1]; sedes = [2]", "seeds = [1]",
+    "seeds = [1]; [grid]; depth = []", "seeds = [1]; [grid]; depth = [1, 1]",
+    "seeds = [1]; [grid]; depth = [1, 0]", 'seeds = [1]; [grid]; data = ["a/b"]',
+    "seeds = [1]; [grid]; dept = [1]", "seeds = [1]; [grid]; matrix_lr = [1]",
+    "seeds = [1]; [grid]; seed = [1]", 'seeds = [1]; [grid]; matrix-lr = ["high"]',
+    "seeds = [1]; [grid]; head-dim = [15]",
+    "seeds = [1]; [flags]; num-iterations = 3; [grid]; target-flops = [1]",
+    'seeds = [1]; baseline = "b"; [grid]; depth = [1]', "seeds = [1]; [[variants]]; depth = 1",
+    "seeds = [1]; tolerance = 1; [grid]; depth = [1]",
+    "seeds = [1]; tolerance = 1; [grid]; depth = [1]; [expected.b]; 1 = 2",
+    "seeds = [1]; tolerance = 1; [grid]; depth = [1]; [expected.depth-1]; x = 2",
+    "seeds = [1]; [grid]; total-batch-size = [100]",
+)  # fmt: skip
+WARM_FLAGS = (
+    "--depth 0", "--arch sm_50", "--gpu H9000", "--out nowhere/k.zip", "--head-dim 15", "--out=",
+    "--out data",
 )  # fmt: skip
 PLOT_FLAGS = (
     "nowhere", "data", "a a", "a broken", "a --out a.pdf", "a --x hours", "a runs/a/tokenizer.json",
@@ -114,15 +149,28 @@ def inside(folder):
 
 
 def said(main, argv):
-    """The line that a command says on stderr; '' where it works."""
-    err = io.StringIO()
+    """The line that a command says on stderr, and '' where it works.
+
+    Raises:
+        AssertionError: it says more, ends with another code than 2, or leaves files behind.
+    """
+    err, code, before = io.StringIO(), 0, files()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
         try:
             run_command(lambda: main(argv))
-        except SystemExit:
-            pass
+        except SystemExit as stop:
+            code = stop.code
     lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    return lines[-1] if lines else ""
+    if not code:
+        return ""
+    left = files() - before
+    assert (code, len(lines), left) == (2, 1, set()), f"{argv}: exit code {code}, {lines}, {left}"
+    return lines[0]
+
+
+def files():
+    """Every path in the current folder."""
+    return set(Path().rglob("*"))
 
 
 def prepare():
@@ -248,6 +296,22 @@ def file_rows():
     shutil.copytree("kept", "runs/a")
 
 
+def sweep_rows():
+    """(what is given, message) of sweeps: flags, and files whose lines are parted by ";"."""
+    Path("a.b.toml").touch()
+    for flags in SWEEP_FLAGS:
+        yield flags, said(sweep.main, flags.split())
+    path = Path("s.toml")
+    for text in SWEEP_FILES:
+        path.write_text(text.replace("; ", "\n"))
+        yield text, said(sweep.main, ["s.toml", "--data", "data"])
+    path.write_text("seeds = [1]\n[grid]\ndepth = [1]\n")
+    shutil.copytree("runs/a", "runs/s.depth-1.1")
+    flags = "s.toml --data data --device-type cpu"
+    yield flags, said(sweep.main, flags.split())
+    shutil.rmtree("runs/s.depth-1.1")
+
+
 def sections():
     """(title, [(what is given, message)])."""
     long = [*TINY, "--num-iterations", "1"]
@@ -275,9 +339,11 @@ def sections():
     Path("runs/broken").mkdir()
     Path("runs/broken/metrics.jsonl").write_text('{"kind": "val", "step": -1}\n')
     yield "train.plot", [(flags, said(plot.main, flags.split())) for flags in PLOT_FLAGS]
+    yield "train.sweep", list(sweep_rows())
     yield "train.runs", [("all", said(runs.main, ["all"]))]
     asked = ("--data nowhere", "--data empty", "--data=", "--fast")
     yield "train.doctor", [(flags, said(doctor.main, flags.split())) for flags in asked]
+    yield "train.warm", [(flags, said(warm.main, flags.split())) for flags in WARM_FLAGS]
     yield "train.data", [(flags, said(data.main, flags.split())) for flags in DATA_FLAGS]
 
 
@@ -292,7 +358,8 @@ def page():
     with tempfile.TemporaryDirectory() as folder, inside(folder):
         hidden = {"HOME": folder, "NANOFUSE_DIR": folder}
         patched = mock.patch("nanofuse.train.memory.memory_of", lambda device: MEMORY)
-        with mock.patch.dict(os.environ, hidden), patched:
+        without = mock.patch("nanofuse.train.trackers.find_spec", lambda name: None)
+        with mock.patch.dict(os.environ, hidden), patched, without:
             prepare()
             text = HEAD
             for title, rows in sections():

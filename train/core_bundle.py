@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nanofuse.train.errors import UserError
 from nanofuse.train.schemas import first_reason, read_bounded
+from nanofuse.train.settings import Reports
 
 CONFIG, DATA, BASELINES = "core.yaml", "eval_data", "eval_meta_data.csv"
 MAX_CONFIG_BYTES, MAX_DATA_BYTES = 2**22, 2**31
@@ -227,3 +228,16 @@ def load_bundle(folder: Path | str, max_per_task: int = -1) -> list[Task]:
             )
         )
     return tasks
+
+
+def core_tasks(reports: Reports) -> list[Task]:
+    """The tasks of CORE that a run measures, for Reports; none without --core-every.
+
+    Raises:
+        UserError: no bundle is named, or it is damaged.
+    """
+    if reports.core_every < 0:
+        return []
+    if not reports.core_bundle:
+        raise UserError("--core-every needs the tasks of CORE; name their folder as --core-bundle")
+    return load_bundle(reports.core_bundle, reports.core_max_per_task)

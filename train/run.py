@@ -12,10 +12,12 @@ import sys
 from nanofuse.train.command import DEBUG_ENV, command_module, run_command
 from nanofuse.train.launch import is_rank, launch, number_of_ranks
 from nanofuse.train.settings import build_parser
+from nanofuse.train.trackers import check_installed
 
 
 def main(argv=None):
     given = vars(build_parser().parse_args(argv))
+    check_installed(given)  # before torch loads
     if not is_rank():
         world = number_of_ranks(given.get("gpus", "1"), given.get("device_type", "auto"))
         if world > 1:

@@ -61,6 +61,15 @@ def cut_back(path, step, again=()):
     return kinds
 
 
+def named(prefix, value):
+    """(name, figure) of a record's figures; those of a dict in it are prefix/key/..."""
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from named(f"{prefix}/{key}", inner)
+
+
 class RunLog:
     """Progress bar and metrics of one run.
 
@@ -109,9 +118,9 @@ class RunLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
-        named = {f"{kind}/{name}": value for name, value in values.items()}
+        figures = dict(named(kind, values))
         for tracker in self.trackers:
-            self._tell(tracker, partial(tracker.log, named, step))
+            self._tell(tracker, partial(tracker.log, figures, step))
 
     def _tell(self, tracker, call):
         """Call a tracker; that it does not take the figures is said once and ends no run."""

@@ -22,7 +22,7 @@ from nanofuse.train.checkpoint import (
     load_weights,
 )
 from nanofuse.train.clock import Phases, process_seconds
-from nanofuse.train.core_bundle import load_bundle
+from nanofuse.train.core_bundle import core_tasks
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
 from nanofuse.train.data.loader import Packing
@@ -61,7 +61,7 @@ from nanofuse.train.settings import (
 )
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import load_training_state, training_state
-from nanofuse.train.trackers import start_trackers
+from nanofuse.train.trackers import check_installed, close_all, start_trackers
 from nanofuse.train.trial import asked, choose_rows, settle_rows, without_auto
 
 
@@ -213,19 +213,6 @@ def check_backend_flags(given, machine):
             )
 
 
-def core_tasks(reports):
-    """The tasks of CORE that a run measures, for Reports; none without --core-every.
-
-    Raises:
-        UserError: no bundle is named, or it is damaged.
-    """
-    if reports.core_every < 0:
-        return []
-    if not reports.core_bundle:
-        raise UserError("--core-every needs the tasks of CORE; name their folder as --core-bundle")
-    return load_bundle(reports.core_bundle, reports.core_max_per_task)
-
-
 def start_with_rank_0(given, lock, ranks, ahead):
     """The Start of every rank: rank 0 finds out what it is, for all.
 
@@ -270,6 +257,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     options, auto = settings.machine, asked(given)
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
+    check_installed(vars(settings.reports))
     with naming_flags():
         config = settings.model.config()
 
@@ -329,6 +317,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
         raise UserError(f"--resume: {checkpoint} was converted and holds no optimiser state")
     settled = {name: native(value) for name, value in meta["settings"].items()}
     settings = resolve_resumed(without_auto(given), settled)
+    check_installed(vars(settings.reports))
     config = config_of(meta, checkpoint)
     saved, auto = resolve_resumed({}, settled), asked(given)
     length = meta["num_iterations"]
@@ -393,6 +382,24 @@ def build_trainer(start, phases, signals=None, ahead=None):
 
 def build_with(loader, start, phases, signals, ahead):
     """As build_trainer, with a DeviceLoader that makes its batches."""
+    trackers = []  # rank 0's; before the model, as they may not start
+
+    def begin():
+        values = {name: portable(value) for name, value in start.settings.flat().items()}
+        meta = start.meta or {}
+        known = meta.get("step"), meta.get("wandb")
+        trackers.extend(start_trackers(start.settings.reports, start.directory, values, *known))
+
+    start.ranks.by_main(begin)
+    try:
+        return build_and_log(loader, start, phases, signals, ahead, trackers)
+    except BaseException:
+        close_all(trackers)
+        raise
+
+
+def build_and_log(loader, start, phases, signals, ahead, trackers):
+    """As build_with, with trackers that have started."""
     settings, config, machine = start.settings, start.config, start.machine
     plan, directory, ranks = start.plan, start.directory, start.ranks
 
@@ -443,8 +450,6 @@ def build_with(loader, start, phases, signals, ahead):
     at = progress.step if start.checkpoint else None
     log = Silent()
     if ranks.main:
-        values = {name: portable(value) for name, value in settings.flat().items()}
-        trackers = start_trackers(reports, directory, values, at, wandb_id)
         log = RunLog(directory, progress.step, plan.num_iterations, trackers, wandb_id)
     saver = Saver(start.lock, log, start.tokenizer, reports.keep, at, ranks)
     beside = ranks.collect(size_of(training_state(built.model, built.optimizer)))

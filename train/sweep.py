@@ -19,6 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.core_bundle import core_tasks
+from nanofuse.train.data.corpus import open_corpus
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.flags import whole
 from nanofuse.train.launch import visible_gpus
@@ -31,6 +33,7 @@ from nanofuse.train.sweeps.definition import find_sweep, read_sweep
 from nanofuse.train.sweeps.jobs import Pool, environments, log_path, look, read_note, settle
 from nanofuse.train.sweeps.outlook import Clock, headline, in_words, listing
 from nanofuse.train.sweeps.results import gather, report, unexpected, write
+from nanofuse.train.trackers import check_installed
 
 SWEEPS_DIR = Path("sweeps")
 MOST_JOBS = 4096
@@ -86,6 +89,20 @@ def told(item, folder, seconds):
     times = [record.ms_per_step for record in train.values()][1:]
     rate = f", {statistics.median(times):.1f} ms/step" if times else ""
     return f"BPB {note.bpb:.6f} after {note.step:,} steps{rate}, {in_words(seconds)}"
+
+
+def check_inputs(items):
+    """Refuse what every run would end with: data, tasks of CORE or trackers that are not there.
+
+    Raises:
+        UserError: names the flag or the file.
+    """
+    for reports in {item.settings.reports for item in items}:
+        check_installed(vars(reports))
+        core_tasks(reports)
+    jobs = (item.settings.job for item in items)
+    for place in {(job.data, job.text_column, job.val_shard) for job in jobs}:
+        open_corpus(*place)
 
 
 def places_for(asked, gpus):
@@ -187,6 +204,7 @@ def main(argv=None):
     gpus = [] if extra.get("device_type") == "cpu" else visible_gpus()
     sweep = read_sweep(path, extra, bool(gpus))
     places = places_for(args.jobs, gpus)
+    check_inputs(sweep.items)
     folder = SWEEPS_DIR / sweep.name
     if args.dry_run:
         states = [look(item, folder) for item in sweep.items]

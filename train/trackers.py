@@ -1,18 +1,22 @@
 """Where else a run's figures go, if asked for: Weights & Biases, TensorBoard, Trackio.
 
-Each takes the records of metrics.jsonl under the names "kind/figure", and the settings once. A
-resumed run goes on in the same place. Steps that it makes again are kept once by TensorBoard and by
-Weights & Biases (the later and the earlier one), twice by Trackio.
+Each takes the records of metrics.jsonl under the names "kind/figure" (of CORE's tasks
+"core/tasks/LABEL/figure"), and the settings once. A resumed run goes on in the same place. Steps
+that it makes again are kept once by TensorBoard and by Weights & Biases (the later and the earlier
+one), twice by Trackio.
 """
 
 import json
+import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from numbers import Real
 
 from nanofuse.train.errors import UserError, first_line
 
 PROJECT = "nanofuse"
 FOLDER = "tensorboard"  # in the run's folder
+EVENTS = "events.out.tfevents.*"  # the names of its files there
 
 
 class _Run:
@@ -75,9 +79,11 @@ class TensorBoard:
     def __init__(self, directory, settings, step, wandb_id):
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = directory / FOLDER
+        new = not any(folder.glob(EVENTS))  # a run may be older than the flag
         purge = None if step is None else step + 1  # later steps are made again
-        self.writer = SummaryWriter(str(directory / FOLDER), purge_step=purge)
-        if step is None:
+        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        if new:
             text = json.dumps(settings, indent=1)
             self.writer.add_text("settings", f"<pre>{text}</pre>", 0)
 
@@ -88,6 +94,37 @@ class TensorBoard:
 
     def close(self):
         self.writer.close()
+
+
+KINDS = (Wandb, Trackio, TensorBoard)
+
+
+def check_installed(asked):
+    """Refuse trackers that are not installed; loads none of them.
+
+    Args:
+        asked: {flag's field: value}.
+
+    Raises:
+        UserError: one that is asked for is not there.
+    """
+    for kind in KINDS:
+        if asked.get(kind.name) and not _is_there(kind.name):
+            raise UserError(_refusal(kind, ImportError()))
+
+
+def _is_there(module):
+    """Whether a module is loaded, or can be."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return find_spec(module) is not None
+
+
+def close_all(trackers):
+    """Close trackers after an error, which is the one that is told."""
+    for tracker in trackers:
+        with suppress(Exception):
+            tracker.close()
 
 
 def start_trackers(reports, directory, settings, step=None, wandb_id=None):
@@ -104,15 +141,13 @@ def start_trackers(reports, directory, settings, step=None, wandb_id=None):
         UserError: one is not installed, or does not start; those before it are closed.
     """
     made = []
-    for kind in (Wandb, Trackio, TensorBoard):
+    for kind in KINDS:
         if not getattr(reports, kind.name):
             continue
         try:
             made.append(kind(directory, settings, step, wandb_id))
         except Exception as error:
-            for tracker in made:
-                with suppress(Exception):  # the error that is told is the first one
-                    tracker.close()
+            close_all(made)
             raise UserError(_refusal(kind, error)) from None
     return made
 

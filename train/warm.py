@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from nanofuse.model.providers import in_fp8
-from nanofuse.train.command import run_command
+from nanofuse.train.command import not_empty, run_command
 from nanofuse.train.compiling import Compiling, Request
 from nanofuse.train.disk import in_units
 from nanofuse.train.errors import UserError
@@ -34,7 +34,7 @@ def parse(argv):
     own = parser.add_argument_group("compilation")
     own.add_argument("--arch", choices=sorted(GPUS), default="sm_90", help="of the GPU [sm_90]")
     own.add_argument("--gpu", metavar="NAME", help="whose tuned tiles [the first of the arch]")
-    own.add_argument("--out", type=Path, metavar="FILE", help="[kernels-dDEPTH-ARCH.zip]")
+    own.add_argument("--out", type=not_empty, metavar="FILE", help="[kernels-dDEPTH-ARCH.zip]")
     given = vars(parser.parse_args(argv))
     return {name: given.pop(name) for name in ("arch", "gpu", "out")}, given
 
@@ -48,7 +48,9 @@ def main(argv=None):
     settings = resolve(given, "cuda")
     with naming_flags():
         config = settings.model.config()
-    out = own["out"] or Path(f"kernels-d{settings.model.depth}-{own['arch']}.zip")
+    out = Path(own["out"] or f"kernels-d{settings.model.depth}-{own['arch']}.zip")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: no such folder")
     with tempfile.TemporaryDirectory() as folder:

@@ -3,14 +3,16 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import run_dir
+from nanofuse.train.runlog import RunLog
 from nanofuse.train.settings import Reports
-from nanofuse.train.trackers import FOLDER, start_trackers
+from nanofuse.train.trackers import FOLDER, check_installed, start_trackers
 from tests.train.tiny import TINY, records
 
 
@@ -38,6 +40,8 @@ class FakeTensorBoard(types.ModuleType):
         self.writers = []
 
     def SummaryWriter(self, folder, purge_step):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, f"events.out.tfevents.{len(self.writers)}").touch()
         writer = types.SimpleNamespace(folder=folder, purge=purge_step, scalars=[], texts=[])
         writer.add_scalar = lambda *args: writer.scalars.append(args)
         writer.add_text = lambda *args: writer.texts.append(args)
@@ -50,7 +54,8 @@ class FakeTensorBoard(types.ModuleType):
 def fakes(monkeypatch):
     trackio, board = FakeTrackio(), FakeTensorBoard()
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, board)
     return trackio, board
 
 
@@ -76,11 +81,57 @@ def test_a_run_and_its_resumption_are_one_in_each(fakes, data_dir, work_dir):
     assert (name, settings["depth"], second.texts) == ("settings", 1, [])
 
 
+def test_a_run_that_is_older_than_the_flag_writes_its_settings(fakes, tmp_path):
+    for _ in range(2):
+        start_trackers(Reports(tensorboard=True), tmp_path, {"depth": 1}, step=3)
+    first, second = fakes[1].writers
+    assert (first.purge, len(first.texts), second.texts) == (4, 1, [])
+
+
 def test_tensorboard_takes_numbers_alone(fakes, tmp_path):
     [tracker] = start_trackers(Reports(tensorboard=True), tmp_path, {})
     values = {"a": 1, "b": 2.5, "c": "text", "d": None, "e": [1, 2], "f": True}
     tracker.log(values, 3)
     assert fakes[1].writers[0].scalars == [("a", 1, 3), ("b", 2.5, 3)]
+
+
+def test_figures_within_a_figure_have_a_path(fakes, tmp_path):
+    trackers = start_trackers(Reports(tensorboard=True), tmp_path, {})
+    log = RunLog(tmp_path, 0, 1, trackers)
+    log.metrics("core", 5, core=0.25, tasks={"arc": {"accuracy": 0.5, "examples": 4}})
+    log.close()
+    assert fakes[1].writers[0].scalars == [
+        ("core/core", 0.25, 5),
+        ("core/tasks/arc/accuracy", 0.5, 5),
+        ("core/tasks/arc/examples", 4, 5),
+        "closed",
+    ]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
+    """train.start loads torch and all else."""
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "nanofuse.train.start", None)
+    with pytest.raises(UserError, match=rf"--{name} needs {name}; install it .*\[{name}\]$"):
+        main([f"--{name}"])
+    check_installed({})
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("nanofuse.train.trackers.find_spec", {name: "there"}.get)
+    check_installed({name: True})
+
+
+def test_trackers_start_before_the_model_and_are_closed_where_it_fails(
+    fakes, data_dir, work_dir, monkeypatch
+):
+    def assemble(*args, **kwargs):
+        assert len(fakes[0].starts) == 1
+        raise UserError("no such model")
+
+    monkeypatch.setattr("nanofuse.train.start.assemble", assemble)
+    with pytest.raises(UserError, match="no such model"):
+        main([*TINY, "--data", str(data_dir), "--run", "a", "--trackio"])
+    assert fakes[0].ends == 1 and not run_dir("a").exists()
 
 
 @pytest.mark.parametrize("name", ["trackio", "tensorboard"])

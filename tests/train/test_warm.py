@@ -318,7 +318,7 @@ def test_nothing_compiles_where_nothing_is_launched(monkeypatch):
 
 def test_flags_of_the_command(capsys):
     own, given = warm.parse(["--arch", "sm_90", "--depth", "4", "--out", "x.zip"])
-    assert given == {"depth": 4} and own == {"arch": "sm_90", "gpu": None, "out": Path("x.zip")}
+    assert given == {"depth": 4} and own == {"arch": "sm_90", "gpu": None, "out": "x.zip"}
     with pytest.raises(UserError, match="--gpu H7 is not known; choose from NVIDIA H200"):
         warm.main(["--gpu", "H7"])
     with pytest.raises(UserError, match="--out nowhere/x.zip: no such folder"):

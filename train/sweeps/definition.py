@@ -312,7 +312,7 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
         if name in OWN:
             raise UserError(f"{flag} cannot be given to a sweep, as {OWN[name]}; drop it")
         if any(name in own for own in variants.values()):
-            raise UserError(f"{flag} is what variants of {path} differ in; change it there")
+            raise UserError(f"{flag} is what variants of {path.name} differ in; change it there")
     refuse_empty(extra)
     check(Settings().replace(extra))
     items = []

@@ -57,6 +57,7 @@ REFUSED = [
     ("seeds = [1]\nsedes = 1\n", "s.toml: sedes: Extra inputs are not permitted"),
     ("seeds = [-1]\n[grid]\ndepth=[1]\n", "seeds: -1 must be from 0"),
     ("seeds = [1, 1]\n[grid]\ndepth=[1]\n", "seeds: 1 is there twice"),
+    (f"seeds = {list(range(101))}\n[grid]\ndepth = {list(range(1, 101))}", "makes 10,100 runs"),
     ("seeds = [1]\n", r"give either \[\[variants\]\], each with a name, or a \[grid\]"),
     (LIST + "[grid]\ndepth = [1]\n", "give either"),
     ("seeds = [1]\n[grid]\ndepth = []\n", r"\[grid\]: 'depth' has no values"),
