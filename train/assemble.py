@@ -131,7 +131,8 @@ def assemble(
         model = raw_model
         if compiled:
             mode = None if compile_mode == "default" else compile_mode
-            model = torch.compile(raw_model, dynamic=False, mode=mode)
+            # a break would silently run products piece by piece (dev/LOG.md, 2026-11-29)
+            model = torch.compile(raw_model, dynamic=False, fullgraph=True, mode=mode)
     count = f"{products} linears in training; " if fp8.made.fp8 else ""
     facts += [prepared] if prepared else []
     facts.append(f"fp8: {fp8} ({count}{fp8.why})")

@@ -80,7 +80,7 @@ class Linear(nn.Module):
         self,
         x,  # (..., K)
     ):
-        if self.fp8 and self.training:
+        if self.fp8 is not None and self.training:
             y = self.fp8.apply(x.reshape(-1, x.size(-1)), self.weight)
             return y.view(*x.shape[:-1], y.size(-1))
         return F.linear(x, self.weight.to(x.dtype))
