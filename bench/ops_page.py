@@ -87,14 +87,15 @@ def recorded():
 
 
 def tuned():
-    """{(op in tuned.json, GPU, width): Figure}. Entries without a width are of 1024."""
+    """{(op in tuned.json, GPU, width of the model): Figure}."""
     table = json.loads((ROOT / TUNED).read_text(encoding="utf-8"))
     return {
-        (op, gpu, entry.get("width", 1024)): Figure(
-            gpu, entry.get("width", 1024), entry["us"], entry.get("share"), TUNED
+        (op, gpu, entry["width"]): Figure(
+            gpu, entry["width"], entry["us"], entry.get("share"), TUNED
         )
-        for gpu, entries in table.items()
-        for op, entry in entries.items()
+        for gpu, ops in table.items()
+        for op, entries in ops.items()
+        for entry in entries
     }
 
 

@@ -1,19 +1,21 @@
-"""Time every candidate launch configuration of the ops at depth 16; winners go to tuned.json.
+"""Time every candidate launch configuration of the ops; winners go to tuned.json.
 
-    python -m bench.tune [op ...] [--out FILE]
+    python -m bench.tune [op ...] [--widths 256,512,768,1024,1536] [--out FILE]
 
+An op whose configuration depends on a model's width is timed at each; the others at that of d16.
 Several processes first compile the candidates, on small inputs; then one process times them.
 """
 
 import json
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from nanofuse.bench.cases.case import ROWS, sizes
+from nanofuse.bench.cases.case import D16, ROWS, of_width
 from nanofuse.bench.cases.tiles import CASES, TUNED, WARM_ROWS
 from nanofuse.bench.harness import median_seconds
 from nanofuse.kernels.common import tuning
@@ -23,27 +25,42 @@ from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")
 JOBS = 12
+WIDTHS = "256,512,768,1024,1536"
+
+
+def parse_widths(text):
+    """[256, 512] of "256,512".
+
+    Raises:
+        UserError: one that no model of the recipe has.
+    """
+    for part in text.split(","):
+        if not re.fullmatch(r"[1-9]\d{0,5}", part) or int(part) % D16.head_dim:
+            raise UserError(f"--widths {part}: give multiples of {D16.head_dim} such as {WIDTHS}")
+    return sorted({int(part) for part in text.split(",")})
 
 
 def warm(job):
-    """Compile one candidate (op, index) into Triton's on-disk cache, by running it on few rows."""
-    op, index = job
+    """Compile one candidate (op, index, width) into Triton's on-disk cache, by running it on few
+    rows. Returns what the op asked for, and what went wrong, or None."""
+    op, index, width = job
     make, candidates = CASES[op]
-    with tuning.forced(op, candidates[index]):
+    with tuning.forced(op, candidates[index]) as asked, of_width(width):
         try:
             make(WARM_ROWS, DEVICE).run()
             torch.cuda.synchronize()
         except Exception as error:  # a candidate that does not fit this GPU is no winner
-            return f"{op} {candidates[index]}: {str(error).splitlines()[0]}"
-    return None
+            return asked, f"{op} {candidates[index]} at {width}: {str(error).splitlines()[0]}"
+    return asked, None
 
 
-def tune(op):
-    """Measure the candidates of `op`; returns tuned.json's entry for the fastest."""
+def tune(op, width):
+    """Measure the candidates of `op` in a model of this width; returns tuned.json's entry for the
+    fastest."""
     make, candidates = CASES[op]
     best = None
     for config in candidates:
-        with tuning.forced(op, config):
+        with tuning.forced(op, config) as asked:
             case = make(ROWS, DEVICE)  # AdamWTensors reads the configuration
             try:
                 seconds = median_seconds(case.run, rounds=12)
@@ -51,18 +68,26 @@ def tune(op):
                 continue
         print(f"{config} {1e6 * seconds:.1f} us {100 * case.share(seconds):.0f} %", flush=True)
         if best is None or seconds < best[0]:
-            best = seconds, config, case.share(seconds)
+            best = seconds, config, case.share(seconds), asked[0]
     if best is None:
         raise SystemExit(f"no candidate of {op} runs")
-    seconds, config, share = best
-    print(f"{op}: {config} {1e6 * seconds:.1f} us {100 * share:.0f} %", flush=True)
+    seconds, config, share, cols = best
+    print(f"{op}, {width}: {config} {1e6 * seconds:.1f} us {100 * share:.0f} %", flush=True)
     return {
         "config": asdict(config),
         "us": round(1e6 * seconds, 1),
         "share": round(share, 3),
         "rows": ROWS,
-        "width": sizes(DEVICE).width,
+        "width": width,
+        "cols": cols,
     }
+
+
+def merged(old, new):
+    """Entries of an op: the new ones, and the old ones of other widths; the narrowest first."""
+    widths = {entry["width"] for entry in new}
+    kept = [] if new[0]["cols"] is None else [e for e in old if e["width"] not in widths]
+    return sorted([*kept, *new], key=lambda entry: entry["width"])
 
 
 def _read(path):
@@ -82,20 +107,31 @@ def main():
         prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("ops", nargs="*", default=[], help=f"of {', '.join(TUNED)}; default all")
+    parser.add_argument("--widths", default=WIDTHS, help=f"multiples of 128; default {WIDTHS}")
     parser.add_argument("--out", type=Path, default=tuning.TUNED)
     args = parser.parse_args()
     unknown = sorted(set(args.ops) - set(TUNED))
     if unknown or not torch.cuda.is_available():
         parser.error(f"unknown op {unknown[0]!r}" if unknown else "tuning needs a CUDA GPU")
+    widths = parse_widths(args.widths)
     ops = args.ops or list(TUNED)
     table = _read(args.out)
-    jobs = [(op, index) for op in ops for index in range(len(TUNED[op]))]
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
-        for message in filter(None, pool.map(warm, jobs)):
-            print(message)
+        grows = {}  # op -> whether its configuration depends on the width
+        for width in (D16.width, *(w for w in widths if w != D16.width)):
+            asking = [op for op in ops if grows.get(op, True)]
+            jobs = [(op, index, width) for op in asking for index in range(len(TUNED[op]))]
+            for (op, *_), (asked, message) in zip(jobs, pool.map(warm, jobs), strict=True):
+                grows[op] = not asked or asked[0] is not None
+                if message:
+                    print(message)
     entries = table.setdefault(tuning.gpu_name(), {})
     for op in ops:
-        entries[op] = tune(op)
+        found = []
+        for width in widths if grows[op] else [D16.width]:
+            with of_width(width):
+                found.append(tune(op, width))
+        entries[op] = merged(entries.get(op, []), found)
     write_text_atomically(args.out, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

@@ -175,7 +175,7 @@ def _launch(tokens, table, gate_weight, smear_lambda):
         raise ValueError(
             f"embed_smear: the gate reads {gate_weight.numel()} channels of {table.size(1)}"
         )
-    config = tuned("embed_smear", TILE)
+    config = tuned("embed_smear", TILE, table.size(1))
     n, c = tokens.numel(), table.size(1)
     tile = {
         "G": gate_weight.numel(),

@@ -244,7 +244,8 @@ def embedding_grad(
     if grad_rows.numel() == 0:
         return table_grad
     cols = grad_rows.size(1)
-    tile, span_tile = tuned("embedding_grad", TILE), tuned("embedding_grad_spans", SPAN_TILE)
+    tile = tuned("embedding_grad", TILE, cols)
+    span_tile = tuned("embedding_grad_spans", SPAN_TILE, cols)
     blocks = triton.cdiv(positions, tile.rows)
     shape = (blocks, 2, cols)
     partial = torch.empty(shape, dtype=torch.float32, device=grad_rows.device)

@@ -225,11 +225,11 @@ def _launch(op, factors, y, inverse_scales, scaling):
         raise ValueError(f"{op}: y is {tuple(y.shape)}, the product {rows} x {cols}")
     check_alignment(op, **matrices)
     if scaling is None:
-        config = tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype])
+        config = tuned(plain_name(op, a.dtype), PLAIN_TILES[a.dtype], min(terms, cols))
         result = a.new_empty(rows, cols)
         data, transposed, scale, amax = result, None, None, None
     else:
-        config = tuned(op, TILE)
+        config = tuned(op, TILE, min(terms, cols))
         result = empty_operand(rows, cols, scaling, a.device)
         data, transposed, scale, amax = operand_args(result, scaling)
     depth = config.depth // a.element_size()

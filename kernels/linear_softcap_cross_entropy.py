@@ -167,8 +167,9 @@ def linear_softcap_cross_entropy_fwd(
     fp8 = isinstance(x, FP8Operand)
     inverses = (x.inverse_scale, w.inverse_scale) if fp8 else (None, None)
     x, w = _plain(x), _plain(w)
-    config = tuned(OP, TILE) if fp8 else tuned(plain_name(OP, x.dtype), PLAIN_TILES[x.dtype])
     (rows, width), cols, device = x.shape, w.size(0), x.device
+    name, tile = (OP, TILE) if fp8 else (plain_name(OP, x.dtype), PLAIN_TILES[x.dtype])
+    config = tuned(name, tile, width)
     u = transposed = None
     if train:
         u = torch.empty(rows, cols, dtype=E5M2 if fp8 else x.dtype, device=device)
@@ -208,7 +209,7 @@ def linear_softcap_cross_entropy_fwd(
         num_stages=config.stages,
         maxnreg=config.registers,
     )  # fmt: skip
-    config = tuned("linear_softcap_cross_entropy_rows", ROWS_TILE)
+    config = tuned("linear_softcap_cross_entropy_rows", ROWS_TILE, width)
     rows_kernel[(triton.cdiv(rows, config.rows),)](
         sums_ptr=sums,
         tanh_ptr=tanh,
@@ -271,7 +272,8 @@ def weighted_rows(
     _check_grad(grad, scale)
     out = torch.empty_like(matrix)
     inverse = torch.empty(1, dtype=torch.float32, device=matrix.device) if fp8 else None
-    config = tuned("linear_softcap_cross_entropy_weighted", WEIGHTED_TILE)
+    width = matrix.size(0 if fp8 else 1)
+    config = tuned("linear_softcap_cross_entropy_weighted", WEIGHTED_TILE, width)
     grid = (
         triton.cdiv(n, b) for n, b in zip(matrix.shape, (config.rows, config.cols), strict=True)
     )
@@ -308,7 +310,7 @@ def linear_softcap_cross_entropy_dx(
     check_tensor(OP, "product", product, (grad.weights.numel(), matrix.size(1)))
     check_tensor(OP, "w", matrix, (_plain(grad.u).size(1), cols))
     _check_grad(grad, scale)
-    config = tuned("linear_softcap_cross_entropy_dx", DX_TILE)
+    config = tuned("linear_softcap_cross_entropy_dx", DX_TILE, cols)
     dx_kernel[(triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))](
         grad_ptr=product,
         w_ptr=matrix,

@@ -138,7 +138,7 @@ def muon_momentum(
     norms = None
     if unit_rows:
         norms = torch.empty(n, rows, dtype=torch.float32, device=grad.device)
-    config = tuned("muon_momentum", TILE)
+    config = tuned("muon_momentum", TILE, cols)
     block_cols = min(triton.next_power_of_2(cols), config.cols)
     block_rows = min(config.rows, max(1, TILE_ELEMENTS // block_cols))
     _momentum_kernel[(triton.cdiv(n * rows, block_rows),)](

@@ -291,7 +291,7 @@ def muon_apply(
     if take is not None:
         check_tensor("muon_apply", "take", take, (1,), torch.float32)
     _check_copies(param, weights)
-    config = tuned("muon_apply", TILE)
+    config = tuned("muon_apply", TILE, cols)
     grid = (triton.cdiv(cols, config.cols), triton.cdiv(rows, config.rows), n)
     data, transposed, scale, amax = operand_args(weights.fp8, weights.scaling)
     _apply_kernel[grid](

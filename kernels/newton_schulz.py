@@ -260,7 +260,7 @@ def unit_rows(
     n, rows, cols = x.shape
     z = torch.empty(x.shape, dtype=compute_dtype(x.device), device=x.device)
     norms = torch.empty(n, rows, dtype=torch.float32, device=x.device)
-    config = tuned("newton_schulz_unit_rows", ROWS_TILE)
+    config = tuned("newton_schulz_unit_rows", ROWS_TILE, cols)
     block = min(config.cols, triton.next_power_of_2(cols))
     block_rows = config.rows * config.cols // block
     _unit_rows_kernel[(triton.cdiv(n * rows, block_rows),)](
@@ -347,7 +347,7 @@ def rescale(
     check_tensor("rescale", "x", x, None)
     check_tensor("rescale", "sumsq", sumsq, (n, sumsq.size(-1)), torch.float32)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    config = tuned("newton_schulz_rescale", RESCALE_TILE)
+    config = tuned("newton_schulz_rescale", RESCALE_TILE, cols)
     grid = (triton.cdiv(rows * cols, config.cols), n)
     _rescale_kernel[grid](
         x_ptr=x,

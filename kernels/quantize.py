@@ -97,7 +97,7 @@ def quantize(
     operand = empty_operand(rows, cols, scaling, x.device) if out is None else out
     check_tensor("quantize", "out", operand.data, (rows, cols), scaling.dtype)
     check_tensor("quantize", "out.transposed", operand.transposed, (cols, rows), scaling.dtype)
-    config = tuned("quantize", TILE)
+    config = tuned("quantize", TILE, cols)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     data, transposed, scale, amax = operand_args(operand, scaling)
     _quantize_kernel[grid](

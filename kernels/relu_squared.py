@@ -72,7 +72,7 @@ def _launch(op, x, dy, scaling):
     else:
         out, operand = None, empty_operand(rows, cols, scaling, x.device)
     data, transposed, scale, amax = operand_args(operand, scaling)
-    config = tuned(op, TILE)
+    config = tuned(op, TILE, cols)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols))
     _relu_squared_kernel[grid](
         x_ptr=x,

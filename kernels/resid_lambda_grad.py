@@ -116,7 +116,7 @@ def resid_lambda_grad(
     check_tensor(op, "w", w, (c, a.size(-1)), a.dtype)
     check_tensor(op, "shares", shares, (shares.numel(),), torch.float32)
     check_scalars(op, resid_lambda=resid_lambda)
-    config = tuned(op, TILE)
+    config = tuned(op, TILE, c)
     _resid_lambda_grad_kernel[(shares.numel(),)](
         g_ptr=g,
         x_ptr=x,

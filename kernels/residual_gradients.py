@@ -154,7 +154,7 @@ def residual_gradients(
     rows, tables, table_lambdas = zip(*lookups, strict=True) if lookups else ((), (), ())
     lambdas = (x0_lambdas, *table_lambdas)
     outs = tuple(torch.empty_like(x0) for _ in lambdas)
-    config = tuned("residual_gradients", CONFIG)
+    config = tuned("residual_gradients", CONFIG, c)
     programs = triton.cdiv(n, config.positions)
     block = max(triton.next_power_of_2(c), LANE.value)
     grad_lambdas = []  # (group, terms) each

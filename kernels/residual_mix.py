@@ -85,7 +85,7 @@ def _tile(op, default, x):
     """The RowTile of `op` for x. Tuned tiles are those of wide bf16 rows: for fp32, whose elements
     take twice the registers, the block has half the columns; and for rows narrower than half a
     block, columns and warps are halved until no lane is idle."""
-    config = tuned(op, default)
+    config = tuned(op, default, x.size(1))
     if x.element_size() == 4:
         config = replace(config, cols=config.cols // 2, registers=None)
     while config.cols // 2 >= max(x.size(1), LANE.value) and config.warps > 1:

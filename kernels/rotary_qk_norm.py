@@ -171,7 +171,7 @@ def rotary_qk_norm_fwd(
     rows, head_dim = qkv.size(0), cos.size(1)
     heads = num_heads + kv_heads
     rstd = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
-    config = tuned("rotary_qk_norm", TILE)
+    config = tuned("rotary_qk_norm", TILE, num_heads * head_dim)
     groups = triton.cdiv(heads, config.heads)
     if table is not None:
         groups += triton.cdiv(kv_heads, config.heads)
@@ -247,7 +247,7 @@ def rotary_qk_norm_bwd(
     data, transposed, scale, amax = operand_args(operand, scaling)
     g_gate = None if table is None else torch.empty_like(gate)
     g_values = None if table is None else table.new_empty(rows, kv_heads * head_dim)
-    config = tuned("rotary_qk_norm_bwd", TILE_BWD)
+    config = tuned("rotary_qk_norm_bwd", TILE_BWD, num_heads * head_dim)
     groups = triton.cdiv(num_heads, config.heads) + 2 * triton.cdiv(kv_heads, config.heads)
     rotary_qk_norm_bwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
         gq_ptr=g_q,

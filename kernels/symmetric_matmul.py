@@ -330,7 +330,7 @@ def symmetric_matmul(
         raise ValueError("a diagonal needs an addend")
     _check_scale(scale, n)
     op = "symmetric_matmul_transposed" if transpose else "symmetric_matmul"
-    config = config or tuned(op, SYMMETRIC_TILE)
+    config = config or tuned(op, SYMMETRIC_TILE, size)
     bm, bn, bk = config.rows, config.cols, config.depth
     y = torch.empty(n, size, size, dtype=left.dtype, device=left.device)
     tiles = sum(i * bm // bn + 1 for i in range(triton.cdiv(size, bm)))
@@ -388,7 +388,7 @@ def batched_matmul(
     if right.shape != (n, terms, cols):
         raise ValueError(f"shapes disagree: left {tuple(left.shape)}, right {tuple(right.shape)}")
     _check_scale(scale, n)
-    config = config or tuned("batched_matmul", TILE)
+    config = config or tuned("batched_matmul", TILE, cols)
     tiles_m, tiles_n = triton.cdiv(rows, config.rows), triton.cdiv(cols, config.cols)
     y = torch.empty(n, rows, cols, dtype=out_dtype or left.dtype, device=left.device)
     partial = None

@@ -3,9 +3,10 @@
 The bytes of a call are counted from its tensors, so that bench, tuner and page agree on them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,11 +36,23 @@ class Sizes:
 
 D16 = Sizes(layers=16, heads=8, head_dim=128, vocab=32768)
 TINY = Sizes(layers=2, heads=2, head_dim=32, vocab=64)
+_timed = [D16]  # the last one's shapes are timed on a GPU
+
+
+@contextlib.contextmanager
+def of_width(width):
+    """Context in which cases on a GPU have the shapes of the recipe's model of this width, a
+    multiple of 128."""
+    _timed.append(replace(D16, layers=width // 64, heads=width // D16.head_dim))
+    try:
+        yield
+    finally:
+        _timed.pop()
 
 
 def sizes(device):
     """Sizes of the model whose shapes are timed; tiny ones for Triton's interpreter."""
-    return D16 if device.type == "cuda" else TINY
+    return _timed[-1] if device.type == "cuda" else TINY
 
 
 def nbytes(*content):

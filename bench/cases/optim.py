@@ -60,9 +60,10 @@ def adamw_case(rows, device, tensors=None):
 
 
 def gradients(rows):
-    """Config of the model whose gradients are watched: d16's on a GPU, unless rows are few."""
+    """Config of the model whose gradients are watched: the timed one's on a GPU, unless rows are
+    few."""
     if ON_GPU and rows > D16.width:
-        return GPTConfig.from_depth(16)
+        return GPTConfig.from_depth(sizes(torch.device("cuda")).layers)
     return GPTConfig.from_depth(2, 32, 32, vocab_size=64)
 
 

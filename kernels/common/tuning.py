@@ -1,21 +1,23 @@
 """Launch configurations as data: a default per op in its file, tuned ones per GPU in tuned.json.
 
-tuned.json maps a GPU's name to {op: {"config": {...}, "us": microseconds, "share": of the roof,
-"rows" and "width" of the timed case}}; `python -m bench.tune` writes it. Entries from before
-2026-11-28 have no share. A GPU without an entry gets the defaults, which are the winners of an H200
-or an H100. Nothing is tuned at start-up.
+tuned.json maps a GPU's name to {op: [entry, ...]}, an entry per width of a model: {"config": {...},
+"us": microseconds, "share": of the roof, "rows" of the timed case, "width" of its model, "cols"
+that the op asked for}; `python -m bench.tune` writes it. An op takes the entry whose columns are
+nearest to its own. Entries from before 2026-11-28 have no share. A GPU without an entry gets the
+defaults, which are the winners of an H200 or an H100. Nothing is tuned at start-up.
 """
 
 import contextlib
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
-_forced = {}  # op -> configuration, inside a `forced` context
+_forced = {}  # op -> (configuration, columns asked for), inside a `forced` context
 _aims = []  # the Gpu inside an `aimed_at` context
 
 
@@ -68,18 +70,33 @@ def sm_count(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tuned(op, default, gpu=None):
+@functools.cache
+def _nearest(gpu, op, cols):
+    """The configuration of the entry with the nearest columns, by their ratio; None without any."""
+    entries = _winners(gpu).get(op, [])
+
+    def distance(entry):
+        return abs(math.log(entry["cols"] / cols)) if cols and entry["cols"] else 0.0
+
+    return min(entries, key=distance)["config"] if entries else None
+
+
+def tuned(op, default, cols=None, gpu=None):
     """The launch configuration of `op`: tuned.json's for the GPU, else `default`.
 
     Args:
         op: name of the op, the key in tuned.json.
         default: a frozen dataclass, such as Tile, whose fields the entry of tuned.json replaces.
+        cols: columns of what the op works on, as they grow with a model's width; None if they do
+            not.
         gpu: name of the GPU; None for the current one.
     """
     if op in _forced:
-        return _forced[op]
-    entry = _winners(gpu or gpu_name()).get(op)
-    return default if entry is None else replace(default, **entry["config"])
+        config, asked = _forced[op]
+        asked.append(cols)
+        return config
+    found = _nearest(gpu or gpu_name(), op, cols)
+    return default if found is None else replace(default, **found)
 
 
 @contextlib.contextmanager
@@ -94,9 +111,10 @@ def aimed_at(gpu):
 
 @contextlib.contextmanager
 def forced(op, config):
-    """Context in which `tuned(op, ...)` returns `config`: to measure configurations."""
-    _forced[op] = config
+    """Context in which `tuned(op, ...)` returns `config`: to measure configurations. Its value is
+    the list of columns that `op` asks for."""
+    _forced[op] = config, []
     try:
-        yield
+        yield _forced[op][1]
     finally:
         del _forced[op]

@@ -24,9 +24,9 @@ def asked(monkeypatch):
     """{op: type of its default configuration} of every op that asks for its configuration."""
     types, tuned = {}, tuning.tuned
 
-    def note(op, default, gpu=None):
+    def note(op, default, cols=None, gpu=None):
         types[op] = type(default)
-        return tuned(op, default, gpu)
+        return tuned(op, default, cols, gpu)
 
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("tuned") is tuned:

@@ -62,16 +62,17 @@ def test_rows_of_both_kinds_of_records_are_read():
 
 
 def test_the_bench_goes_before_the_tuner_and_old_entries_are_read(monkeypatch, tmp_path):
-    old = {"config": {}, "us": 7.0, "rows": 65536}
+    old = {"config": {}, "us": 7.0, "rows": 65536, "width": 1024}
     new = {**old, "us": 8.0, "width": 512, "share": 0.5}
-    (tmp_path / "tuned.json").write_text(json.dumps({"G": {"op": old}, "H": {"op": new}}))
+    table = {"G": {"op": [old]}, "H": {"op": [new, old]}}
+    (tmp_path / "tuned.json").write_text(json.dumps(table))
     monkeypatch.setattr(ops_page, "ROOT", tmp_path)
     monkeypatch.setattr(ops_page, "TUNED", "tuned.json")
     winners = ops_page.tuned()
     assert winners["op", "G", 1024].share is None and winners["op", "H", 512].share == 0.5
     measured = Figure("G", 1024, 6.0, 0.9, "records/x")
     found = figures(Call("", ("now", "then"), "op"), {("then", "G", 1024): measured}, winners)
-    assert found == [measured, winners["op", "H", 512]]
+    assert found == [measured, winners["op", "H", 512], winners["op", "H", 1024]]
     assert figures(Call("", ("other",)), {("then", "G", 1024): measured}, winners) == []
 
 
