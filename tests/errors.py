@@ -91,11 +91,13 @@ DATA_FLAGS = (
     "download --data new -n 0", "train-tokenizer --data data --vocab-size 10",
     f"train-tokenizer --data data --vocab-size {BIG}", "train-tokenizer --data data --doc-cap 0",
     "train-tokenizer --data data --max-chars -1",
-    "tokenize --data stdlib", "tokenize --data data --cache off",
+    "digest --data stdlib", "digest --data nowhere", "tokenize --data stdlib",
+    "tokenize --data data --cache off",
     "tokenize --data data --workers 0",
 )  # fmt: skip
 SWEEP_FLAGS = (
     "nowhere", "data/tokenizer.json", "a.b.toml", "parts-d4 --bogus", "parts-d4 --jobs 0",
+    "parts-d4 --per-gpu 0", "parts-d4 --per-gpu 2 --device-type cpu",
     "parts-d4 --depth 0", "parts-d4 --scalar-lr 1", "parts-d4 --seed 3", "parts-d4 --run x",
     "parts-d4 --gpus 2", "parts-d4 --data=", "parts-d4 --data nowhere", "parts-d4 --wandb",
 )  # fmt: skip
@@ -112,6 +114,7 @@ SWEEP_FILES = (
     "seeds = [1]; tolerance = 1; [grid]; depth = [1]",
     "seeds = [1]; tolerance = 1; [grid]; depth = [1]; [expected.b]; 1 = 2",
     "seeds = [1]; tolerance = 1; [grid]; depth = [1]; [expected.depth-1]; x = 2",
+    'seeds = [1]; corpus = "9-a"; [grid]; depth = [1]',
     "seeds = [1]; [grid]; total-batch-size = [100]",
 )  # fmt: skip
 WARM_FLAGS = (

@@ -46,7 +46,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/run_folder": "train/test_checkpoint",
     "train/signals": "train/test_saving",
     "train/start": "train/test_run",
-    "train/sweeps/results": "train/test_sweep",
     "train/tokenizer": "train/data/test_tokenizer",
     "train/versions": "train/test_doctor",
 }

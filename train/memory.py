@@ -18,6 +18,7 @@ except ImportError:  # Windows
 GIB = 2**30
 MOST_ROWS = 2**12  # that are proposed
 CPU_SHARE = 0.75  # of the machine's free memory
+_part = 1.0  # of a device's memory that is this process's, by `take_part`
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # versions 2 and 1
 
 
@@ -75,10 +76,12 @@ def check_memory(needed, device, what, hint):
 
 
 def free_memory(device):
-    """Bytes of a device's memory that nobody has; None: unknown. On a CPU under the machine's
-    limits, and less a share for what else may want some."""
+    """Bytes of a device's memory that nobody has, as far as this process may take them
+    (`take_part`); None: unknown. On a CPU under the machine's limits, and less a share for what
+    else may want some."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(_part * total))
     found = [memory_of(device)]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -87,7 +90,15 @@ def free_memory(device):
     except (OSError, ValueError):  # another system
         pass
     known = [count for count in found if count is not None]
-    return int(CPU_SHARE * min(known)) if known else None
+    return int(_part * CPU_SHARE * min(known)) if known else None
+
+
+def take_part(part, device):
+    """Let this process, one of several on a device, take a part (0 to 1) of its memory at most."""
+    global _part
+    _part = part
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(part, device)
 
 
 def training_estimate(config, machine, fp8):

@@ -30,6 +30,7 @@ KEEP_ALL = 10**12  # checkpoints
 LEAST_LAMBDA = 1e-9  # of a bigram lambda's start: AdamW's epsilon hides the gradients of less
 OTHER_DATA = "the loader's state is of the run's data"  # why a resumed run keeps a value
 AUTO = "auto"  # in place of a number
+ROWS = "device_batch_size"  # the field that takes it
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 
 
@@ -339,6 +340,17 @@ def check(settings: Settings) -> None:
     flops = settings.horizon.target_flops
     if flops != LENGTHS["target_flops"] and flops <= 0:
         raise UserError(f"--target-flops must be above 0, or -1 for off, got {flops}")
+
+
+def asks_for_rows(given: Mapping[str, Any]) -> bool:
+    """Whether the rows of a forward pass are to be found out, by the flags that were given."""
+    return given.get(ROWS) == AUTO
+
+
+def without_auto(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The flags that were given, with one row in place of auto, which every batch can be split
+    into."""
+    return {**given, ROWS: 1} if asks_for_rows(given) else given
 
 
 def given_lengths(given: Mapping[str, Any]) -> list[str]:

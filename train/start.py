@@ -53,16 +53,18 @@ from nanofuse.train.saving import Saver, run_and_save
 from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import (
     Settings,
+    asks_for_rows,
     flag_name,
     naming_flags,
     refuse_empty,
     resolve,
     resolve_resumed,
+    without_auto,
 )
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import load_training_state, training_state
 from nanofuse.train.trackers import check_installed, close_all, start_trackers
-from nanofuse.train.trial import asked, choose_rows, settle_rows, without_auto
+from nanofuse.train.trial import choose_rows, settle_rows
 
 
 def take_new_folder(settings, lock):
@@ -254,7 +256,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     """
     device_type = select_device(given.get("device_type", "auto")).type
     settings = resolve(without_auto(given), device_type)
-    options, auto = settings.machine, asked(given)
+    options, auto = settings.machine, asks_for_rows(given)
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
     check_installed(vars(settings.reports))
@@ -319,7 +321,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     settings = resolve_resumed(without_auto(given), settled)
     check_installed(vars(settings.reports))
     config = config_of(meta, checkpoint)
-    saved, auto = resolve_resumed({}, settled), asked(given)
+    saved, auto = resolve_resumed({}, settled), asks_for_rows(given)
     length = meta["num_iterations"]
     evaluated = meta.get("val_bpb") is not None
     at = meta["step"], length, evaluated, ranks.world

@@ -1,6 +1,7 @@
 """Runs of many settings and seeds, compared: one run per GPU at a time, then one table.
 
-    python -m train.sweep FILE.toml [--jobs N] [--drop-weights] [--dry-run] [flags of train.run]
+    python -m train.sweep FILE.toml [--jobs N] [--per-gpu N] [--drop-weights] [--dry-run]
+                          [flags of train.run]
 
 FILE is a TOML file of variants, or the name of a sweep that comes along (train/sweeps/*.toml);
 flags of train.run, such as --data, go to every run. Runs that have finished are skipped, broken
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,20 +25,22 @@ from nanofuse.train.core_bundle import core_tasks
 from nanofuse.train.data.corpus import open_corpus
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.flags import whole
-from nanofuse.train.launch import visible_gpus
+from nanofuse.train.launch import gpu_name, visible_gpus
 from nanofuse.train.lock import RunLock, Taken
 from nanofuse.train.metrics import read_metrics
 from nanofuse.train.run_folder import run_dir
 from nanofuse.train.runlog import METRICS_FILE
-from nanofuse.train.settings import build_parser
+from nanofuse.train.settings import ROWS, asks_for_rows, build_parser
 from nanofuse.train.sweeps.definition import find_sweep, read_sweep
 from nanofuse.train.sweeps.jobs import Pool, environments, log_path, look, read_note, settle
 from nanofuse.train.sweeps.outlook import Clock, headline, in_words, listing
-from nanofuse.train.sweeps.results import gather, report, unexpected, write
+from nanofuse.train.sweeps.results import gather, other_data, report, unexpected, write
+from nanofuse.train.sweeps.rows import settle_rows
 from nanofuse.train.trackers import check_installed
 
 SWEEPS_DIR = Path("sweeps")
 MOST_JOBS = 4096
+MOST_PER_GPU = 64
 NAMED = 3  # failed runs in the last line
 GLANCES = 20  # turns of the pool between two looks at the runs' steps
 TAIL = 4096  # bytes of a log in which its last step stands
@@ -85,9 +89,10 @@ class Screen:
 def told(item, folder, seconds):
     """Words for a run that has finished."""
     note = read_note(folder, item.run)
+    alone = " of a shared GPU" if note.shared else ""
     train, *_ = read_metrics(run_dir(item.run) / METRICS_FILE)
     times = [record.ms_per_step for record in train.values()][1:]
-    rate = f", {statistics.median(times):.1f} ms/step" if times else ""
+    rate = f", {statistics.median(times):.1f} ms/step{alone}" if times else ""
     return f"BPB {note.bpb:.6f} after {note.step:,} steps{rate}, {in_words(seconds)}"
 
 
@@ -105,15 +110,50 @@ def check_inputs(items):
         open_corpus(*place)
 
 
-def places_for(asked, gpus):
+def places_for(asked, per_gpu, gpus):
     """How many runs go side by side.
 
     Raises:
-        UserError: more than there are GPUs.
+        UserError: more than the GPUs take, or several per GPU without one.
     """
-    if gpus and asked and asked > len(gpus):
-        raise UserError(f"--jobs {asked}: {len(gpus)} GPUs are visible; lower it, or drop it")
-    return asked or max(len(gpus), 1)
+    if per_gpu > 1 and not gpus:
+        raise UserError(f"--per-gpu {per_gpu} needs a GPU; use --jobs on a CPU")
+    most = len(gpus) * per_gpu
+    if gpus and asked and asked > most:
+        raise UserError(
+            f"--jobs {asked}: {len(gpus)} GPUs are visible, {most} runs at a time; lower it, drop "
+            "it, or raise --per-gpu"
+        )
+    return asked or max(most, 1)
+
+
+def find_rows(sweep, states, folder, beside, gpus):
+    """The sweep, its runs with rows of a forward pass in place of auto.
+
+    Args:
+        beside: runs that share a device.
+
+    Raises:
+        UserError: for a variant none are found.
+        RunEnded: a signal came meanwhile.
+    """
+
+    def search(searches):
+        if not searches:
+            return
+        with Pool(folder, environments(gpus, max(len(gpus), 1))) as pool:
+            yield from pool.run([(each, False) for each in searches])
+            if pool.number is not None:
+                raise RunEnded("stopped; the same command goes on", 128 + pool.number)
+
+    asked = {item.variant for item in sweep.items if asks_for_rows(item.given)}
+    if not asked:
+        return sweep
+    gpu = gpu_name() if gpus else None
+    items = settle_rows(sweep.items, states, folder, beside, gpu, search)
+    rows = {item.variant: item.given[ROWS] for item in items if item.variant in asked}
+    print(f"rows: {', '.join(f'{name} {count}' for name, count in rows.items())}", flush=True)
+    return replace(sweep, items=items)
 
 
 def work(sweep, states, folder, places, drop):
@@ -159,7 +199,9 @@ def finish(sweep, folder, states, failed, number):
         print(f"written to {folder}: {', '.join(names)}" + (f"; {missing}" if missing else ""))
     if number is not None:
         raise RunEnded("stopped; the same command goes on", 128 + number)
-    problems = list(unexpected(sweep, results))
+    if other := other_data(sweep, folder):
+        print(other)
+    problems = [] if other else list(unexpected(sweep, results))
     for line in problems:
         print(line)
     elsewhere = [i.run for i, s in zip(sweep.items, states, strict=True) if s.kind == "running"]
@@ -180,7 +222,8 @@ def finish(sweep, folder, states, failed, number):
 def main(argv=None):
     parser = CommandParser(
         prog="python -m train.sweep",
-        usage="%(prog)s FILE [--jobs N] [--drop-weights] [--dry-run] [flags of train.run]",
+        usage="%(prog)s FILE [--jobs N] [--per-gpu N] [--drop-weights] [--dry-run] "
+        "[flags of train.run]",
         description=__doc__.partition("\n")[0],
         epilog="FILE" + __doc__.partition("\n\nFILE")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -193,6 +236,10 @@ def main(argv=None):
         help="runs side by side (default: one on every GPU; on a CPU one)",
     )  # fmt: skip
     parser.add_argument(
+        "--per-gpu", type=whole(1, MOST_PER_GPU), metavar="N", default=1,
+        help="runs on a GPU at a time [1]; with more, ms/step are compared with nothing",
+    )  # fmt: skip
+    parser.add_argument(
         "--drop-weights",
         action="store_true",
         help="remove a run's checkpoints when it has finished",
@@ -203,12 +250,12 @@ def main(argv=None):
     path = find_sweep(args.file)
     gpus = [] if extra.get("device_type") == "cpu" else visible_gpus()
     sweep = read_sweep(path, extra, bool(gpus))
-    places = places_for(args.jobs, gpus)
+    places = places_for(args.jobs, args.per_gpu, gpus)
     check_inputs(sweep.items)
     folder = SWEEPS_DIR / sweep.name
     if args.dry_run:
         states = [look(item, folder) for item in sweep.items]
-        clock = Clock(sweep, folder, bool(gpus))
+        clock = Clock(sweep, folder, bool(gpus), args.per_gpu)
         print(headline(sweep, states, clock, places, gpus))
         print("\n".join(listing(sweep, states, clock)))
         return
@@ -222,9 +269,11 @@ def main(argv=None):
         for item, state in zip(sweep.items, states, strict=True):
             if state.kind == "finished":
                 settle(item, folder, drop=args.drop_weights)
-        clock = Clock(sweep, folder, bool(gpus))
+        clock = Clock(sweep, folder, bool(gpus), args.per_gpu)
         print(headline(sweep, states, clock, places, gpus), flush=True)
-        slots = environments(gpus, places)
+        beside = args.per_gpu if gpus else places
+        sweep = find_rows(sweep, states, folder, beside, gpus)
+        slots = environments(gpus, places, args.per_gpu)
         failed, number = work(sweep, states, folder, slots, args.drop_weights)
         finish(sweep, folder, states, failed, number)
 

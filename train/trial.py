@@ -26,21 +26,9 @@ from nanofuse.train.memory import (
     training_estimate,
 )
 from nanofuse.train.plan import make_plan
-from nanofuse.train.settings import AUTO, Settings
+from nanofuse.train.settings import ROWS, Settings
 
 TRIAL_STEPS = CALIBRATED_STEPS + 2  # those that record graphs and replay them included
-NAME = "device_batch_size"
-
-
-def asked(given):
-    """Whether the rows are to be found out, by the flags that were given."""
-    return given.get(NAME) == AUTO
-
-
-def without_auto(given):
-    """The flags that were given, with one row in place of auto, which every batch can be split
-    into."""
-    return {**given, NAME: 1} if asked(given) else given
 
 
 def choose_rows(settings: Settings, config, machine, fp8, world=1, total=None) -> Settings:
@@ -56,7 +44,7 @@ def choose_rows(settings: Settings, config, machine, fp8, world=1, total=None) -
     Raises:
         UserError: not one row is expected to fit, or the ranks do not divide the batch.
     """
-    one = settings.replace({NAME: 1})
+    one = settings.replace({ROWS: 1})
     total = make_plan(one, config, total, world).total_batch_size
     estimate, free = training_estimate(config, machine, fp8), free_memory(machine.device)
     rows = fitting_rows(estimate, config.sequence_len, total, free, world)
@@ -66,7 +54,7 @@ def choose_rows(settings: Settings, config, machine, fp8, world=1, total=None) -
             f"take {estimate(1) / GIB:,.1f} GiB, and {free / GIB:,.1f} are free; lower --depth or "
             "--max-seq-len"
         )
-    return settings.replace({NAME: rows})
+    return settings.replace({ROWS: rows})
 
 
 def _train(settings, config, machine, fp8):
@@ -165,7 +153,7 @@ def settle_rows(start, ready=lambda: None):
 def halved(start):
     """A Start with half of its rows, and twice the micro-steps."""
     rows = start.settings.horizon.device_batch_size // 2
-    settings = start.settings.replace({NAME: rows})
+    settings = start.settings.replace({ROWS: rows})
     fp8 = select_fp8(settings.machine.fp8, start.machine, start.config, rows)
     plan = replace(start.plan, micro_steps=2 * start.plan.micro_steps)
     return replace(start, settings=settings, fp8=fp8, plan=plan)

@@ -94,6 +94,43 @@ def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep):
 
 
 @pytest.mark.cpu
+def test_several_runs_share_a_gpu(sweep, monkeypatch):
+    monkeypatch.setattr("nanofuse.train.sweep.visible_gpus", lambda: ["3", "5"])
+    code, out, err = sweep("--per-gpu", "2")
+    assert (code, err) == (0, "") and "on 2 GPUs, 4 at a time; 4 new" in out
+    lines = Path("started.txt").read_text().splitlines()
+    assert sorted(line.split()[-1] for line in lines) == ["3", "3", "5", "5"]
+    assert started() == ALL and out.count("10.0 ms/step of a shared GPU") == 4
+    assert "10.0 (shared) |" in out and "compared with nothing" in out
+    assert not list(Path("sweeps/s").glob("*.shared"))
+    code, out, _ = sweep("--jobs", "1")
+    assert (code, started()) == (0, []) and "10.0 (shared) |" in out
+    for flags, words in (
+        (["--jobs", "3"], "--jobs 3: 2 GPUs are visible, 2 runs at a time; lower it, drop it, or"),
+        (["--per-gpu", "2", "--jobs", "5"], "--jobs 5: 2 GPUs are visible, 4 runs at a time"),
+        (["--per-gpu", "2", "--device-type", "cpu"], "--per-gpu 2 needs a GPU; use --jobs on a"),
+    ):
+        code, _, err = sweep(*flags)
+        assert code == 2 and words in err
+
+
+def test_rows_are_found_once_for_equal_sizes(sweep, tmp_path):
+    text = FILE.replace("device-batch-size = 1", 'device-batch-size = "auto"')
+    (tmp_path / "s.toml").write_text(text.replace("total-batch-size = 32", "total-batch-size = 64"))
+    code, _, err = sweep(fake={"rows": "fail"})
+    assert code == 2 and err.startswith("error: low: no rows for auto, exit code 1: not one row")
+    assert started() == ["rows of s.low.1 for 1"]
+    code, out, err = sweep(fake={"high": "fail"})
+    assert code == 1 and "rows: low 2, high 2" in out
+    assert started() == ["rows of s.low.1 for 1", *ALL]
+    assert sweep()[0] == 0 and started() == ALL[:2]
+    note = json.loads(Path("sweeps/s/s.high.2.json").read_text())
+    assert note["settings"]["device_batch_size"] == 2
+    flags = json.loads(Path("sweeps/s/table.json").read_text())["flags"]
+    assert flags["low"]["device_batch_size"] == 2
+    assert sweep()[0] == 0 and started() == []
+
+
 def test_a_signal_stops_all_and_a_second_call_goes_on(sweep, tmp_path):
     env = {**os.environ, "FAKE": json.dumps({"low": "wait", "high": "wait"})}
     script = (
@@ -137,7 +174,8 @@ def test_a_bpb_that_is_not_expected_ends_with_1(sweep, tmp_path):
 
 
 def test_bad_input_ends_with_2_and_starts_nothing(sweep, tmp_path):
-    for flags in (["--jobs", "0"], ["--bogus"], ["--seed", "3"], ["--matrix-lr", "1"]):
+    for flags in (["--jobs", "0"], ["--bogus"], ["--seed", "3"], ["--matrix-lr", "1"],
+                  ["--per-gpu", "0"], ["--per-gpu", "2"]):  # fmt: skip
         assert sweep(*flags)[0] == 2
     (tmp_path / "s.toml").write_text(FILE.replace("depth = 1", "depth = 0"))
     code, _, err = sweep()

@@ -4,6 +4,7 @@ python -m train.data download -n 8       ClimbMix shards from the Hugging Face h
 python -m train.data info                what is there
 python -m train.data train-tokenizer     a BPE tokenizer of --data, kept beside its shards
 python -m train.data tokenize            tokens of all shards, kept beside them for training
+python -m train.data digest              which data these are: a digest of texts and tokenizer
 
 torch is loaded once the flags are parsed.
 """
@@ -137,6 +138,17 @@ def tokenize(args):
         print(line)
 
 
+def digest(args):
+    """Print the digest of --data and its tokenizer, by which a sweep's file names its data."""
+    from nanofuse.train.data.digest import data_digest
+    from nanofuse.train.data.tokenizer import Tokenizer
+
+    corpus = open_data(args)
+    if corpus.tokenizer_path is None:
+        raise UserError("the standard library is another on every machine; name --data")
+    print(data_digest(corpus, Tokenizer.load(corpus.tokenizer_path).fingerprint))
+
+
 def main(argv=None):
     parser = CommandParser(prog="python -m train.data", description="The data command.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
@@ -158,12 +170,14 @@ def main(argv=None):
     encode = commands.add_parser("tokenize", help="write the tokens of all shards of --data")
     encode.add_argument("--workers", metavar="N", type=whole(1, 1024), help="threads [all cores]")
     encode.set_defaults(call=tokenize)
-    for command in (fetch, show, train, encode):
+    name = commands.add_parser("digest", help="print a digest of texts and tokenizer")
+    name.set_defaults(call=digest)
+    for command in (fetch, show, train, encode, name):
         add_data_argument(command)
     where = "folder for the tokens [.tokens beside the shards]"
     for command in (show, encode):
         command.add_argument("--cache", metavar="DIR", type=not_empty, help=where)
-    for command in (show, train, encode):
+    for command in (show, train, encode, name):
         for flag, metavar, text in (
             ("--val-shard", "FILE", "shard that validates (default: val*, test* or the last)"),
             ("--text-column", "NAME", "column that holds the text [text]"),

@@ -15,6 +15,7 @@
     matrix-lr = [0.01, 0.02]
 
     tolerance = 2e-3                    # at the top of the file; with it:
+    corpus = "51461-..."                # if it is of this data alone: python -m train.data digest
     [expected.dense]                    # validation BPB at these steps, of each run of a variant
     20 = 3.2233
 
@@ -27,7 +28,7 @@ import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ from nanofuse.train.plan import Plan, make_plan
 from nanofuse.train.schemas import Strict, first_reason, read_bounded
 from nanofuse.train.settings import (
     FLAGS,
+    ROWS,
     Settings,
     check,
     flag_name,
     naming_flags,
     refuse_empty,
     resolve,
+    without_auto,
 )
 
 if sys.version_info >= (3, 11):
@@ -52,6 +55,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MODULE = "nanofuse.train.run"
 SHIPPED = Path(__file__).parent
 MAX_BYTES = 2**20
 MOST_RUNS = 10_000
@@ -61,7 +65,7 @@ OWN = {  # flags that a sweep sets itself
     "run": "the sweep names its runs",
     "resume": "the sweep goes on with what was broken off",
     "seed": "give the file seeds = [1, 2, ...]",
-    "gpus": "each run has one GPU to itself",
+    "gpus": "each run is on one GPU",
 }
 
 
@@ -72,6 +76,7 @@ class Content(Strict):
     seeds: list[int] = Field(min_length=1)
     baseline: str | None = None
     tolerance: float | None = Field(default=None, gt=0)
+    corpus: str | None = None
     flags: dict[str, Any] = {}
     variants: list[dict[str, Any]] = []
     grid: dict[str, list[Any]] = {}
@@ -98,7 +103,7 @@ class Item:
     Attributes:
         run: its name under runs/.
         given: {field: value} of train.run's flags, without its name.
-        settings, plan: what the run makes of them.
+        settings, plan: what the run makes of them; with one row where they ask for auto.
     """
 
     run: str
@@ -109,8 +114,14 @@ class Item:
     plan: Plan
 
     def command(self, resume: bool) -> list[str]:
-        """Arguments of train.run."""
-        return ["--run", self.run, *(["--resume"] if resume else []), *arguments(self.given)]
+        """The module to run, and its arguments."""
+        return [
+            MODULE,
+            "--run",
+            self.run,
+            *(["--resume"] if resume else []),
+            *arguments(self.given),
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,7 @@ class Sweep:
     Attributes:
         varied: {variant: {field: value}} of what is its own.
         expected: {variant: {step: BPB}}.
+        corpus: digest of the data that they are of (train.data.digest), None: of any.
     """
 
     name: str
@@ -131,6 +143,7 @@ class Sweep:
     items: list[Item]
     tolerance: float | None = None
     expected: dict[str, dict[int, float]] = field(default_factory=dict)
+    corpus: str | None = None
 
 
 def find_sweep(given: str) -> Path:
@@ -186,7 +199,7 @@ def checked_flags(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if FLAGS[name][1].type is float and type(value) is int:
             value = float(value)
         try:
-            check(Settings().replace({name: value}))
+            check(Settings().replace(without_auto({name: value})))
             refuse_empty({name: value})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -262,6 +275,8 @@ def expectations(content: Content, names: list[str], path: Path) -> dict[str, di
             raise UserError(f"{where}: a step {error}") from None
     if bool(found) != (content.tolerance is not None):
         raise UserError(f"{path}: tolerance and [expected] need each other; give both, or none")
+    if content.corpus is not None and not found:
+        raise UserError(f"{path}: corpus says what [expected] is of, and there is none; drop it")
     return found
 
 
@@ -271,11 +286,18 @@ def make_item(run: str, variant: str, given: Mapping[str, Any], device_type: str
     Raises:
         UserError: flags that no run can have together.
     """
-    settings = resolve(given, device_type)
+    settings = resolve(without_auto(given), device_type)
     with naming_flags():
         config = settings.model.config()
     plan = make_plan(settings, config)
     return Item(run, variant, given["seed"], dict(given), settings, plan)
+
+
+def with_rows(item: Item, rows: int) -> Item:
+    """A run with these rows of a forward pass, which it asked for as auto."""
+    settings = item.settings.replace({ROWS: rows})
+    plan = make_plan(settings, settings.model.config())
+    return replace(item, given={**item.given, ROWS: rows}, settings=settings, plan=plan)
 
 
 def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
@@ -314,7 +336,7 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
         if any(name in own for own in variants.values()):
             raise UserError(f"{flag} is what variants of {path.name} differ in; change it there")
     refuse_empty(extra)
-    check(Settings().replace(extra))
+    check(Settings().replace(without_auto(extra)))
     items = []
     for seed, (name, own) in itertools.product(seeds, variants.items()):
         given = {**shared, **own, **extra, "seed": seed}
@@ -326,4 +348,4 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
         except UserError as error:
             raise UserError(f"{path}, {name!r}: {error}") from None
     known = path.stem, path, content.about, baseline, seeds, variants, items
-    return Sweep(*known, content.tolerance, expected)
+    return Sweep(*known, content.tolerance, expected, content.corpus)

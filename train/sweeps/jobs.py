@@ -1,4 +1,4 @@
-"""Runs of a sweep as processes: what state each is in, and one at a time on every GPU.
+"""Runs of a sweep as processes: what state each is in, and one or more at a time on every GPU.
 
 A run that ends as it should leaves a note in the sweep's folder, and is not started again. Every
 other one starts, or goes on from its newest checkpoint. Nothing here loads torch.
@@ -19,10 +19,11 @@ from nanofuse.train.metrics import commit_of
 from nanofuse.train.run_folder import checkpoints, load_meta, run_dir
 from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.schemas import Strict, read_validated
-from nanofuse.train.settings import flag_name, resolve_resumed
+from nanofuse.train.settings import ROWS, asks_for_rows, flag_name, resolve_resumed
 from nanofuse.train.signals import NAMES
 
-COMMAND = [sys.executable, "-m", "nanofuse.train.run"]
+COMMAND = [sys.executable, "-m"]
+GPU = "CUDA_VISIBLE_DEVICES"
 LOOK_SECONDS = 0.1
 LOG_END = 20_000  # bytes in which a run's last words are looked for
 # Flags that do not change what a run comes to; all others must be those of its checkpoint.
@@ -38,6 +39,7 @@ class Note(Strict):
     Attributes:
         seconds: of the process from start to end, None of one that was broken off.
         corpus: the fingerprint of its data.
+        shared: whether others trained on the same GPU meanwhile.
     """
 
     settings: dict[str, Any]
@@ -46,15 +48,18 @@ class Note(Strict):
     seconds: float | None
     commit: str | None
     corpus: str
+    shared: bool = False
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: "finished", "stopped" at a step, "new", or "running" elsewhere."""
+    """Where a run stands: "finished", "stopped" at a step, "new", or "running" elsewhere. `rows`
+    of a forward pass are its checkpoint's."""
 
     kind: str
     step: int = 0
     owner: str = ""
+    rows: int | None = None
 
     @property
     def left(self):
@@ -78,6 +83,11 @@ def note_path(folder, run):
 
 def log_path(folder, run):
     return folder / f"{run}.txt"
+
+
+def shared_path(folder, run):
+    """A file that is there where the run has shared a GPU."""
+    return folder / f"{run}.shared"
 
 
 def read_note(folder, run):
@@ -110,6 +120,7 @@ def refuse_others(item, settings):
     saved = resolve_resumed({}, {name: native(value) for name, value in settings.items()}).flat()
     for name, value in item.settings.flat().items():
         is_open = name == "vocab_size" and name not in item.given  # the tokenizer's
+        is_open |= name == ROWS and asks_for_rows(item.given)
         if name not in FREE and not is_open and saved[name] != value:
             raise UserError(
                 f"{place} was made with {flag_name(name)} {saved[name]}, and the sweep says "
@@ -130,7 +141,7 @@ def look(item, folder):
     directory, note = run_dir(item.run), read_note(folder, item.run)
     if note:
         refuse_others(item, note.settings)
-        return State("finished", note.step)
+        return State("finished", note.step, rows=note.settings[ROWS])
     if owner := owner_of(directory):
         return State("running", owner=owner)
     found = checkpoints(directory)
@@ -139,7 +150,8 @@ def look(item, folder):
     meta = load_meta(found[max(found)])
     refuse_others(item, meta.get("settings"))
     whole = meta["step"] >= meta["num_iterations"] and meta.get("val_bpb") is not None
-    return State("finished" if whole else "stopped", meta["step"])
+    kind = "finished" if whole else "stopped"
+    return State(kind, meta["step"], rows=meta["settings"][ROWS])
 
 
 def settle(item, folder, seconds=None, drop=False):
@@ -159,22 +171,24 @@ def settle(item, folder, seconds=None, drop=False):
             seconds=seconds,
             commit=commit_of(meta),
             corpus=meta["loader"]["corpus"],
+            shared=shared_path(folder, item.run).exists(),
         )
         write_text_atomically(note_path(folder, item.run), note.model_dump_json(indent=1) + "\n")
+    shared_path(folder, item.run).unlink(missing_ok=True)  # the note says so
     if drop:
         for place in checkpoints(run_dir(item.run)).values():
             remove_folder(place)
 
 
-def environments(gpus, jobs):
-    """Variables of the processes that run side by side.
+def environments(gpus, jobs, per_gpu=1):
+    """Variables of the processes that run side by side; those of one GPU have the same.
 
     Args:
-        gpus: names for CUDA_VISIBLE_DEVICES, one each; empty: CPU.
-        jobs: how many.
+        gpus: names for CUDA_VISIBLE_DEVICES; empty: CPU.
+        jobs: how many, `per_gpu` on each GPU at most; every GPU gets one before one gets two.
     """
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in gpus[:jobs]]
+        return [{GPU: name} for name in (list(gpus) * per_gpu)[:jobs]]
     threads = str(max((os.cpu_count() or 1) // jobs, 1))
     return [{} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}] * jobs
 
@@ -209,7 +223,7 @@ class Pool:
     Args:
         folder: of the sweep; a run's output is appended to RUN.txt there.
         places: environments().
-        command: train.run's.
+        command: that runs a module of Python.
 
     Attributes:
         children: those that run.
@@ -237,9 +251,20 @@ class Pool:
     def _note(self, number, frame):
         self.signals.append(number)
 
+    def _beside(self, place):
+        """The children on a place."""
+        return [child for child in self.children if child.place == place]
+
     def start(self, item, resumed):
-        """Start a run's process; one that is to go on does so from its newest checkpoint."""
-        place = self.free.pop(0)
+        """Start a run's process, where the fewest others are; one that is to go on does so from its
+        newest checkpoint."""
+        place = min(self.free, key=lambda place: len(self._beside(place)))
+        self.free.remove(place)
+        if not resumed:
+            shared_path(self.folder, item.run).unlink(missing_ok=True)
+        if GPU in place and (others := self._beside(place)):
+            for run in (item.run, *(child.item.run for child in others)):
+                shared_path(self.folder, run).touch()
         command = [*self.command, *item.command(resumed)]
         with open(log_path(self.folder, item.run), "ab") as log:
             process = subprocess.Popen(

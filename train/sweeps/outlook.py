@@ -25,13 +25,15 @@ class Clock:
     Args:
         folder: of the sweep.
         gpu: whether runs have a GPU.
+        per_gpu: runs that share one; their training takes as much longer.
     """
 
-    def __init__(self, sweep, folder, gpu):
+    def __init__(self, sweep, folder, gpu, per_gpu=1):
+        self.per_gpu = per_gpu
         self.gpu, self.taken = gpu_name() if gpu else None, {name: [] for name in sweep.varied}
         for item in sweep.items:
             note = read_note(folder, item.run)
-            if note and note.seconds is not None:
+            if note and note.seconds is not None and note.shared == (per_gpu > 1):
                 self.taken[item.variant].append(note.seconds)
 
     def seconds(self, item, done=0):
@@ -41,6 +43,7 @@ class Clock:
             whole = statistics.mean(taken)
         else:
             whole = expected_seconds(self.gpu, item.settings, item.plan)
+            whole = whole and whole * self.per_gpu
         return whole and whole * (1 - done / item.plan.num_iterations)
 
     def total(self, left, places):
@@ -67,14 +70,17 @@ def listing(sweep, states, clock):
 
 
 def headline(sweep, states, clock, places, gpus):
-    """One line: what there is to do."""
+    """One line: what there is to do, in so many `places` on these GPUs."""
     kinds = [state.kind for state in states]
     counts = {"finished": "finished", "stopped": "to go on", "new": "new", "running": "elsewhere"}
     words = [f"{kinds.count(kind)} {word}" for kind, word in counts.items() if kind in kinds]
     todo = [
         (item, state.step) for item, state in zip(sweep.items, states, strict=True) if state.left
     ]
-    where = f"{places} GPU{'s' * (places > 1)}" if gpus else f"the CPU, {places} at a time"
+    used = min(places, len(gpus))
+    where = f"{used} GPU{'s' * (used > 1)}" if gpus else "the CPU"
+    if places > used:
+        where += f", {places} at a time"
     text = (
         f"sweep: {sweep.name}, {len(sweep.varied)} variants x {len(sweep.seeds)} seeds on {where}; "
         + ", ".join(words)

@@ -6,6 +6,9 @@ import statistics
 from dataclasses import asdict, dataclass
 
 from nanofuse.train.compare import Group, curve_of
+from nanofuse.train.data.corpus import open_corpus
+from nanofuse.train.data.digest import count_documents, data_digest
+from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 from nanofuse.train.metrics import Run, read_metrics
@@ -26,8 +29,10 @@ class Row:
         bpbs: {seed: validation BPB at the end} of the runs that have finished.
         bpb, sd: their mean, and the deviation of a sample; sd is None of one run.
         difference: from the baseline, over the seeds that both finished; None: they share none.
-        ms_per_step: mean over the runs, of each the median over its log without the first window.
-        slower: its ratio to the baseline's, less 1.
+        ms_per_step: mean over the runs, of each the median over its log without the first window;
+            of those that had a GPU to themselves, if any.
+        slower: its ratio to the baseline's, less 1; None where one of them is of shared GPUs.
+        shared: whether all runs shared their GPUs with others.
     """
 
     variant: str
@@ -38,6 +43,7 @@ class Row:
     ms_per_step: float | None
     slower: float | None
     tok_per_s: float | None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,18 @@ def finished_run(item, note):
     return Run(item.run, path, train, val, note.settings, None, note.commit, core)
 
 
-def mean_of(values):
-    """The mean of those that are known, or None."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
+def step_time(runs, shared):
+    """(milliseconds of a step, mean over runs and None where not known; whether they are of GPUs
+    that other runs shared). Runs that had a GPU to themselves count alone, where there are any.
+
+    Args:
+        runs: {seed: metrics.Run}.
+        shared: seeds of the runs that shared a GPU.
+    """
+    alone = [run for seed, run in runs.items() if seed not in shared]
+    times = [run.ms_per_step for run in alone or runs.values()]
+    known = [time for time in times if time is not None]
+    return statistics.mean(known) if known else None, not alone
 
 
 def over(value, base):
@@ -75,22 +89,26 @@ def gather(sweep, folder):
     """
     runs = {name: {} for name in sweep.varied}
     bpbs = {name: {} for name in sweep.varied}
+    shared = {name: set() for name in sweep.varied}
     corpora, commits = set(), set()
     for item in sweep.items:
         if note := read_note(folder, item.run):
             runs[item.variant][item.seed] = finished_run(item, note)
             bpbs[item.variant][item.seed] = note.bpb
+            if note.shared:
+                shared[item.variant].add(item.seed)
             corpora.add(note.corpus)
             commits.add(str(note.commit))
     rows, groups = [], []
     base = bpbs[sweep.baseline]
-    base_ms = mean_of(run.ms_per_step for run in runs[sweep.baseline].values())
+    base_ms, base_shared = step_time(runs[sweep.baseline], shared[sweep.baseline])
     for name in sweep.varied:
         own, found = list(runs[name].values()), bpbs[name]
         if not own:
             continue
         gaps = [found[seed] - base[seed] for seed in found if seed in base]
-        ms = mean_of(run.ms_per_step for run in own)
+        ms, of_shared = step_time(runs[name], shared[name])
+        comparable = name != sweep.baseline and not (of_shared or base_shared)
         tokens = own[0].tokens_per_step
         rows.append(
             Row(
@@ -100,8 +118,9 @@ def gather(sweep, folder):
                 statistics.stdev(found.values()) if len(found) > 1 else None,
                 paired(gaps) if gaps and name != sweep.baseline else None,
                 ms,
-                over(ms, base_ms) if name != sweep.baseline else None,
+                over(ms, base_ms) if comparable else None,
                 1e3 * tokens / ms if ms and tokens else None,
+                of_shared,
             )
         )
         groups.append(Group(own, curve_of(own), name))
@@ -136,7 +155,7 @@ def table_lines(sweep, results):
                 shown(gap and gap.mean, "+.6f"),
                 interval,
                 p,
-                shown(row.ms_per_step, ".1f"),
+                shown(row.ms_per_step, ".1f") + (" (shared)" if row.shared else ""),
                 shown(row.slower, "+.2%"),
                 shown(row.tok_per_s, ",.0f"),
             ]
@@ -159,6 +178,11 @@ def report(sweep, results):
         f"differences from {sweep.baseline} seed by seed, with Student's paired t test. ms/step: "
         "median over a run's log without its first window, mean over runs."
     )
+    if any(row.shared for row in results.rows):
+        yield (
+            "(shared): several runs trained on one GPU at a time; these ms/step and tokens/s are "
+            "not those of a run alone, and are compared with nothing. BPB is the same."
+        )
     for warning in results.warnings:
         yield f"Warning: {warning}."
 
@@ -194,6 +218,33 @@ def write(sweep, results, folder):
     except UserError as error:
         return names, str(error).replace("--out", "the picture", 1)
     return [*names, *PICTURES], None
+
+
+def other_data(sweep, folder):
+    """A line where what the sweep's file expects is of other data than a finished run's, else None.
+
+    Raises:
+        UserError: data or tokenizer cannot be read.
+    """
+    if sweep.corpus is None:
+        return None
+    ran = set()
+    for item in sweep.items:
+        note = read_note(folder, item.run) if item.variant in sweep.expected else None
+        if note:
+            job = item.settings.job
+            tokenizer = Tokenizer.load(run_dir(item.run) / FILE_NAME).fingerprint
+            ran.add((job.data, job.text_column, job.val_shard, note.corpus, tokenizer))
+    for *place, fingerprint, tokenizer in ran:
+        corpus = open_corpus(*place)
+        same = corpus.fingerprint == fingerprint  # the data may have changed since
+        same = same and sweep.corpus.startswith(f"{count_documents(corpus)}-")
+        if not (same and data_digest(corpus, tokenizer) == sweep.corpus):
+            return (
+                f"BPB is not compared with what {sweep.path.name} expects: that is of corpus "
+                f"{sweep.corpus}, and this is another (python -m train.data digest)"
+            )
+    return None
 
 
 def unexpected(sweep, results):

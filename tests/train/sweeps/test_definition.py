@@ -21,8 +21,8 @@ def test_a_list_runs_seed_by_seed(tmp_path):
     item = sweep.items[3]
     assert item.settings.optim.scalar_lr == 1.0 and not item.settings.optim.muon_plus
     assert item.command(True) == [
-        "--run", "s.b.2", "--resume", "--depth=4", "--no-muon-plus", "--scalar-lr=1.0",
-        "--data=stdlib", "--seed=2",
+        "nanofuse.train.run", "--run", "s.b.2", "--resume", "--depth=4", "--no-muon-plus",
+        "--scalar-lr=1.0", "--data=stdlib", "--seed=2",
     ]  # fmt: skip
     assert arguments({"skip_initial_eval": True, "muon_plus": True}) == ["--skip-initial-eval"]
 
@@ -68,11 +68,12 @@ REFUSED = [
     (LIST + "matrix_lr = 1\n", "'matrix_lr' is no flag of train.run; did you mean 'matrix-lr'"),
     (LIST + "qqqq = 1\n", "see python -m train.run --help"),
     (LIST + 'matrix-lr = "x"\n', "'b': --matrix-lr must be a number, got 'x'"),
-    (LIST + 'device-batch-size = "auto"\n', "--device-batch-size must be a whole number"),
+    (LIST + 'device-batch-size = "many"\n', "--device-batch-size must be a whole number"),
+    ('corpus = "5-a"\n' + LIST, r"corpus says what .expected. is of, and there is none"),
     (LIST + 'fp8 = "fp4"\n', "'b': --fp8 must be one of"),
     (LIST + 'data = ""\n', "'b': --data is empty"),
     (LIST + "seed = 1\n", "'seed' cannot be set here, as give the file seeds"),
-    (LIST + "gpus = 2\n", "'gpus' cannot be set here, as each run has one GPU"),
+    (LIST + "gpus = 2\n", "'gpus' cannot be set here, as each run is on one GPU"),
     (LIST + "head-dim = 15\n", "s.toml, 'b': --head-dim 15 is odd"),
     (LIST + "num-iterations = 3\ntarget-flops = 1\n", "'b': .* both set the length of the run"),
     (LIST + "[[variants]]\ndepth = 1\n", "variant 3 has no name"),
