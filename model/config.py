@@ -248,7 +248,7 @@ class GPTConfig:
         return 6 * self.num_scaling_params + 12 * self.n_embd * keys
 
     def memory_estimate(
-        self, batch_size: int, activation_bytes: int, fp8: bool = False, fused: bool = False
+        self, batch_size: int, activation_bytes: int, fp8: bool = False, backend: str = "eager"
     ) -> int:
         """Rough peak bytes of a training micro-step of batch_size rows of sequence_len tokens.
 
@@ -258,16 +258,32 @@ class GPTConfig:
         two norms and the stream (7 widths), the MLP's pre-activation and activation (8 widths);
         under FP8 the 3 + 4 widths that feed a matrix product are saved in one byte instead (the
         fused pass keeps no pre-activation, but the activation in two layouts: as many bytes).
-        Logits count in the activation type and twice in fp32; the fused pass has a factor of their
-        gradient alone, in the activation type or in FP8 in two layouts.
+        Of the logits the fused pass has a factor of their gradient alone, in the activation type or
+        in FP8 in two layouts, and the compiled one the logits themselves and 4 bytes.
+
+        Autograd in eager mode saves more, as counted by tests/model/test_memory_estimate.py: in
+        each layer the inputs of the four norms in fp32 and their statistics (17 bytes), under FP8
+        the operand of q, k and v three times, outside of the layers what embedding, smear, x0 and
+        backout save, and the weights that were cast; of a logit tanh and exp in fp32 and a mask (9
+        bytes). The peak is in the loss, where three temporaries of the logits come to that.
         """
-        counts = self.param_counts()
+        counts, width = self.param_counts(), self.n_embd
         looked_up = sum(counts[f"{name}_embed"] for name in self.table_rows)
         tables = counts["wte"] + counts.get("value_embeds", 0) + looked_up
         state = 12 * counts["matrices"] + 16 * counts["lm_head"] + 4 * activation_bytes * tables
         tokens = batch_size * self.sequence_len
-        widths = (8 * activation_bytes + 7) if fp8 else 15 * activation_bytes
-        blocks = tokens * self.n_layer * self.n_embd * widths
-        per_logit = (2 if fp8 else activation_bytes) if fused else activation_bytes + 8
-        logits = tokens * self.padded_vocab_size * per_logit
-        return state + blocks + logits
+        layer = 8 * activation_bytes + 7 if fp8 else 15 * activation_bytes
+        if backend != "eager":
+            factor = 2 if fp8 else activation_bytes
+            per_logit = factor if backend == "fused" else activation_bytes + 4
+            per_token = self.n_layer * width * layer + self.padded_vocab_size * per_logit
+            return state + tokens * per_token
+        layer += 17 + 2 * fp8
+        outside = (4 + len(self.table_rows)) * activation_bytes + 8
+        saved = (self.n_layer * layer + outside) * width + 9 * self.padded_vocab_size
+        of_loss = (activation_bytes + 8) * self.padded_vocab_size
+        of_layer = 12 * activation_bytes * width  # more, where the vocabulary is small
+        cast = activation_bytes * (counts["matrices"] + counts["lm_head"])
+        if activation_bytes == 4 or not batch_size:
+            cast = 0
+        return state + cast + tokens * (saved + max(of_loss, of_layer))

@@ -109,8 +109,8 @@ def training_estimate(config, machine, fp8):
         machine: train.device.Machine.
         fp8: name of the FP8 provider.
     """
-    size, fused = machine.dtype.itemsize, machine.backend == "fused"
-    return lambda rows: config.memory_estimate(rows, size, fp8=in_fp8(fp8), fused=fused)
+    size, backend = machine.dtype.itemsize, machine.backend
+    return lambda rows: config.memory_estimate(rows, size, in_fp8(fp8), backend)
 
 
 def fitting_rows(estimate, length, total, free, world=1):

@@ -90,8 +90,16 @@ def test_memory_estimate_of_fused_fp8_is_near_what_was_measured():
     """GiB of 32 x 2048 tokens on an H200 (records/2026-11-23-step), the last without the MLP's
     pre-activation; 3.9 less since logits are not stored (dev/LOG.md, 2026-11-29)."""
     for depth, measured in ((4, 10.5 - 3.9), (8, 16.9 - 3.9), (16, 40.5 - 3.9)):
-        estimate = GPTConfig.from_depth(depth).memory_estimate(32, 2, fp8=True, fused=True)
+        estimate = GPTConfig.from_depth(depth).memory_estimate(32, 2, True, "fused")
         assert abs(estimate / 2**30 / measured - 1) < 0.12, depth
+
+
+def test_memory_estimate_of_the_compiled_model_is_near_what_was_measured():
+    """GiB of 32 x 2048 tokens on an H200 (records/2026-11-28-house)."""
+    for depth, fp8, measured in ((4, True, 14.5), (8, True, 20.7), (16, True, 45.4),
+                                 (16, False, 52.4)):  # fmt: skip
+        estimate = GPTConfig.from_depth(depth).memory_estimate(32, 2, fp8, "compile")
+        assert abs(estimate / 2**30 / measured - 1) < 0.12, (depth, fp8)
 
 
 @pytest.mark.parametrize(
