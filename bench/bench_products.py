@@ -3,8 +3,8 @@
 Columns: Transformer Engine, torch, nvmath with cuBLASLt's first choice, and nvmath as tuned: what
 `--fp8 nvmath` (`off-nvmath`) takes, measured here and not read from the user's file, with the
 library that won. Each cell: microseconds with a cold L2 cache, TFLOP/s, and the share of the rate
-of an 8192^3 product of that dtype. Weight gradients, which add to fp32, are not nvmath's. The
-forward products of fc and lm_head and mlp_proj's input gradient are in kernels of ours in training
+of an 8192^3 product of that dtype. Weight gradients are added to fp32. The forward products of fc
+and lm_head and mlp_proj's input gradient are in kernels of ours in training
 (bench_linear_relu_squared.py, bench_linear_softcap_cross_entropy.py); here they are plain.
 """
 
@@ -55,14 +55,13 @@ def calls(shape, fp8):
     operands, found = random_operands(shape, fp8), {}
     out = torch.zeros(shape.n, shape.k, device="cuda")
     for name, gemm in providers(fp8)[0].items():
-        if shape.kind == "weight_grad":
-            if "nvmath" not in name:
-                g, x = operands
-                found[name] = partial(gemm.weight_grad, g, gemm.keep(x), out)
-            continue
         if "tuned" in name:
             gemm.prepare([shape], say=lambda line: None)
-        found[name] = partial(getattr(gemm, shape.kind), *operands)
+        if shape.adds:
+            g, x = operands
+            found[name] = partial(gemm.weight_grad, g, gemm.keep(x), out)
+        else:
+            found[name] = partial(getattr(gemm, shape.kind), *operands)
     expected = None
     for name, call in found.items():
         result = call()

@@ -106,7 +106,7 @@ def assemble(
     prepared = None
     if fused and rows:
         shapes = product_shapes(config, rows * config.sequence_len)
-        prepared = fp8.made.prepare([shape for shape in shapes if shape.tunable])
+        prepared = fp8.made.prepare([shape for shape in shapes if shape.by_provider])
     raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)
     ready()

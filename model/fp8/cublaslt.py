@@ -15,7 +15,7 @@ import torch
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 
 DTYPES = {torch.bfloat16: "bf16", E4M3: "e4m3", E5M2: "e5m2"}
-CANDIDATES = 8  # algorithms that cuBLASLt is asked for, best guess first
+CANDIDATES = 16  # algorithms that cuBLASLt is asked for, best guess first
 WORKSPACE = 32 << 20  # bytes, as Transformer Engine's on Hopper
 ALIGNMENT = 256  # bytes: what cuBLASLt assumes of addresses unless told otherwise
 ALGORITHM_BYTES = 64  # of a cublasLtMatmulAlgo_t
@@ -23,9 +23,12 @@ ALGORITHM_BYTES = 64  # of a cublasLtMatmulAlgo_t
 
 @dataclass(frozen=True)
 class Product:
-    """What an algorithm is chosen for: out (rows, cols) bf16 = x (rows, depth) times w, which is
-    stored (cols, depth) where `transposed`, else (depth, cols). All row-major and contiguous; beta
-    is 0 and there is no epilogue. FP8 accumulates fast.
+    """What an algorithm is chosen for: out (rows, cols) = x times w, which sums over depth. All
+    row-major and contiguous, without an epilogue.
+
+    `layout` in cuBLAS's words, of w and then of x: w is stored (cols, depth) with "T", (depth,
+    cols) with "N"; x (rows, depth) with "N", (depth, rows) with "T". out is bf16, and FP8
+    accumulates fast; or, if it `adds`, fp32 and added to, and FP8 accumulates in fp32 registers.
     """
 
     rows: int
@@ -33,21 +36,25 @@ class Product:
     depth: int
     x: str  # of DTYPES
     w: str  # of DTYPES
-    transposed: bool
+    layout: str
+    adds: bool = False
 
     @classmethod
     def of(
         cls,
-        x,  # (rows, depth)
+        x,  # (rows, depth) or (depth, rows)
         w,  # (cols, depth) or (depth, cols)
-        transposed,
+        layout,
+        adds=False,
     ):
-        (rows, depth), cols = x.shape, w.size(0 if transposed else 1)
-        return cls(rows, cols, depth, DTYPES[x.dtype], DTYPES[w.dtype], transposed)
+        rows, depth = x.shape if layout[1] == "N" else reversed(x.shape)
+        cols = w.size(0 if layout[0] == "T" else 1)
+        return cls(rows, cols, depth, DTYPES[x.dtype], DTYPES[w.dtype], layout, adds)
 
     def __str__(self):
-        layout = "TN" if self.transposed else "NN"  # of w and x, in cuBLAS's words
-        return f"{self.rows}x{self.cols}x{self.depth} {self.x} {self.w} bf16 {layout} beta 0"
+        out = "fp32" if self.adds else "bf16"
+        size = f"{self.rows}x{self.cols}x{self.depth}"
+        return f"{size} {self.x} {self.w} {out} {self.layout} beta {int(self.adds)}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class CublasLt:
         types = nvmath.CudaDataType
         self._lt, self._result = cublasLt, cublasLt.matmul_heuristic_result_dtype
         self._types = {
+            "fp32": types.CUDA_R_32F,
             "bf16": types.CUDA_R_16BF,
             "e4m3": types.CUDA_R_8F_E4M3,
             "e5m2": types.CUDA_R_8F_E5M2,
@@ -86,7 +94,7 @@ class CublasLt:
         self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
         self._one = torch.ones(1, device="cuda")  # a scale, for planning
         self._handle = cublasLt.create()  # in the context that torch has made by now
-        self._factors = np.array([1, 0], dtype=np.float32)  # alpha, beta
+        self._factors = np.array([1, 0], dtype=np.float32)  # alpha, and beta: one of them
         self._described = {}  # Product: operation and layouts
         self.version = f"cuBLASLt {cublasLt.get_version()}, nvmath {nvmath.__version__}"
 
@@ -105,17 +113,20 @@ class CublasLt:
             dtype = lt.get_matmul_desc_attribute_dtype(attribute)
             self._set(lt.matmul_desc_set_attribute, operation, attribute, value, dtype)
 
-        if product.transposed:
+        if product.layout[0] == "T":
             put(attributes.TRANSA, self._transpose)
+        if product.layout[1] == "T":
+            put(attributes.TRANSB, self._transpose)
         if product.w != "bf16":
-            put(attributes.FAST_ACCUM, 1)
+            put(attributes.FAST_ACCUM, int(not product.adds))
             self._point(operation, self._one, self._one)
         rows, cols, depth = product.rows, product.cols, product.depth
-        of_w = (depth, cols) if product.transposed else (cols, depth)  # column-major
-        layouts = (
-            lt.matrix_layout_create(self._types[product.w], *of_w, of_w[0]),
-            lt.matrix_layout_create(self._types[product.x], depth, rows, depth),
-            lt.matrix_layout_create(self._types["bf16"], cols, rows, cols),
+        of_w = (depth, cols) if product.layout[0] == "T" else (cols, depth)  # column-major
+        of_x = (depth, rows) if product.layout[1] == "N" else (rows, depth)
+        of_out, out = (cols, rows), "fp32" if product.adds else "bf16"
+        layouts = tuple(
+            lt.matrix_layout_create(self._types[dtype], *size, size[0])
+            for dtype, size in ((product.w, of_w), (product.x, of_x), (out, of_out))
         )
         self._described[product] = operation, layouts
         return self._described[product]
@@ -132,8 +143,11 @@ class CublasLt:
             setter = self._lt.matmul_desc_set_attribute
             self._set(setter, operation, attributes[name], scale.data_ptr(), np.int64)
 
-    def candidates(self, product, count=CANDIDATES):
-        """Plans of a Product, cuBLASLt's best guess first: the one that it would take itself.
+    def _plans(self, product, count, reductions):
+        """Up to `count` Plans of a Product, cuBLASLt's best guess first.
+
+        Args:
+            reductions: mask of the ways in which partial sums over depth may be added.
 
         Raises:
             RuntimeError: it has none.
@@ -143,11 +157,9 @@ class CublasLt:
         preference = lt.matmul_preference_create()
         try:
             setter = lt.matmul_preference_set_attribute
-            size = preferences.MAX_WORKSPACE_BYTES
+            size, scheme = preferences.MAX_WORKSPACE_BYTES, preferences.REDUCTION_SCHEME_MASK
             self._set(setter, preference, size, WORKSPACE, np.uint64)
-            # partial sums over depth, if any, are added in fp32
-            scheme, mask = preferences.REDUCTION_SCHEME_MASK, lt.ReductionScheme.COMPUTE_TYPE
-            self._set(setter, preference, scheme, mask, np.uint32)
+            self._set(setter, preference, scheme, reductions, np.uint32)
             results, found = np.zeros(count, self._result), np.zeros(1, np.int32)
             lt.matmul_algo_get_heuristic(
                 self._handle, operation, w, x, out, out, preference, count,
@@ -161,6 +173,24 @@ class CublasLt:
             raise RuntimeError(f"cuBLASLt has no algorithm for {product}")
         algorithms = (usable[i : i + 1].copy() for i in range(len(usable)))
         return [Plan(product, operation, (w, x, out), algorithm) for algorithm in algorithms]
+
+    def first(self, product):
+        """The Plan that Transformer Engine's call of cuBLASLt runs: the best guess, with the same
+        workspace and any reduction.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        return self._plans(product, 1, self._lt.ReductionScheme.MASK)[0]
+
+    def candidates(self, product, count=CANDIDATES):
+        """Plans of a Product, cuBLASLt's best guess first. Partial sums over depth, if any, lie in
+        the workspace in fp32 and are added in one order: each gives the same bits every time.
+
+        Raises:
+            RuntimeError: it has none.
+        """
+        return self._plans(product, count, self._lt.ReductionScheme.COMPUTE_TYPE)
 
     def restore(self, product, text):
         """The Plan of a Product with an algorithm as Plan.text gave it; None if it does not fit."""
@@ -186,19 +216,22 @@ class CublasLt:
     def run(
         self,
         plan,
-        x,  # (rows, depth)
+        x,  # (rows, depth) or (depth, rows)
         w,  # (cols, depth) or (depth, cols)
         scales=None,  # inverse scales of x and w, (1,) fp32 each, in FP8
+        out=None,  # (rows, cols) fp32, if the product adds
     ):
-        """The product (rows, cols) bf16, in the current stream."""
+        """The product (rows, cols), in the current stream: new in bf16, or added to `out`."""
         product, (of_w, of_x, of_out) = plan.product, plan.layouts
-        out = torch.empty(product.rows, product.cols, dtype=torch.bfloat16, device=x.device)
+        if not product.adds:
+            out = torch.empty(product.rows, product.cols, dtype=torch.bfloat16, device=x.device)
         if scales is not None:
             self._point(plan.operation, scales[1], scales[0])
-        alpha, beta = self._factors.ctypes.data, self._factors[1:].ctypes.data
+        one, zero = self._factors.ctypes.data, self._factors[1:].ctypes.data
         self._lt.matmul(
-            self._handle, plan.operation, alpha, w.data_ptr(), of_w, x.data_ptr(), of_x, beta,
-            out.data_ptr(), of_out, out.data_ptr(), of_out, plan.algorithm.ctypes.data,
-            self._workspace.data_ptr(), WORKSPACE, torch.cuda.current_stream().cuda_stream,
+            self._handle, plan.operation, one, w.data_ptr(), of_w, x.data_ptr(), of_x,
+            one if product.adds else zero, out.data_ptr(), of_out, out.data_ptr(), of_out,
+            plan.algorithm.ctypes.data, self._workspace.data_ptr(), WORKSPACE,
+            torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         return out

@@ -24,9 +24,9 @@ class Shape:
         return (self.weight, self.kind) not in IN_KERNELS
 
     @property
-    def tunable(self):
-        """Whether a provider computes it without adding to what is there."""
-        return self.by_provider and self.kind != "weight_grad"
+    def adds(self):
+        """Whether it is added to what is there, in fp32."""
+        return self.kind == "weight_grad"
 
     @property
     def flops(self):

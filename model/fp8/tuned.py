@@ -2,14 +2,13 @@
 
 cuBLASLt's own first choice, which Transformer Engine and torch take, is 3 to 24 % slower than the
 best of its list at the shapes of depths 8 and 16 (H200). `prepare`, called once before the first
-step, measures the list against the other library, Transformer Engine or torch, and takes what is
-fastest; the choice is kept for the next process. A shape that was not prepared gets the first
-choice. Weight gradients, which accumulate in fp32, are the other library's.
+step, measures the list, that first choice and torch, and takes what is fastest; the choice is kept
+for the next process. A shape that was not prepared gets the first of the list. Transformer Engine,
+whose import takes seconds, is not needed: it has no algorithms of its own.
 """
 
 import statistics
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,9 +17,8 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
 from nanofuse.kernels.common.store import Store, user_folder
 from nanofuse.kernels.common.tuning import gpu_name
 from nanofuse.model.fp8.cublaslt import ALIGNMENT, CublasLt, Product
-from nanofuse.model.fp8.products import Gemm, PlainGemm, TorchGemm, TransformerEngineGemm
+from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.winners import Winners
-from nanofuse.model.providers import message_line
 
 FILE = "products.json"
 ROUNDS = 16
@@ -29,7 +27,7 @@ MOST_CALLS = 20  # in a sample
 RANDOM = 1 << 20  # elements that are drawn; a larger matrix repeats them
 
 
-def graph_seconds(calls):
+def graph_seconds(calls, rounds=ROUNDS):
     """Median seconds of each call on the GPU, without launch gaps: CUDA graphs, in turns."""
     stream, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
 
@@ -56,7 +54,7 @@ def graph_seconds(calls):
             graphs.append(graph)
         times = [[] for _ in calls]
         pairs = list(zip(graphs, times, strict=True))
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for graph, taken in pairs:
                 taken.append(timed(graph.replay))
             pairs.reverse()  # nobody always comes first, or after the same one
@@ -89,32 +87,11 @@ def random_operands(shape, fp8, device="cuda"):
     return [random_operand(*each, fp8, device) for each in pair]
 
 
-@dataclass(frozen=True)
-class Beside:
-    """The library beside nvmath: name of its record, version, provider, and in words why it is not
-    a better one."""
-
-    name: str
-    version: str
-    gemm: Gemm
-    why: str = ""
-
-
-def fp8_beside():
-    """Of FP8 products Transformer Engine, or torch where that does not load."""
-    try:
-        made = TransformerEngineGemm()
-    except Exception as error:  # a broken install may raise anything
-        why = f" (te: {message_line(error)})"
-        return Beside("torch", torch.__version__, TorchGemm(), why)
-    import transformer_engine
-
-    return Beside("te", getattr(transformer_engine, "__version__", "unknown"), made)
-
-
-def plain_beside():
-    """Of products in bf16 torch."""
-    return Beside("torch", torch.__version__, PlainGemm())
+def fits(
+    x,  # a matrix
+):
+    """Whether cuBLASLt may read or write it by a Plan: without gaps, at an aligned address."""
+    return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
 
 
 class NvmathGemm:
@@ -125,20 +102,15 @@ class NvmathGemm:
     """
 
     fp8, linear, device = True, None, "cuda"
+    other_of = TorchGemm  # what computes where torch is faster, and what cuBLASLt does not take
 
     def __init__(self, store=None):
-        self.library = CublasLt()
-        self.beside = self._beside()
-        self.other_name, self.other = self.beside.name, self.beside.gemm
+        self.library, self.other = CublasLt(), self.other_of()
         if store is None:
-            section = (
-                f"{gpu_name()}, {self.library.version}, {self.other_name} {self.beside.version}"
-            )
+            section = f"{gpu_name()}, {self.library.version}, torch {torch.__version__}"
             store = Store(user_folder() / FILE, section)
         self.winners = Winners(self.library, graph_seconds, store)
-        self._plans = {}  # Product: Plan, or None: the other library
-
-    _beside = staticmethod(fp8_beside)
+        self._plans = {}  # Product: Plan, or None: torch
 
     def prepare(self, shapes, say=print):
         """Choose for the products to come, by measurement where no earlier process did.
@@ -161,10 +133,9 @@ class NvmathGemm:
             tuned[product] = self._tune(product, wanted[product])
         chosen |= tuned
         self._plans |= {product: winner.plan for product, winner in chosen.items()}
-        by_other = sum(self.chosen(shape) != "nvmath" for shape in wanted.values())
-        line = f"products: {len(chosen) - by_other} of {len(chosen)} shapes by nvmath"
-        line += f", {by_other} by {self.other_name}" if by_other else ""
-        line += f", weight gradients by {self.other_name}{self.beside.why}; "
+        by_torch = sum(winner.plan is None for winner in chosen.values())
+        line = f"products: {len(chosen) - by_torch} of {len(chosen)} shapes by nvmath"
+        line += f", {by_torch} by torch; " if by_torch else "; "
         path = self.winners.store.path
         if not tuned:
             return line + f"as in {path}"
@@ -174,40 +145,67 @@ class NvmathGemm:
         return line + (f"not kept ({why})" if why else f"kept in {path}")
 
     def chosen(self, shape):
-        """Name of the library that computes a Shape: nvmath, or the other one."""
-        beaten = self._plans.get(self._product(shape), "") is None
-        return self.other_name if beaten or shape.kind == "weight_grad" else "nvmath"
+        """Name of the library that computes a Shape: nvmath or torch."""
+        return "torch" if self._plans.get(self._product(shape), "") is None else "nvmath"
 
     def _product(self, shape):
         """The Product of a Shape."""
-        forward = shape.kind == "forward"
-        cols, depth = (shape.n, shape.k) if forward else (shape.k, shape.n)
-        x, w = ("e4m3" if forward else "e5m2", "e4m3") if self.fp8 else ("bf16", "bf16")
-        return Product(shape.positions, cols, depth, x, w, forward or self.fp8)
+        m, n, k = shape.positions, shape.n, shape.k
+        x, w = ("e4m3" if shape.kind == "forward" else "e5m2", "e4m3")
+        if not self.fp8:
+            x = w = "bf16"
+        rows, cols, depth = {
+            "forward": (m, n, k),
+            "input_grad": (m, k, n),
+            "weight_grad": (n, k, m),
+        }[shape.kind]
+        return Product(rows, cols, depth, x, w, self._layout(shape.kind), shape.adds)
 
     def _tune(self, product, shape):
         """The Winner of a product, measured on random operands."""
         x, w = random_operands(shape, self.fp8, self.device)
-        a, b, _, scales = self._views(shape.kind, x, w)
+        a, b, scales = self._views(shape.kind, x, w)
         other = partial(getattr(self.other, shape.kind), x, w)
-        return self.winners.tune(product, lambda plan: self.library.run(plan, a, b, scales), other)
+        if not shape.adds:
+            return self.winners.tune(
+                product, lambda plan: self.library.run(plan, a, b, scales), other
+            )
+        out = torch.zeros(shape.n, shape.k, device=self.device)
+
+        def added(call):
+            out.zero_()
+            call()
+            return out
+
+        return self.winners.tune(
+            product,
+            lambda plan: self.library.run(plan, a, b, scales, out),
+            partial(other, out),
+            added,
+        )
+
+    def _layout(self, kind):
+        """As of a Product: Hopper multiplies FP8 where both operands are contiguous along the
+        reduction."""
+        return "TN"
 
     def _views(self, kind, x, w):
-        """What cuBLASLt reads of two FP8Operands: x, w in the layout that is contiguous along the
-        reduction, True for that, and the inverse scales."""
-        w_data = w.data if kind == "forward" else w.transposed
-        return x.data, w_data, True, (x.inverse_scale, w.inverse_scale)
+        """What cuBLASLt reads of two FP8Operands: of each the layout that is contiguous along the
+        reduction, and the inverse scales."""
+        scales = x.inverse_scale, w.inverse_scale
+        if kind == "weight_grad":
+            return x.transposed, w.transposed, scales
+        return x.data, w.data if kind == "forward" else w.transposed, scales
 
-    def _multiply(self, kind, x, w):
-        a, b, transposed, scales = self._views(kind, x, w)
-        product = Product.of(a, b, transposed)
+    def _multiply(self, kind, x, w, *out):
+        a, b, scales = self._views(kind, x, w)
+        product = Product.of(a, b, self._layout(kind), bool(out))
         if product not in self._plans:
             self._plans[product] = self.library.candidates(product, 1)[0]
         plan = self._plans[product]
-        odd = (a.data_ptr() | b.data_ptr()) % ALIGNMENT or not a.is_contiguous()
-        if plan is None or odd:
-            return getattr(self.other, kind)(x, w)
-        return self.library.run(plan, a, b, scales)
+        if plan is None or not all(fits(tensor) for tensor in (a, b, *out)):
+            return getattr(self.other, kind)(x, w, *out)
+        return self.library.run(plan, a, b, scales, *out)
 
     def forward(
         self,
@@ -229,7 +227,7 @@ class NvmathGemm:
         x,  # FP8Operand (M, K), as returned by `keep`
         out,  # (N, K) fp32, added to
     ):
-        self.other.weight_grad(g, x, out)
+        self._multiply("weight_grad", g, x, out)
 
     def keep(
         self,
@@ -240,15 +238,17 @@ class NvmathGemm:
 
 
 class NvmathPlainGemm(NvmathGemm):
-    """As NvmathGemm, of bf16 tensors, beside torch."""
+    """As NvmathGemm, of bf16 tensors."""
 
-    fp8 = False
-    _beside = staticmethod(plain_beside)
+    fp8, other_of = False, PlainGemm
+
+    def _layout(self, kind):
+        return {"forward": "TN", "input_grad": "NN", "weight_grad": "NT"}[kind]
 
     def _views(
         self,
         kind,
         x,  # (M, K) or (M, N)
-        w,  # (N, K)
+        w,  # (N, K), or x of a weight gradient (M, K)
     ):
-        return x, w, kind == "forward", None
+        return x, w, None

@@ -6,8 +6,13 @@ Nothing in this file calls a GPU: who can compute, and who can measure, is hande
 from dataclasses import dataclass
 from functools import partial
 
-GAIN = 0.99  # of the other library's time: a library is left only for more than noise
+import torch
+
+GAIN = 0.99  # of the default's time: it is left only for more than noise
+GLANCE = 3  # rounds in which all are measured, for the fastest to meet
+FINALISTS = 3
 AGREEMENT = 0.02  # relative: fast accumulation of FP8 differs by 1e-3, rounding to bf16 by 4e-3
+AGREEMENT_FP32 = 1e-3  # of sums in fp32
 
 
 def agrees(
@@ -15,34 +20,37 @@ def agrees(
     expected,  # (rows, cols)
 ):
     """Whether two ways to compute a product give the same, up to rounding."""
+    bound = AGREEMENT_FP32 if got.dtype == torch.float32 else AGREEMENT
     got, expected = got.double(), expected.double()
-    return bool((got - expected).norm() <= AGREEMENT * expected.norm())
+    return bool((got - expected).norm() <= bound * expected.norm())
 
 
 @dataclass(frozen=True)
 class Winner:
     """What was chosen for a product: a plan of the library, or None: the other library.
 
-    `seconds` of the chosen way and of the other library; equal where that won.
+    `seconds` of the chosen way and of the default; equal where that won.
     """
 
     plan: object
     seconds: float
-    other_seconds: float
+    default_seconds: float
 
     def entry(self):
         """As the store keeps it."""
         text = None if self.plan is None else self.plan.text
-        return {"algorithm": text, "seconds": self.seconds, "other_seconds": self.other_seconds}
+        seconds = {"seconds": self.seconds, "default_seconds": self.default_seconds}
+        return {"algorithm": text, **seconds}
 
 
 class Winners:
     """The fastest way per product.
 
     Args:
-        library: has `candidates(product)`, plans of which each has a `text`, and
-            `restore(product, text)`, the plan or None (model/fp8/cublaslt.py).
-        measure: measure(calls) gives the seconds of each.
+        library: has `first(product)`, the plan that it takes unless told, `candidates(product)`,
+            plans of which each has a `text`, and `restore(product, text)`, the plan or None
+            (model/fp8/cublaslt.py).
+        measure: measure(calls, rounds=…) gives the seconds of each.
         store: kernels.common.store.Store, whose section names GPU and versions.
     """
 
@@ -58,7 +66,7 @@ class Winners:
         entry = self._kept.get(str(product))
         if not isinstance(entry, dict) or "algorithm" not in entry:
             return None
-        seconds = entry.get("seconds"), entry.get("other_seconds")
+        seconds = entry.get("seconds"), entry.get("default_seconds")
         if not all(isinstance(x, float) and x > 0 for x in seconds):
             return None
         if entry["algorithm"] is None:
@@ -66,26 +74,43 @@ class Winners:
         plan = self.library.restore(product, entry["algorithm"])
         return plan and Winner(plan, *seconds)
 
-    def tune(self, product, run, other):
-        """Measure the library's candidates and the other library in turns, and choose.
+    def tune(self, product, run, other, result=lambda call: call()):
+        """Measure the library's plans and the other library in turns, and choose.
 
-        A candidate whose last rows are not those of the other library is left out. The fastest of
-        several may be so by luck: it meets the other library once more, and those times count.
+        The default is the faster of the other library and of the plan that the library takes unless
+        told; it is left only for what is faster. A plan whose last rows are not those of the other
+        library is left out. All are measured shortly, the fastest and the default for longer. The
+        fastest of several may be so by luck: it meets the default once more, and those times count.
 
         Args:
             run: run(plan) computes the product (rows, cols) by the library.
             other: other() computes it by the other library.
+            result: result(call) is what such a call computes.
         """
         rows = slice(-64, None)
-        expected = other()[rows].clone()
-        plans = [x for x in self.library.candidates(product) if agrees(run(x)[rows], expected)]
-        first, *seconds = self.measure([other, *(partial(run, plan) for plan in plans)])
-        if min(seconds, default=first) < GAIN * first:
-            plan = plans[seconds.index(min(seconds))]
-            first, best = self.measure([other, partial(run, plan)])
-            if best < GAIN * first:
-                return Winner(plan, best, first)
-        return Winner(None, first, first)
+        expected = result(other)[rows].clone()
+        plans = {plan.text: plan for plan in (self.library.first(product),)}
+        plans |= {plan.text: plan for plan in self.library.candidates(product)}
+        ways = {text: partial(run, plan) for text, plan in plans.items()}
+        ways = {text: way for text, way in ways.items() if agrees(result(way)[rows], expected)}
+        defaults = [None, *list(plans)[:1]]
+        ways[None] = other
+        glance = self._seconds(ways, ways, rounds=GLANCE)
+        default = min((text for text in defaults if text in ways), key=glance.get)
+        finalists = [text for text in sorted(glance, key=glance.get) if text != default]
+        seconds = self._seconds(ways, [default, *finalists[:FINALISTS]])
+        best = min(seconds, key=seconds.get)
+        if seconds[best] < GAIN * seconds[default]:
+            seconds = self._seconds(ways, [default, best])
+            if seconds[best] < GAIN * seconds[default]:
+                return Winner(plans.get(best), seconds[best], seconds[default])
+        return Winner(plans.get(default), seconds[default], seconds[default])
+
+    def _seconds(self, ways, names, **options):
+        """{name: seconds} of some of {name: call}."""
+        names = list(names)
+        taken = self.measure([ways[name] for name in names], **options)
+        return dict(zip(names, taken, strict=True))
 
     def keep(self, winners):
         """Put {product: Winner} into the store; returns None, or why that failed."""
