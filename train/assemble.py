@@ -75,6 +75,7 @@ def assemble(
     rows=None,
     ranks=ALONE,
     ready=lambda: None,
+    ended=lambda phase: None,
 ):
     """Build model and optimiser.
 
@@ -93,6 +94,7 @@ def assemble(
             memory fills up; None: it does not.
         ranks: train.ranks.Ranks that share the optimiser.
         ready: called before the first kernel of this project or of an attention backend.
+        ended: called with the name of each phase of the work as it ends.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -107,13 +109,17 @@ def assemble(
     if fused and rows:
         shapes = product_shapes(config, rows * config.sequence_len)
         prepared = fp8.made.prepare([shape for shape in shapes if shape.by_provider])
+        ended("products")
     raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)
+    ended("model")
     ready()
+    ended("kernels")
     with choosing("attention", attention):
         chosen = select_attention(attention, machine.need(), deterministic, config)
     chosen.made.prepare(config.sequence_len, config.windows, machine.device)
     raw_model.attention = chosen.made
+    ended("attention")
     facts = [f"attention: {chosen} ({chosen.why})"]
     if fused:
         graphs = cuda_graphs and machine.device.type == "cuda"

@@ -61,11 +61,16 @@ class Request:
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
+def on_gpu(given):
+    """Whether a run by the flags that were given may compute on a GPU here."""
+    return given.get("device_type") != "cpu" and DRIVER.exists()
+
+
 def wanted(given):
-    """Whether a run by the flags that were given may launch kernels here."""
+    """Whether such a run may launch kernels here, and this process is to have them compiled."""
     asked = given.get("backend", "auto") in ("auto", "fused")
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the caches are every rank's
-    return asked and first and given.get("device_type") != "cpu" and DRIVER.exists()
+    return asked and first and on_gpu(given)
 
 
 class Compiling:

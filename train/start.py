@@ -3,13 +3,15 @@
 import gc
 import itertools
 import json
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from nanofuse.model.backends import flash_ahead, flash_loading
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import Choice
 from nanofuse.train.ahead import Ahead
@@ -351,6 +353,23 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     return Start(*known, auto, checkpoint, meta)
 
 
+def load_attention(start):
+    """Import FlashAttention 4 in a thread, where the Start will take it: that takes seconds, of
+    which this thread waits for the GPU or for kernels.
+
+    An import that fails fails again, and is told, where the backend is made.
+    """
+
+    def load():
+        with suppress(Exception):
+            flash_loading.load()
+
+    if start.machine.device.type == "cuda" and flash_ahead.expected(
+        start.settings.machine.attention
+    ):
+        threading.Thread(target=load, name="attention").start()
+
+
 def build_trainer(start, phases, signals=None, ahead=None):
     """The Trainer of a Start.
 
@@ -412,10 +431,9 @@ def build_and_log(loader, start, phases, signals, ahead, trackers):
             model.init_weights(settings.job.seed)
 
     def ready():
-        phases.end("model")
         ranks.by_main(ahead.ready)  # rank 0's are in the caches of all
-        phases.end("kernels")
 
+    phases.end("data")
     built = assemble(
         config,
         machine,
@@ -430,6 +448,7 @@ def build_and_log(loader, start, phases, signals, ahead, trackers):
         settings.horizon.device_batch_size,
         ranks,
         ready,
+        phases.end,
     )
     progress, done, wandb_id = Progress(), set(), None
     if start.checkpoint:
@@ -529,6 +548,7 @@ def train_as(ranks, given, phases, ahead, signals):
     given = {**given, "gpus": str(ranks.world)}
     with RunLock() as lock:
         start = start_with_rank_0(given, lock, ranks, ahead)
+        load_attention(start)
         phases.end("data")
         start = settle_rows(start, ahead.ready)
         try:

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from nanofuse.model.backends import flash_loading
 from nanofuse.model.backends.base import AttentionBackend, take
 
 
@@ -145,12 +146,12 @@ _fa4_forward_op.register_autograd(_differentiate, setup_context=_save_for_backwa
 
 class FlashAttention4(AttentionBackend):
     """FlashAttention 4 (CuTe). `__call__` goes through custom ops, for autograd and torch.compile;
-    `forward` and `backward` call the library directly. Its on-disk kernel cache is enabled before
-    it is imported: compiling its kernels takes longer than a first step."""
+    `forward` and `backward` call the library directly. Constructing one raises whatever the import
+    raises."""
 
     def __init__(self, deterministic=False):
         super().__init__(deterministic)
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        flash_loading.load()
 
     def __call__(
         self,

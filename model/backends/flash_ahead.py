@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from nanofuse.model.backends import flash_loading
 from nanofuse.model.backends.choice import CHECKED_BEYOND_WINDOW
 from nanofuse.model.backends.flash import FlashAttention4
 
@@ -56,9 +57,7 @@ class _Caches:
     """The library's caches, by the name of the function that has one."""
 
     def __init__(self):
-        FlashAttention4()  # turns the cache on disk on, before the import
-        from flash_attn.cute import interface
-
+        interface = flash_loading.load()
         self.owners = {
             name: owner
             for name, owner in vars(interface).items()

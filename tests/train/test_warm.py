@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,9 @@ import torch
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import PRODUCTS, Choice
-from nanofuse.train import compiler, kernel_cache, warm
+from nanofuse.train import compiler, kernel_cache, start, warm
 from nanofuse.train.ahead import Ahead
-from nanofuse.train.compiling import Compiling, Request, wanted
+from nanofuse.train.compiling import Compiling, Request, on_gpu, wanted
 from nanofuse.train.device import Machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.kernel_cache import HEADER, Needed, conditions, pack, unpack
@@ -312,8 +313,37 @@ def test_nothing_compiles_where_nothing_is_launched(monkeypatch):
     monkeypatch.setattr("nanofuse.train.compiling.DRIVER", Path(__file__))
     assert wanted({}) and wanted({"backend": "fused"})
     assert not wanted({"backend": "eager"}) and not wanted({"device_type": "cpu"})
+    assert on_gpu({"backend": "eager"}) and not on_gpu({"device_type": "cpu"})
     monkeypatch.setattr("nanofuse.train.compiling.DRIVER", Path("/nowhere"))
-    assert not wanted({})
+    assert not wanted({}) and not on_gpu({})
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "loads"),
+    [
+        ("cuda", "fa4", True),
+        ("cuda", "sdpa", False),
+        ("cpu", "fa4", False),
+    ],
+)
+def test_attention_is_imported_beside_the_start_where_it_is_taken(
+    monkeypatch, device, asked, loads
+):
+    loaded = threading.Event()
+
+    def load():
+        loaded.set()
+        raise ImportError("told later")
+
+    monkeypatch.setattr(start.flash_loading, "load", load)
+    monkeypatch.setattr(start.flash_ahead, "expected", lambda name: name == "fa4")
+    settings = resolve({"attention": asked}, device)
+    machine = SimpleNamespace(device=torch.device(device))
+    start.load_attention(SimpleNamespace(settings=settings, machine=machine))
+    for thread in threading.enumerate():
+        if thread.name == "attention":
+            thread.join()
+    assert loaded.is_set() == loads
 
 
 def test_flags_of_the_command(capsys):
