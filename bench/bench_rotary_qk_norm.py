@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from nanofuse.bench.cases.case import D16, ROWS, TINY, rows_of_tokens
-from nanofuse.bench.cases.stream import rotary_qk_norm_bwd_case, rotary_qk_norm_case
+from nanofuse.bench.cases.stream import (
+    rotary_qk_norm_bwd_case,
+    rotary_qk_norm_bwd_sums_case,
+    rotary_qk_norm_case,
+)
 from nanofuse.bench.checks import assert_accurate, relative_error
 from nanofuse.bench.harness import (
     CAST_ERROR,
@@ -24,6 +28,7 @@ from nanofuse.kernels.common.fp8 import E5M2
 from nanofuse.kernels.rotary_qk_norm import (
     QK_GAIN,
     VALUE_GATE_SCALE,
+    rotary_qk_norm_bwd,
     rotary_qk_norm_ref,
     rotary_ref,
     value_gate_ref,
@@ -121,3 +126,23 @@ def bench_rotary_qk_norm_bwd(benchmark, device, value):
         "compile": lambda: compiled(backward_ref)(*args),
     }
     measure_case(benchmark, case, alternatives)
+
+
+@op_benchmark
+@pytest.mark.parametrize("value", [False, True], ids=["plain", "value"])
+def bench_rotary_qk_norm_bwd_sums(benchmark, device, value):
+    """Against the same kernel behind a conversion of the sums in torch, which has the same bits."""
+    case = rotary_qk_norm_bwd_sums_case(ROWS, device, value, BOUND)
+    (sums, *grads), *args, scaling = case.args
+
+    def converted():
+        rows = sums.rows().view(grads[0].shape)
+        return rotary_qk_norm_bwd(rows, *grads, *args, scaling=scaling)
+
+    for ours, other in zip(case.run(), converted(), strict=True):
+        if ours is not None:
+            pairs = [(ours, other)]
+            if hasattr(ours, "transposed"):
+                pairs = [(ours.data, other.data), (ours.transposed, other.transposed)]
+            assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+    measure_case(benchmark, case, {"eager": converted})

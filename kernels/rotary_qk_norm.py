@@ -24,13 +24,14 @@ Sources: RoFormer (https://arxiv.org/abs/2104.09864), query-key norm
 Bytes, N = B*T positions, H query and K key/value heads of width D at s bytes:
 forward 2*N*(H + K)*D*s for q and k, and 3*N*K*D*s for v if it has an embedding, else none;
 backward N*D*(2H + 3K)*s read, N*(H + 2K)*D*(s and/or 2) written, and 2*N*K*D*s for an embedding
-and its gradient. FLOPs: about 12 per element.
+and its gradient. Of AttentionSums 2*N*H*D more are read. FLOPs: about 12 per element.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common.attention_sums import TILE_COLS, TILE_ROWS, AttentionSums
 from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import check_alignment, empty_operand, operand_args
 from nanofuse.kernels.common.jit import triton
@@ -194,8 +195,35 @@ def rotary_qk_norm_fwd(
     return rstd
 
 
+def _check_gradients(g_q, g_k, g_v, qkv, num_heads, kv_heads, head_dim, seq_len, tile):
+    """Raise ValueError for upstream gradients that do not fit qkv."""
+    rows = qkv.size(0)
+    matrices = [("g_k", g_k, kv_heads), ("g_v", g_v, kv_heads)]
+    if isinstance(g_q, AttentionSums):
+        shape = (rows // seq_len, num_heads, seq_len * TILE_COLS)
+        check_tensor("rotary_qk_norm", "sums", g_q.sums, shape, torch.float32)
+        if head_dim != TILE_COLS or seq_len % TILE_ROWS:
+            raise ValueError(
+                f"rotary_qk_norm: sums want heads of {TILE_COLS} and multiples of {TILE_ROWS} "
+                f"positions, not {head_dim} and {seq_len}"
+            )
+        if g_q.dtype != qkv.dtype or TILE_ROWS % tile.rows or tile.rows < 16:
+            raise ValueError(
+                f"rotary_qk_norm: sums want {qkv.dtype} and 16, 32 or 64 rows of a program, "
+                f"not {g_q.dtype} and {tile.rows}"
+            )
+    else:
+        matrices.append(("g_q", g_q, num_heads))
+    for name, g, heads in matrices:
+        shape = (rows, heads * head_dim)
+        if g.shape != shape or g.stride(1) != 1 or g.dtype != qkv.dtype:
+            raise ValueError(
+                f"rotary_qk_norm: {name} must be {shape} in {qkv.dtype} with contiguous rows"
+            )
+
+
 def rotary_qk_norm_bwd(
-    g_q,  # (N, H*D) upstream gradient, stride 1 along the rows
+    g_q,  # (N, H*D) upstream gradient, stride 1 along the rows, or AttentionSums (B, T, H, 128)
     g_k,  # (N, K*D) upstream gradient, stride 1 along the rows
     g_v,  # (N, K*D) upstream gradient, stride 1 along the rows
     qkv,  # (N, (H + 2K)*D) as the forward pass overwrote it; v is not read
@@ -225,20 +253,21 @@ def rotary_qk_norm_bwd(
             power of two from 32.
     """
     rows, head_dim = qkv.size(0), cos.size(1)
-    num_heads = g_q.size(1) // head_dim
+    summed = isinstance(g_q, AttentionSums)
+    num_heads = g_q.shape[2] if summed else g_q.size(1) // head_dim
     kv_heads = _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads)
     check_tensor("rotary_qk_norm", "rstd", rstd, (num_heads + kv_heads, rows), torch.float32)
-    for name, g, heads in (("g_q", g_q, num_heads), ("g_k", g_k, kv_heads), ("g_v", g_v, kv_heads)):
-        shape = (rows, heads * head_dim)
-        if g.shape != shape or g.stride(1) != 1 or g.dtype != qkv.dtype:
-            raise ValueError(
-                f"rotary_qk_norm: {name} must be {shape} in {qkv.dtype} with contiguous rows"
-            )
+    if summed:
+        config = tuned("rotary_qk_norm_bwd_sums", TILE_BWD, num_heads * head_dim)
+    else:
+        config = tuned("rotary_qk_norm_bwd", TILE_BWD, num_heads * head_dim)
+    _check_gradients(g_q, g_k, g_v, qkv, num_heads, kv_heads, head_dim, seq_len, config)
+    gq, factor = (g_q.sums, g_q.factor) if summed else (g_q, None)
     if scaling is not None:
         if head_dim < 32 or head_dim & (head_dim - 1):
             raise ValueError(f"rotary_qk_norm: FP8 wants heads of 32, 64, ... and not {head_dim}")
         check_alignment(
-            "rotary_qk_norm", g_q=g_q, g_k=g_k, g_v=g_v, qkv=qkv, table=table, cos=cos, sin=sin
+            "rotary_qk_norm", g_q=gq, g_k=g_k, g_v=g_v, qkv=qkv, table=table, cos=cos, sin=sin
         )
     if scaling is None:
         g_qkv, operand = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), None
@@ -247,10 +276,10 @@ def rotary_qk_norm_bwd(
     data, transposed, scale, amax = operand_args(operand, scaling)
     g_gate = None if table is None else torch.empty_like(gate)
     g_values = None if table is None else table.new_empty(rows, kv_heads * head_dim)
-    config = tuned("rotary_qk_norm_bwd", TILE_BWD, num_heads * head_dim)
     groups = triton.cdiv(num_heads, config.heads) + 2 * triton.cdiv(kv_heads, config.heads)
     rotary_qk_norm_bwd_kernel[(triton.cdiv(rows, config.rows) * groups,)](
-        gq_ptr=g_q,
+        gq_ptr=gq,
+        gq_factor=factor,
         gk_ptr=g_k,
         gv_ptr=g_v,
         qkv_ptr=qkv,
@@ -272,7 +301,7 @@ def rotary_qk_norm_bwd(
         R=0 if table is None else table.size(0),
         H=num_heads,
         K=kv_heads,
-        gq_stride=g_q.stride(0),
+        gq_stride=gq.stride(0),
         gk_stride=g_k.stride(0),
         gv_stride=g_v.stride(0),
         qkv_stride=qkv.stride(0),

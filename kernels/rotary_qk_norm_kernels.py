@@ -6,6 +6,7 @@ Heads of q and k are processed as two halves of width D/2, which makes a rotatio
 programs of all head groups of one block of rows have consecutive ids.
 """
 
+from nanofuse.kernels.common.attention_sums import load_sums
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
@@ -165,7 +166,8 @@ def _store_gradient(
 
 @triton.jit
 def _rotate_gradients(
-    g_ptr,  # (N, heads*D), rows g_stride apart
+    g_ptr,  # (N, heads*D), rows g_stride apart; with a factor AttentionSums'
+    factor,  # of these, or None
     y_ptr,  # (N, heads*D), rows y_stride apart: results of the forward pass
     rstd_ptr,  # (heads, N) fp32
     cos_ptr,  # (T, D) fp32
@@ -179,6 +181,7 @@ def _rotate_gradients(
     col,  # column of q's or k's first head in the outputs
     first,
     last,
+    heads,
     N,
     T,
     W,
@@ -196,12 +199,20 @@ def _rotate_gradients(
     angles = ((row + m) % T)[:, None] * D + n[None, :]
     cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + angles, mask=inside, other=0.0)
-    g_ptr += row.to(tl.int64) * g_stride + (m[:, None] * g_stride + n[None, :])
+    if factor is None:
+        g_ptr += row.to(tl.int64) * g_stride + (m[:, None] * g_stride + n[None, :])
     y_ptr += row.to(tl.int64) * y_stride + (m[:, None] * y_stride + n[None, :])
     for head in tl.range(first, last, num_stages=STAGES):
         start = head * D
-        g1 = tl.load(g_ptr + start, mask=inside, other=0.0).to(tl.float32)
-        g2 = tl.load(g_ptr + start + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if factor is None:
+            g1 = tl.load(g_ptr + start, mask=inside, other=0.0).to(tl.float32)
+            g2 = tl.load(g_ptr + start + D // 2, mask=inside, other=0.0).to(tl.float32)
+        else:  # rounded as attention's own conversion does; registers' layout changes in 16 bits
+            batch = (row // T).to(tl.int64)
+            g1 = load_sums(g_ptr, batch, head, heads, row % T, T, 0, BM) * factor
+            g2 = load_sums(g_ptr, batch, head, heads, row % T, T, 1, BM) * factor
+            g1 = g1.to(y_ptr.dtype.element_ty).to(tl.float32)
+            g2 = g2.to(y_ptr.dtype.element_ty).to(tl.float32)
         y1 = tl.load(y_ptr + start, mask=inside, other=0.0).to(tl.float32)
         y2 = tl.load(y_ptr + start + D // 2, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + tl.cast(head, tl.int64) * N + row + m, mask=m_ok, other=0.0)[
@@ -286,7 +297,8 @@ def _value_gradients(
 
 @triton.jit
 def rotary_qk_norm_bwd_kernel(
-    gq_ptr,  # (N, H*D), rows gq_stride apart
+    gq_ptr,  # (N, H*D), rows gq_stride apart, or (B, H, T*128) fp32: AttentionSums'
+    gq_factor,  # of these, or None
     gk_ptr,  # (N, K*D), rows gk_stride apart
     gv_ptr,  # (N, K*D), rows gv_stride apart
     qkv_ptr,  # (N, (H + 2K)*D), rows qkv_stride apart
@@ -332,12 +344,25 @@ def rotary_qk_norm_bwd_kernel(
         before = tl.where(is_q, 0, H)  # heads before q or k
         first = tl.where(is_q, group, group - q_groups) * HEADS
         last = tl.minimum(first + HEADS, tl.where(is_q, H, K))
-        peak = _rotate_gradients(
-            tl.where(is_q, gq_ptr, gk_ptr), qkv_ptr + before * D,
-            rstd_ptr + before.to(tl.int64) * N, cos_ptr, sin_ptr,
-            dx_ptr, data_ptr, transposed_ptr, scale, peak, row, before * D, first, last,
-            N, T, W, tl.where(is_q, gq_stride, gk_stride), qkv_stride, D, BM, HALF, STAGES,
-        )  # fmt: skip
+        y_ptr, rstd_ptr = qkv_ptr + before * D, rstd_ptr + before.to(tl.int64) * N
+        if gq_factor is None:  # one loop for both
+            peak = _rotate_gradients(
+                tl.where(is_q, gq_ptr, gk_ptr), None, y_ptr, rstd_ptr, cos_ptr, sin_ptr,
+                dx_ptr, data_ptr, transposed_ptr, scale, peak, row, before * D, first, last, H,
+                N, T, W, tl.where(is_q, gq_stride, gk_stride), qkv_stride, D, BM, HALF, STAGES,
+            )  # fmt: skip
+        elif is_q:
+            peak = _rotate_gradients(
+                gq_ptr, gq_factor, y_ptr, rstd_ptr, cos_ptr, sin_ptr,
+                dx_ptr, data_ptr, transposed_ptr, scale, peak, row, before * D, first, last, H,
+                N, T, W, gq_stride, qkv_stride, D, BM, HALF, STAGES,
+            )  # fmt: skip
+        else:
+            peak = _rotate_gradients(
+                gk_ptr, None, y_ptr, rstd_ptr, cos_ptr, sin_ptr,
+                dx_ptr, data_ptr, transposed_ptr, scale, peak, row, before * D, first, last, K,
+                N, T, W, gk_stride, qkv_stride, D, BM, HALF, STAGES,
+            )  # fmt: skip
     else:
         first = (group - q_groups - kv_groups) * HEADS
         last = tl.minimum(first + HEADS, K)

@@ -122,6 +122,8 @@ def assemble(
     ended("attention")
     facts = [f"attention: {chosen} ({chosen.why})"]
     if fused:
+        left = chosen.made.leave_sums(config, machine.device)
+        facts += [left] if left else []
         graphs = cuda_graphs and machine.device.type == "cuda"
         with naming_flags("--backend fused: "):
             deal = partial(matrix_owners, world=ranks.world)

@@ -77,13 +77,15 @@ def _join(processes, report):
 def _triton(report, request, config, optim, gpu):
     """The kernels of Triton, with as many processes as there are cores."""
     from nanofuse.kernels.common import ahead
+    from nanofuse.model.backends.flash import why_no_sums
     from nanofuse.train.kernel_cache import triton_entry
     from nanofuse.train.rehearsal import rehearse
 
     def task(name, kernel):
         return name, kernel.compile, lambda: [triton_entry(key) for key in set(kernel.entries)]
 
-    launches = rehearse(config, optim, request.rows, request.fp8, gpu, request.world)
+    sums = request.flash and why_no_sums(config, gpu.capability) is None
+    launches = rehearse(config, optim, request.rows, request.fp8, gpu, request.world, sums)
     kernels = [ahead.Support(), *launches]
     report("found", count=len(kernels))
     tasks = [task(kernel.name, kernel) for kernel in kernels]

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from nanofuse.kernels.common.ahead import recorded
+from nanofuse.kernels.common.attention_sums import TILE_COLS, AttentionSums
 from nanofuse.kernels.common.fp8 import FP8Operand
 from nanofuse.kernels.common.tuning import aimed_at
 from nanofuse.model.backends.base import AttentionBackend, take
@@ -64,7 +65,11 @@ class _Products(Gemm):
 
 
 class _Attention(AttentionBackend):
-    """Results of attention, without values."""
+    """Results of attention, without values; `sums`: gradients of q as AttentionSums."""
+
+    def __init__(self, sums):
+        super().__init__()
+        self.sums = sums
 
     def forward(
         self,
@@ -80,7 +85,12 @@ class _Attention(AttentionBackend):
         saved,
         grad_y,  # (B, T, H, D)
     ):
-        return tuple(x.new_empty(x.shape) for x in take(saved))
+        q, *others = (x.new_empty(x.shape) for x in take(saved))
+        if self.sums:
+            batch, seq_len, heads, _ = q.shape
+            sums = q.new_empty(batch, heads, seq_len * TILE_COLS, dtype=torch.float32)
+            q = AttentionSums(sums, 1.0, q.dtype)
+        return q, *others
 
 
 class _FirstOf(Alone):
@@ -99,7 +109,7 @@ class _FirstOf(Alone):
         return x.new_empty(self.world, *x.shape)
 
 
-def rehearse(config, optim, rows, fp8, gpu, world=1):
+def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False):
     """The Launches (kernels.common.ahead) of a run by the kernels, of Triton alone.
 
     Args:
@@ -109,10 +119,11 @@ def rehearse(config, optim, rows, fp8, gpu, world=1):
         fp8: whether the products are in FP8.
         gpu: kernels.common.tuning.Gpu.
         world: number of ranks, of which the kernels are rank 0's.
+        sums: whether attention gives gradients of q as AttentionSums.
     """
     ranks = _FirstOf(world)
     with recorded(gpu.capability) as launches, aimed_at(gpu):
-        model = GPT(config, torch.bfloat16, _Attention(), "meta")
+        model = GPT(config, torch.bfloat16, _Attention(sums), "meta")
         deal = partial(matrix_owners, world=world)
         fused = FusedGPT(model, _Products(fp8), False, deal, ranks.maximum_)
         optimizer = fused_optimizer(fused, optim, ranks=ranks)

@@ -94,6 +94,11 @@ OPS = (
             Call("forward, with values", ("rotary_qk_norm[value]",), "rotary_qk_norm"),
             Call("backward, plain", ("rotary_qk_norm_bwd[plain]",)),
             Call("backward, with values", ("rotary_qk_norm_bwd[value]",), "rotary_qk_norm_bwd"),
+            Call(
+                "backward of attention's sums, with values",
+                ("rotary_qk_norm_bwd_sums[value]",),
+                "rotary_qk_norm_bwd_sums",
+            ),
         ),
     ),
     Op(

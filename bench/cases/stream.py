@@ -1,5 +1,7 @@
 """Cases of the ops on the stream: quantisation, embedding, residual mix, rotary and gates."""
 
+from dataclasses import replace
+
 import torch
 
 from nanofuse.bench.cases.case import (
@@ -13,6 +15,7 @@ from nanofuse.bench.cases.case import (
 )
 from nanofuse.bench.harness import zipf_tokens
 from nanofuse.kernels.bigram_rows import bigram_rows
+from nanofuse.kernels.common.attention_sums import TILE_COLS, TILE_ROWS, AttentionSums
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
@@ -143,9 +146,8 @@ def embed_smear_case(rows, device):
     return Case(lambda: (forward.run(), backward.run()), forward.shape, read)
 
 
-def rotary_inputs(rows, device, value):
+def rotary_inputs(rows, device, value, model, length):
     """qkv (N, 3*H*D); the arguments from tokens to seq_len; the bytes that are looked up."""
-    model, length = sizes(device), rows_of_tokens(rows)[1]
     angles = rotary_table(length, model.head_dim, 1e5, device)
     qkv = randn(device, rows, 3 * model.width)
     if not value:
@@ -158,8 +160,8 @@ def rotary_inputs(rows, device, value):
 
 def rotary_qk_norm_case(rows, device, value=True):
     """In place: q and k, and v where it has a value embedding."""
-    qkv, args, extra = rotary_inputs(rows, device, value)
     model = sizes(device)
+    qkv, args, extra = rotary_inputs(rows, device, value, model, rows_of_tokens(rows)[1])
     moved = nbytes(qkv) // 3 * (3 if value else 2)
     return Case(
         lambda: rotary_qk_norm_fwd(qkv, *args, model.heads),
@@ -170,20 +172,30 @@ def rotary_qk_norm_case(rows, device, value=True):
     )
 
 
-def rotary_qk_norm_bwd_case(rows, device, value=True, bound=10.0):
-    """`bound`: of the gradients, for their FP8 scale."""
-    qkv, args, extra = rotary_inputs(rows, device, value)
-    model = sizes(device)
+def rotary_qk_norm_bwd_case(rows, device, value=True, bound=10.0, summed=False):
+    """`bound`: of the gradients, for their FP8 scale; `summed`: that of q is AttentionSums, which
+    want a wider head than a tiny model's."""
+    model, length = sizes(device), rows_of_tokens(rows)[1]
+    if summed and model.head_dim != TILE_COLS:
+        model, rows, length = replace(model, heads=1, head_dim=TILE_COLS), TILE_ROWS, TILE_ROWS
+    qkv, args, extra = rotary_inputs(rows, device, value, model, length)
     rstd = rotary_qk_norm_fwd(qkv, *args, model.heads)
     grads = [randn(device, rows, model.width) for _ in range(3)]
+    if summed:
+        grads[0] = AttentionSums.of(grads[0].view(-1, length, model.heads, TILE_COLS))
     scaling = Scaling.from_bound(bound, E5M2, device)
 
     def run():
         return rotary_qk_norm_bwd(*grads, qkv, rstd, *args, scaling=scaling)
 
     shape = rows, model.heads, model.head_dim
-    read = grads, nbytes(qkv) // 3 * 2, rstd, extra  # of q, k and v only q and k
+    of_q = grads[0].sums if summed else grads[0]
+    read = of_q, grads[1:], nbytes(qkv) // 3 * 2, rstd, extra  # of q, k and v only q and k
     return Case(run, shape, read, args=(grads, qkv, rstd, *args, scaling))
+
+
+def rotary_qk_norm_bwd_sums_case(rows, device, value=True, bound=10.0):
+    return rotary_qk_norm_bwd_case(rows, device, value, bound, summed=True)
 
 
 def gate_inputs(rows, device):

@@ -95,6 +95,9 @@ HEAD_TILES = [
     HeadTile(rows, heads, 4, stages)
     for rows, heads, stages in itertools.product((16, 32), (4, 8), (1, 2, 3))
 ]
+HEAD_TILES_BWD = HEAD_TILES[6:] + [
+    HeadTile(64, heads, 8, stages) for heads in (4, 8) for stages in (1, 2)
+]
 CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "quantize": (stream.quantize_case, ELEMENTWISE),
     "residual_mix_fwd": (stream.residual_mix_fwd_case, NORMS_FORWARD),
@@ -121,10 +124,8 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "linear_relu_squared_bf16": (mlp.linear_relu_squared_bf16_case, LINEAR_BF16),
     "linear_relu_squared_bwd_bf16": (mlp.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
     "rotary_qk_norm": (stream.rotary_qk_norm_case, HEAD_TILES),
-    "rotary_qk_norm_bwd": (
-        stream.rotary_qk_norm_bwd_case,
-        HEAD_TILES[6:] + [HeadTile(64, heads, 8, stages) for heads in (4, 8) for stages in (1, 2)],
-    ),
+    "rotary_qk_norm_bwd": (stream.rotary_qk_norm_bwd_case, HEAD_TILES_BWD),
+    "rotary_qk_norm_bwd_sums": (stream.rotary_qk_norm_bwd_sums_case, HEAD_TILES_BWD),
     "softcap_cross_entropy_fwd": (
         mlp.softcap_cross_entropy_fwd_case,
         tiles((1,), (2048, 4096, 8192), (4, 8)) + tiles((1,), (16384,), (16,)),

@@ -49,6 +49,19 @@ class AttentionBackend:
     def prepare(self, seq_len, windows, device):
         """Prepare for sequences of seq_len tokens and these windows; most backends need nothing."""
 
+    def leave_sums(self, config, device):
+        """Have `backward` give grad_q as kernels.common.attention_sums.AttentionSums where the
+        library has them: one pass less over it.
+
+        Args:
+            config: GPTConfig.
+            device: torch.device of what will be computed.
+
+        Returns:
+            a line for the log that says whether it will; None of a library without sums.
+        """
+        return None
+
     def forward(
         self,
         q,  # (B, T, H, D)
@@ -68,7 +81,7 @@ class AttentionBackend:
         grad_y,  # (B, T, H, D) upstream gradient
     ):
         """Backward pass, once per forward pass: grad_q (B, T, H, D), grad_k and grad_v
-        (B, T, K, D), of any strides.
+        (B, T, K, D), of any strides; after `leave_sums` grad_q may be AttentionSums.
 
         Raises:
             RuntimeError: a second backward pass of one forward pass.

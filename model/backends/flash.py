@@ -1,11 +1,17 @@
 """Attention backends of libraries: FlashAttention 3 and 4, and Transformer Engine (cuDNN)."""
 
+import functools
+import importlib.metadata
 import os
 
 import torch
 
+from nanofuse.kernels.common.attention_sums import TILE_COLS, TILE_ROWS, AttentionSums
 from nanofuse.model.backends import flash_loading
 from nanofuse.model.backends.base import AttentionBackend, take
+
+SUMS_OF = "4.0.0b36"  # flash-attn-4 whose sums kernels/common/attention_sums.py describes
+CHECKED_ROWS = 256  # positions of the check of sums, which takes several of the library's tiles
 
 
 def _left(window, seq_len):
@@ -73,6 +79,69 @@ def _fa4_backward(
         q, k, v, y, grad_y, lse, deterministic=deterministic, **dict(names), **_fa4_window(left)
     )
     return tuple(grads)
+
+
+def _fa4_sums(
+    grad_y,  # (B, T, H, D) bf16
+    q,  # (B, T, H, D)
+    k,  # (B, T, K, D)
+    v,  # (B, T, K, D)
+    y,  # (B, T, H, D)
+    lse,  # (B, H, T) fp32
+    left,
+    deterministic,
+    grad_q=None,  # (B, T, H, D), contiguous
+):
+    """grad_q as AttentionSums, which the library is kept from converting, and grad_k, grad_v as of
+    `_fa4_backward`. With `grad_q` it converts them into it.
+
+    Raises:
+        ValueError: it had no sums to convert.
+    """
+    from flash_attn.cute import interface
+
+    convert, found = interface._bwd_postprocess_convert, []
+    target = q.detach() if grad_q is None else grad_q  # it wants one, which nobody writes
+    others = [x.new_empty(x.shape) for x in (k, v)]
+
+    @functools.wraps(convert)  # with its attributes, which the library looks up under this name
+    def keep(sums, output, factor, *args, **options):
+        if output is target:
+            found.append(AttentionSums(sums, factor, q.dtype))
+        if output is not target or grad_q is not None:
+            convert(sums, output, factor, *args, **options)
+
+    interface._bwd_postprocess_convert = keep
+    try:
+        names = dict(zip(("dq", "dk", "dv"), (target, *others), strict=True))
+        interface._flash_attn_bwd(
+            q, k, v, y, grad_y, lse, deterministic=deterministic, **names, **_fa4_window(left)
+        )
+    finally:
+        interface._bwd_postprocess_convert = convert
+    (sums,) = found
+    return sums, *others
+
+
+def why_no_sums(config, capability):
+    """Why FlashAttention 4's gradient of q cannot be taken as AttentionSums, in words; None where
+    it can.
+
+    Args:
+        config: GPTConfig.
+        capability: (major, minor) of the GPU.
+    """
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        version = "another build"
+    if version != SUMS_OF:
+        return f"{version}, not {SUMS_OF}"
+    if tuple(capability) != (9, 0):
+        return f"compute capability {'.'.join(map(str, capability))}, not 9.0"
+    if config.head_dim != TILE_COLS or config.sequence_len % TILE_ROWS:
+        return f"heads of {config.head_dim} and {config.sequence_len} positions"
+    return None
 
 
 @torch.library.custom_op("nanofuse::fa4_forward", mutates_args=())
@@ -147,11 +216,16 @@ _fa4_forward_op.register_autograd(_differentiate, setup_context=_save_for_backwa
 class FlashAttention4(AttentionBackend):
     """FlashAttention 4 (CuTe). `__call__` goes through custom ops, for autograd and torch.compile;
     `forward` and `backward` call the library directly. Constructing one raises whatever the import
-    raises."""
+    raises.
+
+    Attributes:
+        sums: whether `backward` gives grad_q as AttentionSums; `leave_sums` says so.
+    """
 
     def __init__(self, deterministic=False):
         super().__init__(deterministic)
         flash_loading.load()
+        self.sums = False
 
     def __call__(
         self,
@@ -181,8 +255,37 @@ class FlashAttention4(AttentionBackend):
         grad_y,  # (B, T, H, D)
     ):
         """See AttentionBackend.backward; all three gradients are contiguous."""
+        run = _fa4_sums if self.sums and grad_y.size(1) % TILE_ROWS == 0 else _fa4_backward
         with torch.no_grad():
-            return _fa4_backward(grad_y, *take(saved), self.deterministic)
+            return run(grad_y, *take(saved), self.deterministic)
+
+    def leave_sums(self, config, device):
+        """See AttentionBackend.leave_sums. Where the library's own conversion of random sums gives
+        other bits than `AttentionSums.rows`, it goes on converting them."""
+        reason = why_no_sums(config, torch.cuda.get_device_capability(device))
+        if reason is None:
+            try:
+                same = self._check_sums(config, device)
+                reason = None if same else "its sums lie in another order"
+            except Exception as error:  # of what a private function of the library became
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.sums = reason is None
+        how = "read as it sums it, checked" if self.sums else f"converted by it ({reason})"
+        return f"gradient of q: {how}"
+
+    def _check_sums(self, config, device):
+        """Whether AttentionSums of a backward pass give the bits that the library makes of them."""
+        seq_len, window = min(config.sequence_len, CHECKED_ROWS), min(config.windows)
+        heads, kv_heads = config.n_head, config.n_kv_head
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (2, seq_len, 2 * (heads + kv_heads), config.head_dim)
+        packed = torch.randn(shape, device=device, generator=generator).bfloat16()
+        q, k, v, grad_y = packed.split((heads, kv_heads, kv_heads, heads), dim=2)
+        _, saved = self.forward(q, k, v, window)
+        converted = q.new_empty(q.shape)
+        with torch.no_grad():
+            sums, *_ = _fa4_sums(grad_y, *take(saved), self.deterministic, converted)
+        return torch.equal(sums.rows(), converted) and converted.any().item()
 
 
 def _te_layout(

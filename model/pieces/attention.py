@@ -140,16 +140,18 @@ class FusedAttention:
         saved.attended = operand = None
         rows, heads = len(grad_y), (*step.tokens.shape, self.config.n_head, -1)
         grads = self.attention.backward(saved.attention, grad_y.view(heads))
+        grads = [x.reshape(rows, -1) if isinstance(x, torch.Tensor) else x for x in grads]
         values, of_values = self._values(step.tokens, saved.gate), []
 
         def rotary(scaling):
             operand, *of_values[:] = rotary_qk_norm_bwd(
-                *(x.reshape(rows, -1) for x in grads), saved.qkv, saved.qk_rstd, *values,
-                *self.rotary, step.tokens.size(1), scaling,
+                *grads, saved.qkv, saved.qk_rstd, *values, *self.rotary, step.tokens.size(1),
+                scaling,
             )  # fmt: skip
             return operand
 
         operand = step.precision.scaling.produce(self.grad_qkv, rotary)
+        grads = grad_y = None
         gemm.weight_grad(operand, saved.normed, self.qkv.grad)
         grad_normed = gemm.input_grad(operand, self.qkv.operand)  # (N, C)
         saved.qkv = saved.normed = None

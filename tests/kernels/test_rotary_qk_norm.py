@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanofuse.bench.checks import DTYPES, assert_accurate, assert_fp8, relative_error, same_bits
+from nanofuse.kernels.common.attention_sums import AttentionSums
 from nanofuse.kernels.common.fp8 import E5M2, Scaling
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
 from nanofuse.kernels.common.tuning import forced
@@ -148,7 +149,7 @@ class Case:
 
     def backward(self, qkv, rstd, scaling=None):
         """The three results of the backward launcher."""
-        rows = [g.reshape(len(qkv), -1) for g in self.grads]
+        rows = [g if isinstance(g, AttentionSums) else g.reshape(len(qkv), -1) for g in self.grads]
         args = self.tokens, self.table, self.gate, self.cos, self.sin, self.shape[1]
         return rotary_qk_norm_bwd(*rows, qkv, rstd, *args, scaling)
 
@@ -186,6 +187,46 @@ def test_gradient_operand_in_both_layouts(shape, value, device):
     operand, g_gate, _ = case.backward(*saved, scaling)
     assert (g_gate is None) == (not value)
     assert_fp8("g_qkv", operand, exact[0], scaling)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_sums_of_attention_give_the_bits_of_their_rows(rows, device):
+    """Plain and in FP8; two query heads a key head; two sequences, or one of two tiles."""
+    shape = (1, 128, 2, 1, 128) if rows == 32 else (2, 64, 2, 1, 128)
+    case = Case(shape, torch.float32, device, value=rows == 16)
+    saved = case.forward()
+    sums = AttentionSums.of(case.grads[0], 0.3)
+    case.grads[0] = sums.rows()
+    scalings = [Scaling.from_bound(10.0, E5M2, device) for _ in range(2)]
+    tile = HeadTile(rows, 1, 4)
+    with forced("rotary_qk_norm_bwd", tile), forced("rotary_qk_norm_bwd_sums", tile):
+        expected = [case.backward(*saved)[0], case.backward(*saved, scalings[0])[0]]
+        case.grads[0] = sums
+        got = [case.backward(*saved)[0], case.backward(*saved, scalings[1])[0]]
+    assert torch.equal(got[0], expected[0]) and torch.equal(scalings[0].amax, scalings[1].amax)
+    for a, b in zip(vars(got[1]).values(), vars(expected[1]).values(), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_refused_sums(device):
+    case = Case((1, 64, 1, 1, 128), torch.float32, device, value=False)
+    saved, x = case.forward(), case.grads[0]
+    for sums, match in (
+        (AttentionSums.of(x, dtype=torch.bfloat16), "sums want torch.float32"),
+        (AttentionSums.of(torch.cat([x, x])), "sums must have shape"),
+        (AttentionSums(AttentionSums.of(x).sums.double(), 1.0, x.dtype), "sums must be"),
+    ):
+        case.grads[0] = sums
+        with pytest.raises(ValueError, match=match):
+            case.backward(*saved)
+    case.grads[0] = AttentionSums.of(x)
+    tile = HeadTile(128, 1, 4)
+    with forced("rotary_qk_norm_bwd_sums", tile), pytest.raises(ValueError, match="and 128"):
+        case.backward(*saved)
+    half = Case((1, 32, 2, 2, 128), torch.float32, device, value=False)
+    half.grads[0] = AttentionSums(torch.zeros(1, 2, 32 * 128, device=device), 1.0, torch.float32)
+    with pytest.raises(ValueError, match="not 128 and 32"):
+        half.backward(*half.forward())
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
@@ -361,6 +402,13 @@ def test_model_shapes(heads, value, device):
     print(f"FP8 gradient: kernel {error:.2e}, exact rounding {direct:.2e}")
     assert error <= 1.1 * direct
     torch.testing.assert_close(scaling.amax[0], exact.abs().max(), rtol=2e-2, atol=0)
+    sums = AttentionSums.of(case.grads[0], 0.3)
+    case.grads[0] = sums.rows()
+    expected = case.backward(qkv, rstd, scaling)
+    case.grads[0] = sums
+    for a, b in zip(case.backward(qkv, rstd, scaling), expected, strict=True):
+        a, b = (x.transposed if hasattr(x, "transposed") else x for x in (a, b))
+        assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @pytest.mark.cuda

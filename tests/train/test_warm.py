@@ -75,9 +75,12 @@ known.append(Needed(gpu.capability).there(request))
 # a launch as the GPU's would be: the same kernel, recorded anew, finds it
 again = next(e for e in rehearse(config, OptimConfig(), 2, True, gpu) if e.name == launch.name)
 there.append(again.compile())
-ranks = {e.name for e in rehearse(config, OptimConfig(), 2, False, gpu, world=2)}
+others = rehearse(config, OptimConfig(), 2, False, gpu, world=2, sums=True)
+ranks = {e.name for e in others}
+types = [{e.source.signature["gq_ptr"] for e in each if e.name == "rotary_qk_norm_bwd_kernel"}
+    for each in (launches, others)]
 print(json.dumps({"found": found, "there": there, "known": known, "size": size, "n": len(entries),
-    "ranks": sorted(ranks), "named": named}))
+    "ranks": sorted(ranks), "named": named, "types": [sorted(each) for each in types]}))
 """
 
 
@@ -97,6 +100,7 @@ def test_what_is_compiled_here_is_found_elsewhere(tmp_path):
     assert told["there"] == [False, True, True]
     assert told["named"] == [[False] * 3, [True] * 3]  # whatever launches first
     assert told["known"] == [None, told["n"]]
+    assert told["types"] == [["*bf16"], ["*fp32"]]  # attention's gradient of q, and its sums
     assert 500 < told["size"] < LARGEST_KERNEL
     names = {name for name, _ in told["found"]}
     ops = ("embed_smear", "residual_mix", "rotary_qk_norm", "residual_gradients", "quantize")

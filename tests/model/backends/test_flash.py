@@ -2,12 +2,15 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanofuse.kernels.common.attention_sums import AttentionSums
 from nanofuse.model.backends.choice import forward_and_backward, select_attention
 from nanofuse.model.backends.flash import (
+    SUMS_OF,
     FlashAttention4,
     TransformerEngineAttention,
     _fa4_backward_op,
@@ -15,6 +18,7 @@ from nanofuse.model.backends.flash import (
     _te_layout,
 )
 from nanofuse.model.backends.torch_backends import SDPAttention, window_mask
+from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import ATTENTION, Need, choices
 
 
@@ -86,6 +90,85 @@ def fa4_calls(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
+
+
+@pytest.fixture
+def fa4_converts(fa4_calls, monkeypatch):
+    """The stand-in, which now sums grad_q, and grad_k of grouped heads, and converts the sums;
+    yields what a test may change: the order of the sums."""
+    module, changes = sys.modules["flash_attn.cute.interface"], types.SimpleNamespace(shift=0)
+    plain = module._flash_attn_bwd
+
+    def _flash_attn_bwd(q, k, *others, dq, dk, **options):
+        if q.size(1) % 64:
+            return plain(q, k, *others, dq=dq, dk=dk, **options)
+        grad_q, grad_k = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k))
+        plain(q, k, *others, dq=grad_q, dk=grad_k, **options)
+        for grad, out, scale in ((grad_q, dq, 0.25), (grad_k, dk, 1.0)):
+            sums = AttentionSums.of(grad / scale).sums.roll(changes.shift, dims=-1)
+            module._bwd_postprocess_convert(sums, out, scale, None, fake_mode=False)
+        return dq, dk, options["dv"]
+
+    def _bwd_postprocess_convert(sums, output, scale, lengths, *, fake_mode):
+        assert module._bwd_postprocess_convert.compile_cache == {}  # looked up under this name
+        sums = sums.roll(-changes.shift, dims=-1)
+        output.copy_(AttentionSums(sums, scale, output.dtype).rows())
+
+    _bwd_postprocess_convert.compile_cache = {}
+    module._flash_attn_bwd = _flash_attn_bwd
+    module._bwd_postprocess_convert = changes.convert = _bwd_postprocess_convert
+    monkeypatch.setattr("importlib.metadata.version", lambda name: SUMS_OF)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    return changes
+
+
+def wide(**fields):
+    return GPTConfig.from_depth(2, 128, 128, sequence_len=128, **fields)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_fa4_leaves_its_sums(fa4_converts, kv_heads):
+    backend, device = FlashAttention4(), torch.device("cpu")
+    tensors = fused_inputs(128, 2, kv_heads, 128, batch=1, dtype=torch.bfloat16)
+    before = tensors[0].clone()
+    y, *expected = forward_and_backward(backend, tensors, 99, torch.bfloat16)
+    line = backend.leave_sums(wide(n_kv_head=kv_heads), device)
+    assert line == "gradient of q: read as it sums it, checked" and backend.sums
+    _, sums, *others = forward_and_backward(backend, tensors, 99, torch.bfloat16)
+    assert isinstance(sums, AttentionSums) and torch.equal(sums.rows(), expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(others, expected[1:], strict=True))
+    assert torch.equal(tensors[0], before)  # nobody wrote what stands in for grad_q
+    interface = sys.modules["flash_attn.cute.interface"]
+    assert interface._bwd_postprocess_convert is fa4_converts.convert
+    odd = fused_inputs(63, 2, kv_heads, 128, batch=1)
+    assert isinstance(forward_and_backward(backend, odd, 9, torch.float32)[1], torch.Tensor)
+
+
+def test_fa4_converts_what_nothing_else_can_read(fa4_converts, monkeypatch):
+    device = torch.device("cpu")
+
+    def line(config):
+        backend = FlashAttention4()
+        said = backend.leave_sums(config, device)
+        assert not backend.sums and said.startswith("gradient of q: converted by it (")
+        return said.partition("(")[2]
+
+    assert line(GPTConfig.from_depth(2, 64, 64)) == "heads of 64 and 2048 positions)"
+    fa4_converts.shift = 1
+    assert line(wide()) == "its sums lie in another order)"
+    interface = sys.modules["flash_attn.cute.interface"]
+    monkeypatch.setattr(interface, "_flash_attn_bwd", None)
+    assert line(wide()).startswith("TypeError: ")
+    assert interface._bwd_postprocess_convert is fa4_converts.convert
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (10, 0))
+    assert line(wide()) == "compute capability 10.0, not 9.0)"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.1")
+    assert line(wide()) == f"4.1, not {SUMS_OF})"
+
+
+def test_the_version_with_known_sums_is_the_one_to_install():
+    lines = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'"flash-attn-4>={SUMS_OF}"' in lines
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -262,6 +345,28 @@ def test_deterministic_gives_the_same_bits(fresh_compiler, name, window, kv_head
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sums_of_fa4(kv_heads, deterministic):
+    """Where it says that it checked them, they are as exact as its own gradients, and in
+    deterministic passes have the same bits."""
+    backend = on_gpu("fa4", deterministic)
+    config = GPTConfig.from_depth(4, 128, 128, n_kv_head=kv_heads, sequence_len=1024)
+    tensors = gpu_inputs(1024, kv_heads)
+    plain = [forward_and_backward(backend, tensors, w, torch.bfloat16) for w in (128, 4096)]
+    line = backend.leave_sums(config, torch.device("cuda"))
+    print(line)
+    if not backend.sums:
+        pytest.skip(line)
+    for window, expected in zip((128, 4096), plain, strict=True):
+        y, sums, *others = forward_and_backward(backend, tensors, window, torch.bfloat16)
+        got = [y, sums.rows(), *others]
+        compare("sums", got, tensors, window)
+        if deterministic:
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.cuda

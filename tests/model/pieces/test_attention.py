@@ -1,13 +1,16 @@
 import pytest
 import torch
 
+from nanofuse.kernels.common.attention_sums import AttentionSums
+from nanofuse.kernels.embedding_grad import sort_rows
 from nanofuse.kernels.rotary_qk_norm import rotary_table
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.pieces.attention import Attention, FusedAttention
-from nanofuse.model.pieces.stream import StreamGrad
+from nanofuse.model.pieces.stream import MicroStep, StreamGrad
 from tests.model.pieces.harness import (
     DEVICE,
+    PLAIN,
     ROWS,
     N,
     T,
@@ -63,3 +66,32 @@ def test_forward_and_every_gradient(layer, fields, window):
     assert_same_gradients(module, truth)
     if values is not None:
         assert_close("values", table.grad, values.grad)
+
+
+class LeavesSums(SDPAttention):
+    """Gives grad_q as a library that has not converted it."""
+
+    def backward(self, saved, grad_y):
+        grad_q, *others = super().backward(saved, grad_y)
+        return AttentionSums.of(grad_q), *others
+
+
+def test_sums_of_attention_give_the_same_gradients():
+    config = GPTConfig.from_depth(1, 128, 128, sequence_len=64, vocab_size=60)
+    module, _ = module_and_truth(Attention(config, 0))
+    tokens = torch.arange(64, device=DEVICE)[None] % 60
+    angles = rotary_table(64, config.head_dim, 1e4, DEVICE)
+    table = randn(config.padded_vocab_size, config.kv_dim, seed=5)
+    found = []
+    for attention in (SDPAttention(), LeavesSums()):
+        table.grad = torch.zeros_like(table)
+        fused = FusedAttention(module, table, angles, attention, config)
+        prepare(fused)
+        step = MicroStep(tokens, tokens.flatten(), PLAIN)
+        step.order = sort_rows(tokens, config.padded_vocab_size)
+        _, saved = fused.forward(step, normalised(randn(64, config.n_embd)))
+        upstream = randn(64, config.n_embd, seed=1)
+        grad = fused.backward(step, saved, StreamGrad(upstream, branch=upstream.clone()))
+        found.append([grad.normed, table.grad, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(x.any() for x in found[1])
