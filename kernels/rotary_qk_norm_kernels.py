@@ -207,7 +207,7 @@ def _rotate_gradients(
         if factor is None:
             g1 = tl.load(g_ptr + start, mask=inside, other=0.0).to(tl.float32)
             g2 = tl.load(g_ptr + start + D // 2, mask=inside, other=0.0).to(tl.float32)
-        else:  # rounded as attention's own conversion does; registers' layout changes in 16 bits
+        else:  # rounded as attention's own conversion does
             batch = (row // T).to(tl.int64)
             g1 = load_sums(g_ptr, batch, head, heads, row % T, T, 0, BM) * factor
             g2 = load_sums(g_ptr, batch, head, heads, row % T, T, 1, BM) * factor
