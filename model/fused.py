@@ -76,9 +76,9 @@ def fused_pieces(model, rotary=None, attentions=None, mlp=FusedMLP):
 def fp8_order(item):
     """Sort key of (name, dtype) of an FP8 tensor: those of no layer first, then layer by layer, in
     each activations before gradients. The scales in a checkpoint have that order."""
-    name, dtype = item
-    layer = name.partition(".")[2]
-    return int(layer) if layer else -1, dtype == E5M2
+    name, _ = item
+    kind, _, layer = name.partition(".")
+    return int(layer) if layer else -1, kind.startswith("grad_")
 
 
 class _Loss(torch.autograd.Function):
@@ -143,6 +143,8 @@ class FusedGPT(nn.Module):
         if gemm.fp8:
             tensors = [item for piece in pieces for item in piece.fp8.items()]
             names = self.weights.fp8_names() | dict(sorted(tensors, key=fp8_order))
+            formats = {E4M3: E4M3, E5M2: gemm.gradients}  # of activations, of gradients
+            names = {name: formats[dtype] for name, dtype in names.items()}
             scaling = DelayedScaling(names, device, maximum)
             # no element of C normalised ones exceeds sqrt(C): a static scale
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)

@@ -66,6 +66,7 @@ RUN_FLAGS = (
     "--device-batch-size 3", "--eval-tokens 10", "--matrix-lr nan", "--matrix-lr -1",
     "--matrix-lr inf", "--warmdown-ratio 2", "--seed -1", f"--seed {BIG}", "--train-log-every 0",
     "--backend warp", "--attention fa9", "--fp8 torch",
+    "--fp8-gradients e3m4", "--fp8-gradients e4m3",
     "--compile-mode max-autotune", "--kernel-cache a.zip", "--device-type tpu", "--run a",
     "--run a/b", "--data nowhere", "--data=", "--text-column body",
     "--val-shard none.parquet", "--core-every 5", "--core-every 5 --core-bundle nowhere",

@@ -52,6 +52,7 @@ class Ahead:
             machine.capability,
             sm_count(machine.device),
             world=world,
+            gradients=options.fp8_gradients,
         )
         if self.file:
             count = unpack(Path(self.file), machine.capability)

@@ -85,7 +85,8 @@ def _triton(report, request, config, optim, gpu):
         return name, kernel.compile, lambda: [triton_entry(key) for key in set(kernel.entries)]
 
     sums = request.flash and why_no_sums(config, gpu.capability) is None
-    launches = rehearse(config, optim, request.rows, request.fp8, gpu, request.world, sums)
+    ways = request.world, sums, request.gradients
+    launches = rehearse(config, optim, request.rows, request.fp8, gpu, *ways)
     kernels = [ahead.Support(), *launches]
     report("found", count=len(kernels))
     tasks = [task(kernel.name, kernel) for kernel in kernels]

@@ -35,7 +35,7 @@ class Request:
 
     Fields: GPTConfig and OptimConfig as {name: value}; rows of a micro-step; whether products are
     in FP8; whether attention is FlashAttention 4, and deterministic; the GPU's name, compute
-    capability and streaming multiprocessors; number of ranks.
+    capability and streaming multiprocessors; number of ranks; FP8 format of the layers' gradients.
     """
 
     config: dict[str, Any]
@@ -48,11 +48,12 @@ class Request:
     capability: tuple[int, int]
     sms: int
     world: int = 1
+    gradients: str = "e5m2"
 
     @classmethod
-    def of(cls, config, optim, *others, world=1):
+    def of(cls, config, optim, *others, **named):
         """The Request of a GPTConfig, an OptimConfig and the other fields."""
-        return cls(asdict(config), asdict(optim), *others, world)
+        return cls(asdict(config), asdict(optim), *others, **named)
 
     def text(self):
         return json.dumps(asdict(self), sort_keys=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_TRITON
 from nanofuse.model import providers
 from nanofuse.model.fused import fp8_fits, kernels_are_interpreted
@@ -12,6 +13,7 @@ from nanofuse.train.errors import UserError
 
 HOPPER = (9, 0)  # compute capability
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # words of providers.Need
+FORMATS = {"e5m2": E5M2, "e4m3": E4M3}
 FP8_SIZES = "needs widths and tokens in multiples of 16 and heads of 32, 64, 128, ..."
 
 # Dense bf16 peaks in FLOP/s, without sparsity, from NVIDIA's datasheets, by the whole name that the
@@ -126,11 +128,16 @@ def choosing(flag, name):
         raise UserError(f"--{flag} {error}{hint}") from error
 
 
-def select_fp8(name, machine, config, rows):
-    """providers.Choice for --fp8; `rows` are those of a micro-step.
+def select_fp8(name, machine, config, rows, gradients="e5m2"):
+    """providers.Choice for --fp8.
+
+    Args:
+        rows: of a micro-step.
+        gradients: of FORMATS, for those of the layers.
 
     Raises:
-        UserError: a provider that cannot serve this machine, backend or model.
+        UserError: a provider that cannot serve this machine, backend or model, or a format of
+            gradients where there is no FP8.
     """
     fits = machine.backend != "fused" or fp8_fits(config, rows * config.sequence_len)
 
@@ -138,4 +145,18 @@ def select_fp8(name, machine, config, rows):
         return None if fits or "fp8" not in record.dtypes else FP8_SIZES
 
     with choosing("fp8", name):
-        return providers.choose(providers.PRODUCTS, name, machine.need("fp8"), refuse=refuse)
+        found = providers.choose(providers.PRODUCTS, name, machine.need("fp8"), refuse=refuse)
+    if found.made.fp8:
+        found.made.gradients = FORMATS[gradients]
+    elif gradients != "e5m2":
+        raise UserError(
+            f"--fp8-gradients {gradients} needs products in FP8, and this run has --fp8 "
+            f"{found.name}; drop it"
+        )
+    return found
+
+
+def select_products(settings, machine, config):
+    """As select_fp8, for the flags of Settings."""
+    options, rows = settings.machine, settings.horizon.device_batch_size
+    return select_fp8(options.fp8, machine, config, rows, options.fp8_gradients)

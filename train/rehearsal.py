@@ -13,6 +13,7 @@ from nanofuse.model.fp8.products import Gemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.train.assemble import follow, fused_optimizer
+from nanofuse.train.device import FORMATS
 from nanofuse.train.placement import matrix_owners
 from nanofuse.train.ranks import Alone, Pending
 
@@ -25,8 +26,8 @@ class _Products(Gemm):
 
     linear = None
 
-    def __init__(self, fp8):
-        self.fp8 = fp8
+    def __init__(self, fp8, gradients):
+        self.fp8, self.gradients = fp8, gradients
 
     @staticmethod
     def _matrix(x):
@@ -109,7 +110,7 @@ class _FirstOf(Alone):
         return x.new_empty(self.world, *x.shape)
 
 
-def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False):
+def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False, gradients="e5m2"):
     """The Launches (kernels.common.ahead) of a run by the kernels, of Triton alone.
 
     Args:
@@ -120,12 +121,13 @@ def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False):
         gpu: kernels.common.tuning.Gpu.
         world: number of ranks, of which the kernels are rank 0's.
         sums: whether attention gives gradients of q as AttentionSums.
+        gradients: FP8 format of the layers' gradients (train.device.FORMATS).
     """
     ranks = _FirstOf(world)
     with recorded(gpu.capability) as launches, aimed_at(gpu):
         model = GPT(config, torch.bfloat16, _Attention(sums), "meta")
         deal = partial(matrix_owners, world=world)
-        fused = FusedGPT(model, _Products(fp8), False, deal, ranks.maximum_)
+        fused = FusedGPT(model, _Products(fp8, FORMATS[gradients]), False, deal, ranks.maximum_)
         optimizer = fused_optimizer(fused, optim, ranks=ranks)
         tokens = torch.empty(rows, config.sequence_len, dtype=torch.int64, device="meta")
         for _ in range(MICRO_STEPS):

@@ -163,6 +163,13 @@ class MachineOptions:
     compile_mode: str = option("default", "torch.compile's mode", COMPILE_MODES, "MODE")
     attention: str = option("auto", "attention backend", providers.choices(providers.ATTENTION))
     fp8: str = option("auto", "provider of FP8 products", providers.choices(providers.PRODUCTS))
+    fp8_gradients: str = option(
+        "e5m2",
+        "format of the layers' gradients in FP8: range or precision (lm_head's are e5m2)",
+        ("e5m2", "e4m3"),
+        since="0.2",
+        fixed="the FP8 scales are for it",
+    )
     kernel_cache: str = option(
         "", "compiled kernels, of python -m train.warm", metavar="FILE", since="0.2"
     )

@@ -31,7 +31,7 @@ from nanofuse.train.data.loader import Packing
 from nanofuse.train.data.survey import describe_data
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.data.tokens import open_cache
-from nanofuse.train.device import Machine, bf16_peak, select_device, select_fp8, select_machine
+from nanofuse.train.device import Machine, bf16_peak, select_device, select_machine, select_products
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.figures import summary
@@ -238,8 +238,7 @@ def start_with_rank_0(given, lock, ranks, ahead):
     if start is None:
         settings, options = found.settings, found.settings.machine
         machine = select_machine(options.device_type, options.backend, ranks.local)
-        rows = settings.horizon.device_batch_size
-        fp8 = select_fp8(options.fp8, machine, found.config, rows)
+        fp8 = select_products(settings, machine, found.config)
         folder = Followed(directory)
         start = replace(found, machine=machine, fp8=fp8, lock=folder, ranks=ranks)
     return start
@@ -267,10 +266,10 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
 
     def sized(settings, config):
         """Settings and providers.Choice of the products, for the rows of a micro-step."""
-        fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+        fp8 = select_products(settings, machine, config)
         if auto:
             settings = choose_rows(settings, config, machine, fp8.name, ranks.world)
-            fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+            fp8 = select_products(settings, machine, config)
         return settings, fp8
 
     # bad sizes are refused before a tokenizer is trained
@@ -336,11 +335,11 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     options = settings.machine
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
-    fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+    fp8 = select_products(settings, machine, config)
     if auto:
         total = plan.total_batch_size
         settings = choose_rows(settings, config, machine, fp8.name, ranks.world, total)
-        fp8 = select_fp8(options.fp8, machine, config, settings.horizon.device_batch_size)
+        fp8 = select_products(settings, machine, config)
         plan = make_resumed_plan(settings, saved, config, *at)
     (ahead or Ahead()).begin(settings, machine, config, fp8, ranks.world)
     if plan.num_iterations != length:

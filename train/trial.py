@@ -15,7 +15,7 @@ import torch
 from nanofuse.model.fp8.operands import CALIBRATED_STEPS
 from nanofuse.train.assemble import assemble, follow
 from nanofuse.train.command import DEBUG_ENV, is_out_of_memory
-from nanofuse.train.device import select_fp8
+from nanofuse.train.device import select_products
 from nanofuse.train.errors import UserError
 from nanofuse.train.memory import (
     GIB,
@@ -154,6 +154,6 @@ def halved(start):
     """A Start with half of its rows, and twice the micro-steps."""
     rows = start.settings.horizon.device_batch_size // 2
     settings = start.settings.replace({ROWS: rows})
-    fp8 = select_fp8(settings.machine.fp8, start.machine, start.config, rows)
+    fp8 = select_products(settings, start.machine, start.config)
     plan = replace(start.plan, micro_steps=2 * start.plan.micro_steps)
     return replace(start, settings=settings, fp8=fp8, plan=plan)

@@ -100,6 +100,7 @@ def compile_and_pack(compiling, settings, config, gpu, out):
         machine.deterministic,
         *gpu,
         world=int(machine.gpus) if machine.gpus.isdecimal() else 1,
+        gradients=machine.fp8_gradients,
     )
     compiling.ask(request)
     compiling.wait()

@@ -1,9 +1,9 @@
 """The baseline's bias-free linear layer: master weight cast to the input's dtype, or FP8 GEMMs.
 
 In FP8 each operand is quantised with one dynamic scale, from its own amax, and multiplied by
-torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward. GEMMs that reduce
-over features (forward and input gradient) use fast accumulation; weight gradients, which reduce
-over all tokens of a micro-step, do not.
+torch._scaled_mm: e4m3 activations and weights forward, e5m2 gradients backward (or e4m3, but for
+lm_head's). GEMMs that reduce over features (forward and input gradient) use fast accumulation;
+weight gradients, which reduce over all tokens of a micro-step, do not.
 """
 
 import torch
@@ -23,8 +23,25 @@ def _column_major(
     return x.t().contiguous().t()
 
 
+def _gradients(
+    ctx,
+    grad,  # (M, N) bf16
+    dtype,
+):
+    """Gradients of a ScaledMatmul's x (M, K) and weight (N, K), `grad` quantised to `dtype`."""
+    x_fp8, x_scale, w_fp8, w_scale = ctx.saved_tensors
+    g_fp8, g_scale = quantize_ref(grad, dtype)
+    grad_x = torch._scaled_mm(
+        g_fp8, _column_major(w_fp8), g_scale, w_scale, out_dtype=grad.dtype, use_fast_accum=True
+    )
+    grad_weight = torch._scaled_mm(
+        g_fp8.t().contiguous(), _column_major(x_fp8), g_scale, x_scale, out_dtype=grad.dtype
+    )
+    return grad_x, grad_weight.to(ctx.weight_dtype)
+
+
 class ScaledMatmul(torch.autograd.Function):
-    """y = x @ weight.T with FP8 operands, and both gradients with FP8 operands too."""
+    """y = x @ weight.T with FP8 operands, and both gradients with FP8 operands too: e5m2."""
 
     @staticmethod
     def forward(
@@ -45,20 +62,20 @@ class ScaledMatmul(torch.autograd.Function):
         ctx,
         grad,  # (M, N) bf16
     ):
-        x_fp8, x_scale, w_fp8, w_scale = ctx.saved_tensors
-        g_fp8, g_scale = quantize_ref(grad, torch.float8_e5m2)
-        grad_x = torch._scaled_mm(
-            g_fp8,
-            _column_major(w_fp8),
-            g_scale,
-            w_scale,
-            out_dtype=grad.dtype,
-            use_fast_accum=True,
-        )
-        grad_weight = torch._scaled_mm(
-            g_fp8.t().contiguous(), _column_major(x_fp8), g_scale, x_scale, out_dtype=grad.dtype
-        )
-        return grad_x, grad_weight.to(ctx.weight_dtype)
+        return _gradients(ctx, grad, torch.float8_e5m2)
+
+
+class ScaledMatmulE4M3(ScaledMatmul):
+    """As ScaledMatmul, with gradients in e4m3; lm_head's stay e5m2 (`of_head`)."""
+
+    of_head = ScaledMatmul
+
+    @staticmethod
+    def backward(
+        ctx,
+        grad,  # (M, N) bf16
+    ):
+        return _gradients(ctx, grad, torch.float8_e4m3fn)
 
 
 def fp8_eligible(weight):
@@ -90,9 +107,10 @@ def set_fp8(
     model,
     product,  # autograd.Function of x (M, K) and weight (N, K), such as ScaledMatmul, or None
 ):
-    """Let `product` multiply in every eligible Linear; None turns FP8 off. Returns how many run in
-    FP8."""
+    """Let `product` multiply in every eligible Linear, in lm_head its `of_head` where it has one;
+    None turns FP8 off. Returns how many run in FP8."""
     eligible = [m for m in model.modules() if isinstance(m, Linear) and fp8_eligible(m.weight)]
     for module in eligible:
-        module.fp8 = product
+        of_head = module is getattr(model, "lm_head", None)
+        module.fp8 = getattr(product, "of_head", product) if of_head else product
     return len(eligible) if product else 0

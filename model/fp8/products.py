@@ -17,6 +17,9 @@ input_grad, which reduce over features, use fast accumulation; weight_grad, whic
 tokens of a micro-step, promotes its partial sums to fp32 registers (Transformer Engine's split
 accumulator, use_fast_accum=False in torch).
 
+`gradients` is the FP8 dtype of the layers' gradients, which whoever chooses a provider may set:
+E5M2, or E4M3 with less range and twice the precision. Those of lm_head's product are E5M2 always.
+
 The eager and the compiled model differentiate by autograd: `linear` of a provider that serves them
 is the autograd.Function of x (M, K) and w (N, K) that its Linear layers apply, None for plain ones.
 """
@@ -26,11 +29,13 @@ from dataclasses import replace
 import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
-from nanofuse.model.fp8.linear import ScaledMatmul
+from nanofuse.model.fp8.linear import ScaledMatmul, ScaledMatmulE4M3
 
 
 class Gemm:
     """What every provider here has."""
+
+    gradients = E5M2
 
     def prepare(self, shapes, say=print):
         """Shapes (model/fp8/shapes.py) of the products to come: nothing to choose here."""
@@ -79,7 +84,11 @@ class TorchGemm(Gemm):
     is computed into a temporary and then added by a second kernel.
     """
 
-    fp8, linear = True, ScaledMatmul
+    fp8 = True
+
+    @property
+    def linear(self):
+        return ScaledMatmul if self.gradients == E5M2 else ScaledMatmulE4M3
 
     def forward(
         self,

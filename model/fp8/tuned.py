@@ -16,7 +16,7 @@ import torch
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
 from nanofuse.kernels.common.store import Store, user_folder
 from nanofuse.kernels.common.tuning import gpu_name
-from nanofuse.model.fp8.cublaslt import ALIGNMENT, CublasLt, Product
+from nanofuse.model.fp8.cublaslt import ALIGNMENT, DTYPES, CublasLt, Product
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.winners import Winners
 
@@ -79,9 +79,15 @@ def random_operand(rows, cols, dtype, fp8, device):
     return FP8Operand(data, data.view(cols, rows), torch.ones(1, device=device))
 
 
-def random_operands(shape, fp8, device="cuda"):
+def format_of(shape, gradients):
+    """FP8 dtype of the gradient in a Shape, where the layers' are in `gradients`."""
+    return E5M2 if shape.weight == "lm_head" else gradients
+
+
+def random_operands(shape, fp8, device="cuda", gradients=E5M2):
     """What a provider's method for a Shape takes: (x, w), (g, w) or (g, x)."""
-    x, g = (shape.positions, shape.k, E4M3), (shape.positions, shape.n, E5M2)
+    x = shape.positions, shape.k, E4M3
+    g = shape.positions, shape.n, format_of(shape, gradients)
     w = shape.n, shape.k, E4M3
     pair = {"forward": (x, w), "input_grad": (g, w), "weight_grad": (g, x)}[shape.kind]
     return [random_operand(*each, fp8, device) for each in pair]
@@ -101,7 +107,7 @@ class NvmathGemm:
         store: where choices are kept; the user's file by default.
     """
 
-    fp8, linear, device = True, None, "cuda"
+    fp8, linear, device, gradients = True, None, "cuda", E5M2
     other_of = TorchGemm  # what computes where torch is faster, and what cuBLASLt does not take
 
     def __init__(self, store=None):
@@ -151,7 +157,8 @@ class NvmathGemm:
     def _product(self, shape):
         """The Product of a Shape."""
         m, n, k = shape.positions, shape.n, shape.k
-        x, w = ("e4m3" if shape.kind == "forward" else "e5m2", "e4m3")
+        of_grad = DTYPES[format_of(shape, self.gradients)]
+        x, w = ("e4m3" if shape.kind == "forward" else of_grad, "e4m3")
         if not self.fp8:
             x = w = "bf16"
         rows, cols, depth = {
@@ -163,7 +170,7 @@ class NvmathGemm:
 
     def _tune(self, product, shape):
         """The Winner of a product, measured on random operands."""
-        x, w = random_operands(shape, self.fp8, self.device)
+        x, w = random_operands(shape, self.fp8, self.device, self.gradients)
         a, b, scales = self._views(shape.kind, x, w)
         other = partial(getattr(self.other, shape.kind), x, w)
         if not shape.adds:

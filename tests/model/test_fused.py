@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from nanofuse.bench.checks import ON_GPU
-from nanofuse.kernels.common.fp8 import FP8Operand
+from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
 from nanofuse.model import fused as fused_module
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8 import operands
 from nanofuse.model.fp8 import precision as precision_module
-from nanofuse.model.fp8.linear import ScaledMatmul, set_fp8
+from nanofuse.model.fp8.linear import ScaledMatmul, ScaledMatmulE4M3, set_fp8
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fp8.shapes import product_shapes
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.pieces import attention, embedding, head, mix, mlp
-from nanofuse.model.providers import PRODUCTS, choices, find
+from nanofuse.model.providers import PRODUCTS, choices, find, in_fp8
 from tests.helpers import random_model
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -174,20 +174,31 @@ def test_losses_without_gradients(gemm, monkeypatch):
     torch.testing.assert_close(fused(tokens, targets), truth(tokens, targets).detach())
 
 
-@pytest.mark.parametrize("provider", choices(PRODUCTS)[1:])
-def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider):
+@pytest.mark.parametrize(
+    ("provider", "gradients"),
+    [*((name, E5M2) for name in choices(PRODUCTS)[1:]),
+     *((name, E4M3) for name in choices(PRODUCTS)[1:] if in_fp8(name))],
+)  # fmt: skip
+def test_gradients_are_as_close_as_the_baseline_in_the_same_precision(provider, gradients):
     """Errors at most twice those of the eager model with the products of model/fp8/linear.py, which
     takes each FP8 scale from the tensor; bf16 on a GPU."""
     try:
         gemm = find(PRODUCTS, provider).build()
     except ValueError as error:
         pytest.skip(str(error))
+    gemm.gradients = gradients
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     config = make(depth=2, aspect=32, vocab_size=128)
     truth, fused = pair(config, gemm, dtype)
+    if gemm.fp8:
+        formats = {name: s.dtype for name, s in fused.precision.scaling._scalings.items()}
+        kinds = [name for name in formats if name.startswith("grad_")]
+        assert len(kinds) == 8 and {formats.pop(name) for name in kinds} == {gradients}
+        assert set(formats.values()) == {E4M3} and list(formats)[-1] == "activated.1"
     baseline = GPT(config, dtype, device=DEVICE).train()
     baseline.load_state_dict(truth.state_dict())
-    assert set_fp8(baseline, ScaledMatmul if gemm.fp8 else None) == (13 if gemm.fp8 else 0)
+    product = ScaledMatmul if gradients == E5M2 else ScaledMatmulE4M3
+    assert set_fp8(baseline, product if gemm.fp8 else None) == (13 if gemm.fp8 else 0)
     tokens, targets = batch(config)
     exact, theirs = (model(tokens, targets, reduction="none") for model in (truth, baseline))
     for losses in (exact, theirs):
@@ -267,7 +278,8 @@ class CountingGemm:
 
     def __init__(self, gemm):
         self.gemm, self.fp8, self.keep = gemm, gemm.fp8, gemm.keep
-        self.calls, self.shapes = Counter(), set()
+        self.gradients = gemm.gradients
+        self.gradients, self.calls, self.shapes = gemm.gradients, Counter(), set()
 
     def _count(self, kind, a, b):
         assert isinstance(a, FP8Operand) == isinstance(b, FP8Operand) == self.fp8

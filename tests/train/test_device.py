@@ -96,6 +96,14 @@ def test_choice_of_fp8(name, backend, capability, provider, why):
     assert chosen.name == provider and why in chosen.why
 
 
+def test_a_format_of_gradients_is_set_or_refused():
+    for name, dtype in (("e5m2", torch.float8_e5m2), ("e4m3", torch.float8_e4m3fn)):
+        assert select_fp8("torch", machine("fused"), CONFIG, 32, name).made.gradients == dtype
+    assert select_fp8("off", machine("fused"), CONFIG, 32, "e5m2").name == "off"
+    with pytest.raises(UserError, match="^--fp8-gradients e4m3 needs .* has --fp8 off; drop it$"):
+        select_fp8("off", machine("fused"), CONFIG, 32, "e4m3")
+
+
 def test_sizes_that_fp8_kernels_do_not_take(without_libraries):
     odd = GPTConfig.from_depth(4, head_dim=24)
     chosen = select_fp8("auto", machine("fused"), odd, 32)

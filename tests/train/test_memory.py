@@ -85,7 +85,10 @@ def test_a_model_that_generates(rows, positions, has):
     ("flags", "hint"),
     [
         ({"depth": 20, "vocab_size": 512}, "--depth or --aspect-ratio"),
-        ({"depth": 1, "vocab_size": 2**18, "max_seq_len": 64}, "--vocab-size or --bigram-embed-factor"),
+        (
+            {"depth": 1, "vocab_size": 2**18, "max_seq_len": 64},
+            "--vocab-size or --bigram-embed-factor",
+        ),
         ({"depth": 4, "vocab_size": 512, "device_batch_size": 512}, "--device-batch-size or "),
     ],
     ids=str,

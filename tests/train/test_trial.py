@@ -120,7 +120,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(trial, "fits", fits)
         machine = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, backend="x")
         fp8 = SimpleNamespace(name="off")
-        monkeypatch.setattr(trial, "select_fp8", lambda *args: fp8)
+        monkeypatch.setattr(trial, "select_products", lambda *args: fp8)
         return trial.settle_rows(replace(start, machine=machine, fp8=fp8)), tried
 
     return settle

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.fp8.linear import Linear, ScaledMatmul, fp8_eligible, set_fp8
+from nanofuse.model.fp8.linear import Linear, ScaledMatmul, ScaledMatmulE4M3, fp8_eligible, set_fp8
 from nanofuse.model.gpt import GPT
 
 
@@ -87,3 +87,24 @@ def test_compiled_function_equals_eager():
     eager = ScaledMatmul.apply(x, weight)
     compiled = torch.compile(ScaledMatmul.apply, fullgraph=True)(x, weight)
     assert (eager.float() - compiled.float()).norm() <= 0.01 * eager.float().norm()
+
+
+def test_gradients_in_e4m3_are_more_precise_but_for_lm_heads():
+    """On a CPU, too: 3 bits of mantissa in place of 2 halve the error of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(64, n, generator=generator).bfloat16() for n in (128, 160))
+    weight = torch.randn(160, 128, generator=generator).bfloat16()
+    exact = upstream.float() @ weight.float(), upstream.float().T @ x.float()
+    errors = []
+    for product in (ScaledMatmul, ScaledMatmulE4M3):
+        operands = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        product.apply(*operands).backward(upstream)
+        pairs = zip(operands, exact, strict=True)
+        errors.append([((p.grad.float() - want).norm() / want.norm()).item() for p, want in pairs])
+    for coarse, fine in zip(*errors, strict=True):
+        print(f"e5m2 {coarse:.4f}, e4m3 {fine:.4f}")
+        assert 0.02 < fine < 0.75 * coarse
+    model = GPT(GPTConfig.from_depth(4), device="meta")
+    set_fp8(model, ScaledMatmulE4M3)
+    assert model.lm_head.fp8 is ScaledMatmul
+    assert model.transformer.h[0].attn.c_q.fp8 is ScaledMatmulE4M3

@@ -1,5 +1,6 @@
 """The tuned provider: on a CPU with a fake cuBLASLt and given times, on a GPU with the real one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -196,6 +197,11 @@ def test_the_section_names_all_that_a_choice_depends_on(fake, monkeypatch, tmp_p
 def test_a_product_has_the_name_of_what_cublaslt_is_asked_for(fake, made_of, names):
     gemm = fake(made_of)
     assert [str(gemm._product(shape)) for shape in SHAPES[1:]] == names
+    gemm.gradients = E4M3
+    finer = [name.replace("e5m2", "e4m3") for name in names]
+    assert [str(gemm._product(shape)) for shape in SHAPES[1:]] == finer
+    of_head = replace(SHAPES[1], weight="lm_head")  # its gradient comes from a kernel
+    assert str(gemm._product(of_head)) == names[0]
 
 
 CONFIG = GPTConfig.from_depth(2, 32, 32, sequence_len=16, vocab_size=96, n_kv_head=1)
