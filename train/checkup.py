@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import torch
 
-from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
+from nanofuse.kernels.common.fp8 import E4M3, FP8Operand
 from nanofuse.kernels.quantize import quantize_ref
 from nanofuse.model import providers
 from nanofuse.model.backends.choice import self_check
@@ -13,7 +13,7 @@ from nanofuse.model.config import GPTConfig
 from nanofuse.train.data.corpus import ParquetCorpus, open_corpus
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.data.tokens import SUFFIX, open_cache
-from nanofuse.train.device import select_machine
+from nanofuse.train.device import FORMATS, select_machine
 from nanofuse.train.errors import UserError, first_line
 from nanofuse.train.gpu import copy_ceiling, fp8_matmul_ceiling, matmul_ceiling
 from nanofuse.train.measured import CEILINGS, STEP_TOKENS, measured_step
@@ -28,7 +28,7 @@ FEW_ROWS = 8
 
 
 def check_products(gemm, device, dtype):
-    """Try a provider's three products on small operands.
+    """Try a provider's three products on small operands, with gradients in both formats.
 
     Returns:
         how near they come to the same products in fp32, in words.
@@ -48,14 +48,14 @@ def check_products(gemm, device, dtype):
         return made, made.dequantize()
 
     (x, x_exact), (w, w_exact) = operand(m, k, E4M3), operand(n, k, E4M3)
-    g, g_exact = operand(m, n, E5M2)
-    weight_grad = torch.zeros(n, k, device=device)
-    gemm.weight_grad(g, gemm.keep(x), weight_grad)
-    pairs = {
-        "forward": (gemm.forward(x, w), x_exact @ w_exact.t()),
-        "input_grad": (gemm.input_grad(g, w), g_exact @ w_exact),
-        "weight_grad": (weight_grad, g_exact.t() @ x_exact),
-    }
+    pairs = {"forward": (gemm.forward(x, w), x_exact @ w_exact.t())}
+    for name, fp8_dtype in FORMATS.items() if gemm.fp8 else [("", None)]:
+        g, g_exact = operand(m, n, fp8_dtype)
+        weight_grad = torch.zeros(n, k, device=device)
+        gemm.weight_grad(g, gemm.keep(x), weight_grad)
+        of = f" of {name}" * bool(name)
+        pairs[f"input_grad{of}"] = gemm.input_grad(g, w), g_exact @ w_exact
+        pairs[f"weight_grad{of}"] = weight_grad, g_exact.t() @ x_exact
     worst = 0.0
     for name, (got, exact) in pairs.items():
         error = ((got.float() - exact).norm() / exact.norm()).item()

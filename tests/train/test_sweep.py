@@ -173,6 +173,16 @@ def test_a_bpb_that_is_not_expected_ends_with_1(sweep, tmp_path):
     assert sweep()[0] == 0
 
 
+def test_what_is_expected_of_other_data_is_not_compared(sweep, tmp_path, monkeypatch):
+    text = 'tolerance = 2e-3\ncorpus = "9-a"\n' + FILE + "[expected.low]\n9 = 9.0\n"
+    (tmp_path / "s.toml").write_text(text)
+    monkeypatch.setattr("nanofuse.train.sweep.other_data", lambda *args: "this is other data")
+    code, out, err = sweep()
+    assert (code, err, out.splitlines()[-1]) == (0, "", "this is other data")
+    monkeypatch.setattr("nanofuse.train.sweep.other_data", lambda *args: None)
+    assert sweep()[0] == 1
+
+
 def test_bad_input_ends_with_2_and_starts_nothing(sweep, tmp_path):
     for flags in (["--jobs", "0"], ["--bogus"], ["--seed", "3"], ["--matrix-lr", "1"],
                   ["--per-gpu", "0"], ["--per-gpu", "2"]):  # fmt: skip
