@@ -98,7 +98,7 @@ DATA_FLAGS = (
 )  # fmt: skip
 SWEEP_FLAGS = (
     "nowhere", "data/tokenizer.json", "a.b.toml", "parts-d4 --bogus", "parts-d4 --jobs 0",
-    "parts-d4 --per-gpu 0", "parts-d4 --per-gpu 2 --device-type cpu",
+    "parts-d4 --per-gpu 0", "parts-d4 --core-every 5", "parts-d4 --per-gpu 2 --device-type cpu",
     "parts-d4 --depth 0", "parts-d4 --scalar-lr 1", "parts-d4 --seed 3", "parts-d4 --run x",
     "parts-d4 --gpus 2", "parts-d4 --data=", "parts-d4 --data nowhere", "parts-d4 --wandb",
 )  # fmt: skip
@@ -120,7 +120,7 @@ SWEEP_FILES = (
 )  # fmt: skip
 WARM_FLAGS = (
     "--depth 0", "--arch sm_50", "--gpu H9000", "--out nowhere/k.zip", "--head-dim 15", "--out=",
-    "--out data",
+    "--out data", "--device-batch-size auto",
 )  # fmt: skip
 PLOT_FLAGS = (
     "nowhere", "data", "a a", "a broken", "a --out a.pdf", "a --x hours", "a runs/a/tokenizer.json",

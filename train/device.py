@@ -113,7 +113,7 @@ def select_machine(device_type, backend, local=0):
     if backend == "fused" and not HAS_TRITON:
         raise UserError("--backend fused needs Triton, which is not installed; use --backend eager")
     if backend == "fused" and machine.capability != HOPPER and not kernels_are_interpreted():
-        raise UserError("--backend fused needs a Hopper GPU; use --backend compile or eager")
+        raise UserError("--backend fused needs a Hopper GPU; use --backend auto")
     return machine
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.command import CommandParser, not_empty, run_command
 from nanofuse.train.core_bundle import core_tasks
 from nanofuse.train.data.corpus import open_corpus
 from nanofuse.train.errors import RunEnded, UserError
@@ -229,7 +229,10 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "file", metavar="FILE", help="TOML file, or the name of one that comes along"
+        "file",
+        metavar="FILE",
+        type=not_empty,
+        help="TOML file, or the name of one that comes along",
     )
     parser.add_argument(
         "--jobs", type=whole(1, MOST_JOBS), metavar="N",

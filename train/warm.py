@@ -17,7 +17,7 @@ from nanofuse.train.command import not_empty, run_command
 from nanofuse.train.compiling import Compiling, Request
 from nanofuse.train.disk import in_units
 from nanofuse.train.errors import UserError
-from nanofuse.train.settings import build_parser, naming_flags, resolve
+from nanofuse.train.settings import asks_for_rows, build_parser, naming_flags, resolve
 
 # Of an architecture: compute capability, and GPUs by the name that the driver gives them, with
 # their streaming multiprocessors.
@@ -45,6 +45,10 @@ def main(argv=None):
     name = own["gpu"] or next(iter(gpus))
     if name not in gpus:
         raise UserError(f"--gpu {name} is not known; choose from {', '.join(gpus)}")
+    if asks_for_rows(given):
+        raise UserError(
+            "--device-batch-size auto is found out on the GPU; give the rows that a run there takes"
+        )
     settings = resolve(given, "cuda")
     with naming_flags():
         config = settings.model.config()
