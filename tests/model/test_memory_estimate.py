@@ -67,8 +67,7 @@ def counted(config, dtype):
 @pytest.mark.parametrize(
     ("depth", "fields", "dtype"),
     [
-        (2, {}, torch.bfloat16),
-        (6, {"bigram_embed_factor": 0}, torch.bfloat16),
+        (3, {"bigram_embed_factor": 0}, torch.bfloat16),
         (4, {"vocab_size": 4096, "sequence_len": 256}, torch.float32),
         (4, {"vocab_size": 512}, torch.bfloat16),
     ],

@@ -120,10 +120,10 @@ def test_rows_are_found_once_for_equal_sizes(sweep, tmp_path):
     code, _, err = sweep(fake={"rows": "fail"})
     assert code == 2 and err.startswith("error: low: no rows for auto, exit code 1: not one row")
     assert started() == ["rows of s.low.1 for 1"]
-    code, out, err = sweep(fake={"high": "fail"})
+    code, out, err = sweep("--jobs", "2", fake={"high": "fail"})
     assert code == 1 and "rows: low 2, high 2" in out
-    assert started() == ["rows of s.low.1 for 1", *ALL]
-    assert sweep()[0] == 0 and started() == ALL[:2]
+    assert started() == ["rows of s.low.1 for 2", *ALL]
+    assert sweep("--jobs", "2")[0] == 0 and started() == ALL[:2]
     note = json.loads(Path("sweeps/s/s.high.2.json").read_text())
     assert note["settings"]["device_batch_size"] == 2
     flags = json.loads(Path("sweeps/s/table.json").read_text())["flags"]
@@ -174,7 +174,11 @@ def test_a_bpb_that_is_not_expected_ends_with_1(sweep, tmp_path):
 
 
 def test_what_is_expected_of_other_data_is_not_compared(sweep, tmp_path, monkeypatch):
-    text = 'tolerance = 2e-3\ncorpus = "9-a"\n' + FILE + "[expected.low]\n9 = 9.0\n"
+    text = (
+        'tolerance = 2e-3\ncorpus = "9-a"\n'
+        + FILE.replace("1, 2", "2")
+        + "[expected.low]\n9 = 9.0\n"
+    )
     (tmp_path / "s.toml").write_text(text)
     monkeypatch.setattr("nanofuse.train.sweep.other_data", lambda *args: "this is other data")
     code, out, err = sweep()

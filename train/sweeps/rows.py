@@ -23,7 +23,8 @@ from nanofuse.train.sweeps.definition import arguments, with_rows
 MODULE = "nanofuse.train.sweeps.rows"
 FILE = "rows.json"  # in the sweep's folder
 SPARE = 0.9  # of a device's memory, that several processes share out; the rest is no tensor's
-NO_SIZE = {"window_pattern", "bigram_lambda_init"}  # dials that take no memory
+# flags of model and machine that take no memory
+NO_SIZE = {"window_pattern", "bigram_lambda_init", "fp8_gradients", "kernel_cache", "gpus"}
 
 
 def sizes(item, processes, gpu):
@@ -33,15 +34,10 @@ def sizes(item, processes, gpu):
         processes: that share a device.
         gpu: its name, or None for a CPU.
     """
-    model = {k: v for k, v in asdict(item.settings.model).items() if k not in NO_SIZE}
-    facts = {
-        "gpu": gpu,
-        "processes": processes,
-        "total_batch_size": item.plan.total_batch_size,
-        **model,
-        **asdict(item.settings.machine),
-    }
-    return json.dumps(facts)
+    settings, total = item.settings, item.plan.total_batch_size
+    facts = {"gpu": gpu, "processes": processes, "total_batch_size": total}
+    facts |= asdict(settings.model) | asdict(settings.machine)
+    return json.dumps({name: value for name, value in facts.items() if name not in NO_SIZE})
 
 
 def read_known(folder):

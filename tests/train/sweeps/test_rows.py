@@ -17,7 +17,7 @@ seeds = [1]
 total-batch-size = 65_536
 device-batch-size = "auto"
 [grid]
-matrix-lr = [0.25, 0.5]
+fp8-gradients = ["e5m2", "e4m3"]
 depth = [1, 2]
 """
 
@@ -43,7 +43,7 @@ def test_equal_sizes_are_one_search_that_is_kept(items, tmp_path):
     known = items, states, tmp_path, 1, None, search
     found = [item.given[ROWS] for item in rows.settle_rows(*known)]
     assert found == [16, 8, 16, 8]
-    assert asked == ["s.matrix-lr-0.25_depth-1.1", "s.matrix-lr-0.5_depth-2.1"]
+    assert asked == ["s.fp8-gradients-e5m2_depth-1.1", "s.fp8-gradients-e4m3_depth-2.1"]
     settled = rows.settle_rows(*known)
     assert len(asked) == 2 and [item.settings.flat()[ROWS] for item in settled] == found
     assert [item.plan.micro_steps for item in settled] == [16, 32, 16, 32]
@@ -61,7 +61,7 @@ def test_a_search_that_fails_names_the_variant(items, tmp_path):
     def search(searches):
         yield searches[0], type("Ended", (), {"kind": "failed", "text": "exit code 2: no room"})
 
-    with pytest.raises(UserError, match="^matrix-lr-0.25_depth-1: no rows for auto, exit code 2"):
+    with pytest.raises(UserError, match="^fp8-gradients-e5m2_depth-1: no rows for auto, exit"):
         rows.settle_rows(items, [State("new")] * 4, tmp_path, 1, None, search)
 
 
