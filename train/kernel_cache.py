@@ -1,7 +1,8 @@
 """Compiled kernels as one file, made on any machine and used where the GPU is.
 
 A file is a ZIP of entries of the caches of Triton and FlashAttention 4, without the intermediate
-code, and a header that names all they depend on. An entry is named by its cache and its place
+code, and a header that names all they depend on, and holds which algorithms of products were
+measured to be fastest, where they were. An entry is named by its cache and its place
 there: "triton/KEY" is a folder, "flash/FINGERPRINT/FUNCTION/KEY.o" a file. Compiled kernels run
 with the user's rights: a file is to be trusted as much as the code beside it.
 """
@@ -16,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from nanofuse.kernels.common.store import Store, user_folder
+from nanofuse.kernels.common.store import PRODUCTS, Store, sections_of, user_folder
 from nanofuse.train.errors import UserError
 
 FORMAT = 1
@@ -100,13 +101,24 @@ class Needed:
         self.store.add(requests)
 
 
-def pack(path, conditions, request, entries):
+def measured_products(gpu):
+    """{section: entries} of the choices of products that were measured on GPUs of this name."""
+    found = sections_of(user_folder() / PRODUCTS)
+    return {
+        section: entries
+        for section, entries in found.items()
+        if section.startswith(f"{gpu}, ") and isinstance(entries, dict)
+    }
+
+
+def pack(path, conditions, request, entries, products=None):
     """Write the file.
 
     Args:
         conditions: of `conditions`.
         request: the Request that was compiled.
         entries: its names.
+        products: of `measured_products`.
 
     Returns:
         bytes of the file.
@@ -115,6 +127,7 @@ def pack(path, conditions, request, entries):
         "format": FORMAT,
         "conditions": conditions,
         "requests": {request.digest(): sorted(entries)},
+        "products": products or {},
     }
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -144,8 +157,9 @@ def _header(path, archive):
     try:
         header = json.loads(archive.read(HEADER))
         made = header["format"]
-        found = dict(header["conditions"]), dict(header["requests"])
-    except (KeyError, TypeError, ValueError) as error:
+        products = {name: dict(kept) for name, kept in header.get("products", {}).items()}
+        found = dict(header["conditions"]), dict(header["requests"]), products
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _refuse(path, "it is not of compiled kernels") from error
     if made != FORMAT:
         raise _refuse(path, f"its format is {made}, not {FORMAT}")
@@ -153,7 +167,8 @@ def _header(path, archive):
 
 
 def unpack(path, capability):
-    """Put the entries of a file into the caches, where they are missing.
+    """Put the entries of a file into the caches, and its choices of products into the user's file,
+    where they are missing.
 
     Args:
         path: of the file.
@@ -167,7 +182,7 @@ def unpack(path, capability):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            theirs, requests = _header(path, archive)
+            theirs, requests, products = _header(path, archive)
             for name, here in conditions(capability).items():
                 if name == "FlashAttention 4" and None in (here, theirs.get(name)):
                     continue  # the run or the file does without
@@ -189,6 +204,10 @@ def unpack(path, capability):
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError) as error:
         raise _refuse(path, "it is damaged, or no file of compiled kernels") from error
     Needed(capability).add(requests)
+    for section, kept in products.items():
+        store = Store(user_folder() / PRODUCTS, section)
+        if new := {key: entry for key, entry in kept.items() if key not in store.entries()}:
+            store.add(new)
     return len(folders)
 
 

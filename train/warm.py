@@ -4,7 +4,8 @@ python -m train.warm [--arch sm_90] [--gpu NAME] [--depth 16] [--fp8 off] ... [-
 
 Takes the flags of train.run; those of the model, the batch, the optimiser and the machine count.
 `python -m train.run --kernel-cache FILE` starts with it. It has to be made by the versions of
-Python, Triton and FlashAttention 4 that will use it; torch may be another, without CUDA.
+Python, Triton and FlashAttention 4 that will use it; torch may be another, without CUDA. Where a
+run has measured which algorithms of products are fastest on such a GPU, the file says that too.
 """
 
 import os
@@ -89,7 +90,7 @@ def compile_and_pack(compiling, settings, config, gpu, out):
         )
     from nanofuse.model.backends import flash_ahead
     from nanofuse.model.fused import fp8_fits
-    from nanofuse.train.kernel_cache import conditions, pack
+    from nanofuse.train.kernel_cache import conditions, measured_products, pack
 
     rows, machine = settings.horizon.device_batch_size, settings.machine
     fits = fp8_fits(config, rows * config.sequence_len)
@@ -111,7 +112,10 @@ def compile_and_pack(compiling, settings, config, gpu, out):
     if compiling.problem:
         raise UserError(f"not every kernel compiled: {compiling.problem}")
     entries = list(dict.fromkeys(compiling.entries))
-    return pack(out, conditions(gpu[1]), request, entries), compiling.found
+    products = measured_products(gpu[0])
+    if choices := sum(map(len, products.values())):
+        print(f"products: {choices} choices measured on {gpu[0]} go into the file")
+    return pack(out, conditions(gpu[1]), request, entries, products), compiling.found
 
 
 if __name__ == "__main__":

@@ -13,10 +13,21 @@ import os
 import secrets
 from pathlib import Path
 
+PRODUCTS = "products.json"  # which algorithm computes a matrix product fastest
+
 
 def user_folder():
     """Where this user's files are: $NANOFUSE_DIR or ~/.cache/nanofuse."""
     return Path(os.environ.get("NANOFUSE_DIR") or "~/.cache/nanofuse").expanduser()
+
+
+def sections_of(path):
+    """{section: its content} of a file; {} where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Store:
@@ -31,13 +42,7 @@ class Store:
         self.path, self.section = path and Path(path), section
 
     def _sections(self):
-        if self.path is None:
-            return {}
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return sections_of(self.path) if self.path else {}
 
     def entries(self):
         """{key: entry} as kept; entries are whatever the file holds, and checked by who reads."""

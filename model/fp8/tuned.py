@@ -14,13 +14,12 @@ from functools import partial
 import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
-from nanofuse.kernels.common.store import Store, user_folder
+from nanofuse.kernels.common.store import PRODUCTS, Store, user_folder
 from nanofuse.kernels.common.tuning import gpu_name
 from nanofuse.model.fp8.cublaslt import ALIGNMENT, DTYPES, CublasLt, Product
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fp8.winners import Winners
 
-FILE = "products.json"
 ROUNDS = 16
 SAMPLE = 1e-3  # seconds of GPU time that a sample should take
 MOST_CALLS = 20  # in a sample
@@ -114,7 +113,7 @@ class NvmathGemm:
         self.library, self.other = CublasLt(), self.other_of()
         if store is None:
             section = f"{gpu_name()}, {self.library.version}, torch {torch.__version__}"
-            store = Store(user_folder() / FILE, section)
+            store = Store(user_folder() / PRODUCTS, section)
         self.winners = Winners(self.library, graph_seconds, store)
         self._plans = {}  # Product: Plan, or None: torch
 

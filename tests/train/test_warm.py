@@ -23,7 +23,7 @@ from nanofuse.train.ahead import Ahead
 from nanofuse.train.compiling import Compiling, Request, on_gpu, wanted
 from nanofuse.train.device import Machine
 from nanofuse.train.errors import UserError
-from nanofuse.train.kernel_cache import HEADER, Needed, conditions, pack, unpack
+from nanofuse.train.kernel_cache import HEADER, Needed, conditions, measured_products, pack, unpack
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.settings import resolve
 from tests.test_ops import ROOT
@@ -133,9 +133,9 @@ def caches(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(path, conditions=HERE, names=(KERNEL,), format=1, requests=None):
+def write(path, conditions=HERE, names=(KERNEL,), format=1, requests=None, **more):
     with zipfile.ZipFile(path, "w") as archive:
-        header = {"format": format, "conditions": conditions, "requests": requests or {}}
+        header = {"format": format, "conditions": conditions, "requests": requests or {}, **more}
         archive.writestr(HEADER, json.dumps(header))
         for name in names:
             archive.writestr(name, b"1")
@@ -157,6 +157,8 @@ def test_a_file_goes_into_the_caches_once(caches):
         ({"conditions": HERE | {"GPUs": "sm_100"}}, "it is for GPUs sm_100, here: sm_90"),
         ({"format": 2}, "its format is 2, not 1"),
         ({"conditions": None}, "it is not of compiled kernels"),
+        ({"products": [1]}, "it is not of compiled kernels"),
+        ({"products": {"NVIDIA H200, v1": 1}}, "it is not of compiled kernels"),
         ({"names": ("triton/../../evil.so",)}, "it has a file that is no kernel's"),
         ({"names": ("/etc/passwd",)}, "it has a file that is no kernel's"),
     ],
@@ -185,6 +187,24 @@ def test_another_version_of_flash_attention_is_refused_where_both_have_one(cache
     )
     with pytest.raises(UserError, match="for FlashAttention 4 flash-attn-4 4.0, here: 5.0"):
         unpack(path, HOPPER)
+
+
+def test_measured_products_travel_along_and_replace_none(caches, monkeypatch):
+    here, there = ({"a": {"seconds": 1.0}}, {"a": {"seconds": 2.0}, "b": {"seconds": 3.0}})
+    products = {
+        "NVIDIA H200, v1": there,
+        "NVIDIA H200, v2": there,
+        "NVIDIA H200x, v1": there,
+        "x": 1,
+    }
+    (caches / "products.json").write_text(json.dumps(products))
+    found = measured_products("NVIDIA H200")
+    assert set(found) == {"NVIDIA H200, v1", "NVIDIA H200, v2"}
+    pack(caches / "b.zip", HERE, request(), [], found)
+    (caches / "products.json").write_text(json.dumps({"NVIDIA H200, v1": here}))
+    assert unpack(caches / "b.zip", HOPPER) == 0
+    kept = json.loads((caches / "products.json").read_text())
+    assert kept == {"NVIDIA H200, v1": {**there, **here}, "NVIDIA H200, v2": there}
 
 
 def test_what_runs_needed_is_known_until_it_is_gone(caches):
