@@ -115,14 +115,15 @@ class FusedGPT(nn.Module):
         model: GPT; its matrices become views of the stacks of model.fp8.weights.Weights.
         gemm: a provider of model.fp8.products.
         graphs: record CUDA graphs of the training pass once the FP8 scales are known.
-        deal: as model.fp8.weights.Weights', where several ranks share the optimiser.
-        maximum: maximum(x) replaces a tensor by its largest over all ranks, for the FP8 scales.
+        peers: model.fp8.peers.Peers, where several ranks share the optimiser. Every rank then makes
+            its FusedGPT at once, and what is not a rank's own leaves its memory: evaluation in FP8,
+            and what else reads the parameters, goes within `gathered`.
 
     Raises:
         ValueError: a width that the MLP's kernel does not take.
     """
 
-    def __init__(self, model, gemm, graphs=False, deal=None, maximum=None):
+    def __init__(self, model, gemm, graphs=False, peers=None):
         super().__init__()
         config = model.config
         if config.n_embd % MULTIPLE:
@@ -134,7 +135,7 @@ class FusedGPT(nn.Module):
         self.graphs, self.graphed = graphs, None
         self.ran = False  # whether a whole training pass has run in this process
         pieces = fused_pieces(model)
-        self.model, self.weights = model, Weights(pieces, model.dtype, deal)
+        self.model, self.weights = model, Weights(pieces, model.dtype, peers)
         *self.pieces, self.head = pieces
         for p in model.parameters():
             if p.grad is None:
@@ -145,7 +146,7 @@ class FusedGPT(nn.Module):
             names = self.weights.fp8_names() | dict(sorted(tensors, key=fp8_order))
             formats = {E4M3: E4M3, E5M2: gemm.gradients}  # of activations, of gradients
             names = {name: formats[dtype] for name, dtype in names.items()}
-            scaling = DelayedScaling(names, device, maximum)
+            scaling = DelayedScaling(names, device, peers and peers.maximum)
             # no element of C normalised ones exceeds sqrt(C): a static scale
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
         self.precision = Precision(gemm, scaling, norm_scaling)

@@ -1,5 +1,6 @@
 """A model and its optimiser for one machine and backend, ready to train: used by run and bench."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
+from nanofuse.model.fp8.peers import Peers
 from nanofuse.model.fp8.shapes import product_shapes
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
@@ -16,7 +18,7 @@ from nanofuse.model.providers import Choice
 from nanofuse.train.device import choosing
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
-from nanofuse.train.placement import matrix_owners
+from nanofuse.train.placement import matrix_owners, table_rows
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.settings import naming_flags
 
@@ -46,6 +48,26 @@ def follow(model):
         model.operands.follow()
 
 
+def gathered(model):
+    """A context within which a model's parameters are all there, to be read, where several ranks
+    share them. Every rank enters it at once.
+
+    Args:
+        model: what is called for losses.
+    """
+    fused = isinstance(model, FusedGPT)
+    return model.weights.gathered() if fused else contextlib.nullcontext()
+
+
+def peers_of(ranks):
+    """The Peers of a FusedGPT that train.ranks.Ranks share; None for a run of one process."""
+    world = ranks.world
+    if world == 1:
+        return None
+    deal, rows = (partial(f, world=world) for f in (matrix_owners, table_rows))
+    return Peers(ranks.rank, world, deal, rows, ranks.swap, ranks.maximum_)
+
+
 def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     """The optimiser of a FusedGPT by the kernels. What a step that it leaves out recorded stays out
     of the scales.
@@ -55,8 +77,8 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
         optim, lr_scale, ranks: as of `assemble`.
     """
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
-    stored = fused.weights.stacks
-    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored, ranks)
+    stored, masters = fused.weights.stacks, fused.weights.masters
+    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters)
     fused.operands.taken = optimizer.watch.ok
     return optimizer
 
@@ -126,8 +148,8 @@ def assemble(
         facts += [left] if left else []
         graphs = cuda_graphs and machine.device.type == "cuda"
         with naming_flags("--backend fused: "):
-            deal = partial(matrix_owners, world=ranks.world)
-            model = FusedGPT(raw_model, fp8.made, graphs, deal, ranks.maximum_)
+            ranks.agree()  # all have compiled what comes before the first word by NCCL
+            model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks))
         optimizer = fused_optimizer(model, optim, lr_scale, ranks)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.gpt import GPT
-from nanofuse.train.assemble import follow
+from nanofuse.train.assemble import follow, gathered
 from nanofuse.train.bpb import Validation
 from nanofuse.train.clock import Phases
 from nanofuse.train.command import exit_code
@@ -265,7 +265,7 @@ class Trainer:
             self.log.print(f"step {self.progress.step:>6}  no sample ({first_line(error)})")
 
     def not_savable(self):
-        """Why the weights are not to be saved, in words, or None."""
+        """Why the weights are not to be saved, whatever they are, in words, or None."""
         if not self.whole:
             return f"the update of step {self.progress.step + 1} was cut off"
         if self.loss is not None and not math.isfinite(self.loss.item()):
@@ -273,8 +273,7 @@ class Trainer:
         found = self.optimizer.watch.read()
         if found.first_step and not self.skips:
             return f"gradients of step {found.first_step} were not finite"
-        names = self.nonfinite_weights()
-        return f"{', '.join(names)} is not finite" if names else None
+        return None
 
     @property
     def skips(self):
@@ -306,7 +305,7 @@ class Trainer:
         }
 
     def save(self):
-        """Write the checkpoint of this step.
+        """Write the checkpoint of this step, within `gathered`.
 
         Raises:
             UserError: it cannot be written, or weights are not finite.
@@ -420,6 +419,11 @@ class Trainer:
         """
         if due:
             self.ranks.guard.allow(START_SECONDS)
+            with gathered(self.model):
+                self.report(due)
+
+    def report(self, due):
+        """As between_steps, with all weights at hand."""
         saved = "save" in due or self.saver.saved_step == self.progress.step
         if "save" in due:
             self.together(self.save)

@@ -1,7 +1,5 @@
 """The kernels of a training run, found without a GPU: a step on tensors without memory."""
 
-from functools import partial
-
 import torch
 
 from nanofuse.kernels.common.ahead import recorded
@@ -12,9 +10,8 @@ from nanofuse.model.backends.base import AttentionBackend, take
 from nanofuse.model.fp8.products import Gemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
-from nanofuse.train.assemble import follow, fused_optimizer
+from nanofuse.train.assemble import follow, fused_optimizer, gathered, peers_of
 from nanofuse.train.device import FORMATS
-from nanofuse.train.placement import matrix_owners
 from nanofuse.train.ranks import Alone, Pending
 
 MICRO_STEPS = 2
@@ -126,8 +123,7 @@ def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False, gradients="e5m2
     ranks = _FirstOf(world)
     with recorded(gpu.capability) as launches, aimed_at(gpu):
         model = GPT(config, torch.bfloat16, _Attention(sums), "meta")
-        deal = partial(matrix_owners, world=world)
-        fused = FusedGPT(model, _Products(fp8, FORMATS[gradients]), False, deal, ranks.maximum_)
+        fused = FusedGPT(model, _Products(fp8, FORMATS[gradients]), False, peers_of(ranks))
         optimizer = fused_optimizer(fused, optim, ranks=ranks)
         tokens = torch.empty(rows, config.sequence_len, dtype=torch.int64, device="meta")
         for _ in range(MICRO_STEPS):
@@ -136,6 +132,6 @@ def rehearse(config, optim, rows, fp8, gpu, world=1, sums=False, gradients="e5m2
         optimizer.zero_grad()
         follow(fused)
         fused.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gathered(fused):
             fused(tokens, tokens, "none")
     return launches

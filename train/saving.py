@@ -5,6 +5,7 @@ import traceback
 
 import torch
 
+from nanofuse.train.assemble import gathered
 from nanofuse.train.checkpoint import save_checkpoint
 from nanofuse.train.command import DEBUG_ENV, command_module, exit_code
 from nanofuse.train.data.tokenizer import FILE_NAME
@@ -166,23 +167,37 @@ def describe_failure(failure, trainer):
 def save_now(trainer):
     """Save the last whole step, if it can be; returns words for why not, or None."""
     step, ranks = trainer.progress.step, trainer.ranks
-    try:
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
-        trainer.close_window()
-        reason = trainer.not_savable()
-    except UserError as error:
-        reason = str(error)
-    except Exception as error:  # such as those of a GPU that has failed
-        reason = first_line(error)
-    if ranks.agree(reason is not None)[0]:
-        reason = reason or "another rank cannot"
+    reason = _attempt(_look_for_reasons, trainer)
+    if not ranks.agree(reason is not None)[0]:
+        with gathered(trainer.model):
+            reason = _attempt(_save_and_prune, trainer)
     else:
-        try:
-            trainer.save()
-            ranks.by_main(trainer.saver.prune)
-        except UserError as error:
-            reason = str(error)
-        except Exception as error:
-            reason = first_line(error)
+        reason = reason or "another rank cannot"
     return f"step {step} is not saved ({reason})" if reason else None
+
+
+def _look_for_reasons(trainer):
+    """Raise UserError where the last step is not to be saved."""
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
+    trainer.close_window()
+    if reason := trainer.not_savable():
+        raise UserError(reason)
+
+
+def _save_and_prune(trainer):
+    if names := trainer.nonfinite_weights():
+        raise UserError(f"{', '.join(names)} is not finite")
+    trainer.save()
+    trainer.ranks.by_main(trainer.saver.prune)
+
+
+def _attempt(action, *args):
+    """What goes wrong with action(*args), in a line, or None."""
+    try:
+        action(*args)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # such as those of a GPU that has failed
+        return first_line(error)
+    return None

@@ -38,7 +38,8 @@ class Operands:
 
     @torch.no_grad()
     def follow(self):
-        """Make what is older than the weights anew, in place; waits for nothing."""
+        """Make what is older than the weights anew, in place; the host waits for nothing. Several
+        ranks make what is theirs, all at once, and get the rest from its owners."""
         version = self.weights.version()
         if version == self._version:
             return
@@ -52,6 +53,7 @@ class Operands:
         self.scaling.calibrate(self.steps < CALIBRATED_STEPS)
         for weight in self.weights.all():
             weight.refresh(self.scaling)
+        self.weights.exchange()
 
     def state_dict(self):
         """The state of the FP8 scales for a checkpoint, {name: tensor}; empty without FP8."""

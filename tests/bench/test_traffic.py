@@ -1,7 +1,5 @@
 """The bytes of bench/traffic.py are those that are sent."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -11,11 +9,10 @@ from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
-from nanofuse.train.assemble import fused_optimizer
+from nanofuse.train.assemble import fused_optimizer, peers_of
 from nanofuse.train.optim import parts
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
-from nanofuse.train.placement import matrix_owners
 from tests.train.thread_ranks import run_ranks
 
 SIZES = {"sequence_len": 32, "vocab_size": 100, "bigram_embed_factor": 3}
@@ -26,8 +23,9 @@ def moved(ranks, config, dtype, fused):
     gpt = GPT(config, dtype)
     gpt.init_weights()
     if fused:
-        deal = partial(matrix_owners, world=ranks.world)
-        optimizer = fused_optimizer(FusedGPT(gpt, PlainGemm(), deal=deal), OptimConfig(), 1, ranks)
+        optimizer = fused_optimizer(
+            FusedGPT(gpt, PlainGemm(), peers=peers_of(ranks)), OptimConfig(), 1, ranks
+        )
     else:
         optimizer = MuonAdamW(gpt.param_roles(), OptimConfig(), config.n_embd, ranks=ranks)
         for p in gpt.parameters():

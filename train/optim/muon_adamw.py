@@ -43,9 +43,10 @@ class MuonAdamW:
         width: C of the model, for the width scaling of AdamW's learning rates.
         lr_scale: the batch's factor on learning rates, of all groups that it scales.
         update: update(tables, stacks, shares, config) makes an update of updates.py.
-        stored: [(parameters, matrices (N, R, C), gradients (N, R, C), owners)] of matrices that lie
+        stored: [(parameters, matrices (n, R, C), gradients (N, R, C), owners)] of matrices that lie
             together, Weights.stacks; None: those of one shape are stacked for each step.
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
+        masters: {parameter: this rank's rows}, Weights.masters; None: none.
 
     Raises:
         ValueError: a role without a group in OptimConfig.adamw_groups.
@@ -58,7 +59,15 @@ class MuonAdamW:
     """
 
     def __init__(
-        self, roles, config, width, lr_scale=1.0, update=EagerUpdate, stored=None, ranks=ALONE
+        self,
+        roles,
+        config,
+        width,
+        lr_scale=1.0,
+        update=EagerUpdate,
+        stored=None,
+        ranks=ALONE,
+        masters=None,
     ):
         self.config, self.lr_scale, self.ranks = config, lr_scale, ranks
         self.step_count = 0
@@ -73,7 +82,7 @@ class MuonAdamW:
             tables += [(name, p, hyper) for name, p in roles.get(role, [])]
         self.matrices = [p for _, p in roles["matrices"]]
         stored = stored or stacks_of_a_shape(self.matrices, ranks.world)
-        self.buckets = make_buckets(tables, stored, ranks)
+        self.buckets = make_buckets(tables, stored, masters or {}, ranks)
         for bucket in self.buckets:
             if shares := bucket.shares:
                 bucket.update = update(bucket.tables, bucket.stacks, shares, config)

@@ -15,13 +15,17 @@ BUCKET_BYTES = 2**27  # of tables, whose gradients are on their way together
 
 @dataclass(frozen=True)
 class Share:
-    """Rows of a parameter, or all of it, that this rank updates, with their gradient."""
+    """Rows of a parameter, or all of it, that this rank updates, with their gradient. `master` has
+    their values where the parameter has not."""
 
     param: torch.Tensor
     rows: slice | None = None  # None: all
+    master: torch.Tensor | None = None
 
     @property
     def value(self):
+        if self.master is not None:
+            return self.master
         return self.param if self.rows is None else self.param.detach()[self.rows]
 
     @property
@@ -134,13 +138,16 @@ class Bucket:
         return [table.share for table in self.tables] + matrices
 
 
-def _rows_of_table(name, p, hyper, ranks):
-    """The Table of the rows that this rank owns, and the Owned of all ranks."""
+def _rows_of_table(name, p, hyper, ranks, master):
+    """The Table of the rows that this rank owns, and the Owned of all ranks. Values that lie with
+    their owner alone, in `master`, are not returned."""
     owned = []
     for part in table_rows(p.size(0), ranks.world):
-        share = Share(p, slice(part.start, part.stop))
-        owned.append(Owned(part.owner, share.value, lambda share=share: share.grad))
-        if part.owner == ranks.rank:
+        own = part.owner == ranks.rank
+        share = Share(p, slice(part.start, part.stop), master if own else None)
+        value = share.value if master is None else None
+        owned.append(Owned(part.owner, value, lambda share=share: share.grad))
+        if own:
             mine = new_table(name, share, hyper)
     return mine, owned
 
@@ -153,28 +160,34 @@ def new_table(name, share, hyper):
 
 def _matrices_of_stack(params, values, grads, owners, ranks):
     """[the Stack of what this rank owns], empty where it owns nothing, and the Owned of all ranks:
-    a run of matrices where they lie in a row, else each by itself."""
+    a run of matrices where their gradients lie in a row, else each by itself. Matrices that lie in
+    `values` are with their owner alone, and are not returned."""
     owned, stacks = [], []
     for rank in range(ranks.world):
         first, count = owners.index(rank) if rank in owners else 0, owners.count(rank)
         mine = slice(first, first + count)
-        run = None if values is None else values[mine]
+        run = None if grads is None else grads[mine]
         if count and run is not None and run.is_contiguous():
-            owned.append(Owned(rank, run, lambda mine=mine: grads[mine]))
+            owned.append(Owned(rank, None, lambda run=run: run))
         else:
-            owned += [Owned(rank, p.detach(), lambda p=p: p.grad) for p in params[mine]]
+            kept = values is not None
+            owned += [
+                Owned(rank, None if kept else p.detach(), lambda p=p: p.grad) for p in params[mine]
+            ]
         if count and rank == ranks.rank:
-            stacks = [Stack(params[mine], run, None if grads is None else grads[mine])]
+            stacks = [Stack(params[mine], values, run)]
     return stacks, owned
 
 
-def make_buckets(tables, stored, ranks):
+def make_buckets(tables, stored, masters, ranks):
     """[Bucket] without updates: alone one of everything. Else what every rank updates comes first,
     a stack follows the other, then tables, so that matrices are updated while tables travel.
 
     Args:
         tables: [(name, parameter, AdamWHyper)].
-        stored: [(parameters, matrices (N, R, C) or None, gradients or None, owners)].
+        stored: [(parameters, this rank's matrices (n, R, C) or None, gradients (N, R, C) or None,
+            owners)].
+        masters: {parameter: this rank's rows} of tables whose rows lie with their owners alone.
         ranks: train.ranks.Ranks.
     """
     common, buckets, room = Bucket([], [], []), [], 0
@@ -192,7 +205,7 @@ def make_buckets(tables, stored, ranks):
             buckets.append(Bucket([], [], []))
             room = BUCKET_BYTES
         room -= p.nbytes
-        mine, owned = _rows_of_table(name, p, hyper, ranks)
+        mine, owned = _rows_of_table(name, p, hyper, ranks, masters.get(p))
         buckets[-1].tables.append(mine)
         buckets[-1].owned += owned
     return [common, *buckets]

@@ -19,12 +19,13 @@ class Owned:
 
     Args:
         owner: its rank.
-        value: tensor, a view of parameters.
+        value: tensor, a view of parameters; None: its owner alone has it, and what the forward pass
+            makes of it is returned by the model (model/fp8/weights.py).
         grad: called for the tensor that holds its gradient now.
     """
 
     owner: int
-    value: torch.Tensor
+    value: torch.Tensor | None
     grad: Callable[[], torch.Tensor]
 
 
@@ -99,6 +100,8 @@ class Sharing:
         """
         sends, receives = [], []
         for part in bucket.owned:
+            if part.value is None:
+                continue
             if part.owner == self.ranks.rank:
                 sends += [(rank, part.value) for rank in self.others]
             else:
