@@ -13,7 +13,8 @@ FLOPs and of the rows. 0.3 % is for steps that differ between GPUs, 0.3 ms for t
 collectives. E is the communication that is exposed:
 
     today     what is left of transfers, of 0.03 ms + bytes / rate each, and of our sums of W parts
-              where each bucket's are beside the others' updates
+              where each bucket's are beside the others' updates; behind them the operands travel,
+              and are transposed
     hidden    what passes the last backward and the first forward pass, beside which a transfer
               takes 1.7 times as long and costs a tenth of its time
     nanochat  the same for padded stacks, which are copied, and without our sums
@@ -31,7 +32,7 @@ from functools import cache
 from pathlib import Path
 
 from nanofuse.bench.roofline import COPY_RATE, floor_ms
-from nanofuse.bench.traffic import buckets, busiest, kinds, owned_bytes
+from nanofuse.bench.traffic import buckets, busiest, kinds, operand_bytes, owned_bytes, value_bytes
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
@@ -132,22 +133,30 @@ def sums_ms(bucket):
     return 1e3 * parts / COPY_RATE
 
 
-def pipeline_ms(found):
+def pipeline_ms(found, operands):
     """Buckets one after the other, as MuonAdamW.step takes them: while one is added and updated,
     the next one's gradients travel, then its own values. The links carry one transfer at a time.
+    Then the operands travel, FP8, and are transposed where they arrive.
+
+    Args:
+        found: Buckets of bench.traffic.
+        operands: bytes that each rank makes of them, by rank.
 
     Returns:
-        ms from the end of the backward pass until all values are there.
+        ms from the end of the backward pass until everything is there.
     """
-    links = [transfer_ms(busiest(b.owned), len(b.owned)) for b in found]
+    world = len(operands)
+    links = [transfer_ms(busiest(b.owned), world) for b in found]
+    back = [transfer_ms(busiest(b.returned), world) if any(b.returned) else 0.0 for b in found]
     computed, ahead, carried = 0.0, links[0], links[0]
     for index, bucket in enumerate(found):
         arrived = ahead
         if index + 1 < len(found):
             ahead = carried = max(carried, computed) + links[index + 1]
         computed = max(computed, arrived) + sums_ms(bucket) + update_ms(bucket)
-        carried = max(carried, computed) + links[index]
-    return max(computed, carried)
+        carried = max(carried, computed) + back[index]
+    arrived = max(carried, computed) + transfer_ms(busiest(operands), world)
+    return arrived + 1e3 * 2 * (sum(operands) - min(operands)) / COPY_RATE
 
 
 def transfer_ms(nbytes, world, two_levels=False):
@@ -190,7 +199,7 @@ def nanochat_ms(config, world):
 
 def _returned(kind):
     """Bytes of a kind's values in the form that the forward pass uses."""
-    return kind.elements if kind.dtype == "float32" else kind.nbytes
+    return kind.elements if kind.operand else kind.nbytes
 
 
 def exposed_ms(depth, world, scheme):
@@ -198,7 +207,8 @@ def exposed_ms(depth, world, scheme):
     config = GPTConfig.from_depth(depth)
     whole, share = sum(kind.nbytes for kind in kinds(config)), (world - 1) / world
     if scheme == "today":
-        return pipeline_ms(buckets(config, world)) - optimizer_ms(config, world)
+        end = pipeline_ms(buckets(config, world), operand_bytes(config, world))
+        return end - optimizer_ms(config, world)
     if scheme == "DDP":
         return transfer_ms(2 * share * whole, world)
     if scheme == "nanochat":
@@ -272,7 +282,7 @@ def host_table():
             cells = [
                 f"d{depth}",
                 str(world),
-                f"{2 * busiest(owned_bytes(config, world)) / 1e6:,.0f}",
+                f"{sum(busiest(f(config, world)) for f in (owned_bytes, value_bytes)) / 1e6:,.0f}",
             ]
             cells.append(f"{exposed_ms(depth, world, 'today'):.1f}")
             schemes = "today", "hidden", "nanochat", "DDP"
@@ -290,7 +300,8 @@ def hosts_table():
         for world in HOSTS:
             rows = tokens / config.sequence_len / world
             own = f"{alone_ms(depth) / world:,.1f}" if rows >= 1 else "–"
-            flat = 2 * transfer_ms(busiest(owned_bytes(config, world)), world)
+            moved = owned_bytes(config, world), value_bytes(config, world)
+            flat = sum(transfer_ms(busiest(x), world) for x in moved)
             whole = sum(kind.nbytes for kind in kinds(config))
             values = sum(map(_returned, kinds(config)))
             levels = sum(transfer_ms(x, world, True) for x in (whole, values))

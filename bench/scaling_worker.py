@@ -22,7 +22,7 @@ from nanofuse.bench.schemes import AllReduced, Nanochat
 from nanofuse.bench.training import PhaseClock, Workload, synchronize, train_step
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import FusedGPT
-from nanofuse.train.assemble import assemble
+from nanofuse.train.assemble import assemble, gathered
 from nanofuse.train.device import select_fp8, select_machine
 from nanofuse.train.loop import settle_garbage
 from nanofuse.train.optim.config import OptimConfig
@@ -91,7 +91,7 @@ class Contender:
         elif name == "all-reduce":
             built.optimizer = AllReduced(built.optimizer, Collectives(ranks), self.phase)
         elif owned.world > 1:
-            self._watch(built.optimizer.sharing)
+            self._watch(built)
 
     def _nanochat(self, machine, optim):
         model, config = self.built.model, self.built.raw_model.config
@@ -106,8 +106,9 @@ class Contender:
         """Of the step under way."""
         return self.clock(name)
 
-    def _watch(self, sharing):
+    def _watch(self, built):
         """Have the product's exchange within the phases of the step."""
+        sharing, weights = built.optimizer.sharing, getattr(built.model, "weights", None)
         add_gradients, return_values = sharing.add_gradients, sharing.return_values
 
         def add(bucket, arriving):
@@ -118,6 +119,14 @@ class Contender:
             return Pending([_InPhase(return_values(bucket), self.phase, "values")])
 
         sharing.add_gradients, sharing.return_values = add, give_back
+        if weights is not None:
+            exchange = weights.exchange
+
+            def exchange_operands():
+                with self.phase("values"):
+                    exchange()
+
+            weights.exchange = exchange_operands
 
     def step(self):
         """Take a step that begins on all ranks at once; {phase: seconds} and the first loss.
@@ -132,7 +141,8 @@ class Contender:
 
     def checksum(self):
         """A number that differs where weights do."""
-        sums = [p.detach().double().sum() for p in self.built.raw_model.parameters()]
+        with gathered(self.built.model):
+            sums = [p.detach().double().sum() for p in self.built.raw_model.parameters()]
         return torch.stack(sums).sum().item()
 
 

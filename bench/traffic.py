@@ -1,5 +1,6 @@
 """What several ranks send each other in a step, byte by byte, from a model's shape alone: what
-train/optim/parts.py and train/optim/sharing.py make of it. docs/scaling.md is made of this."""
+train/optim/parts.py, train/optim/sharing.py and model/fp8/weights.py make of it. docs/scaling.md is
+made of this."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,8 @@ from nanofuse.train.placement import is_small, matrix_owners, muon_cost, table_r
 @dataclass(frozen=True)
 class Kind:
     """Tensors of one kind: `units` of `shapes`, each in `width` bytes an element, values and
-    gradients; a matrix has one owner, a table's rows as many as there are ranks."""
+    gradients; a matrix has one owner, a table's rows as many as there are ranks. What returns of an
+    `operand` is not its value."""
 
     name: str
     units: int
@@ -19,6 +21,7 @@ class Kind:
     width: int
     dtype: str
     table: bool = True
+    operand: bool = False
 
     @property
     def elements(self):
@@ -29,21 +32,22 @@ class Kind:
         return self.width * self.elements
 
 
-def kinds(config, low=True):
+def kinds(config, fused=True):
     """The Kinds of all that has an owner, the matrices in the order of model.fp8.weights.Weights.
 
     Args:
-        low: whether the tables are kept in bf16, as on a GPU, and not in fp32.
+        fused: whether products take operands, and tables are bf16, as on a GPU; else all is fp32.
     """
     c, kv, vocab = config.n_embd, config.kv_dim, config.padded_vocab_size
-    fp32, low = (4, "float32"), (2, "bfloat16") if low else (4, "float32")
+    fp32, low = (4, "float32"), (2, "bfloat16") if fused else (4, "float32")
+    matrix, head = {"table": False, "operand": fused}, {"operand": fused}
     layers, values = config.n_layer, len(config.value_embed_layers)
     found = [
-        Kind("qkv", layers, ((c, c), (kv, c), (kv, c)), *fp32, table=False),
-        Kind("attn_proj", layers, ((c, c),), *fp32, table=False),
-        Kind("fc", layers, ((4 * c, c),), *fp32, table=False),
-        Kind("mlp_proj", layers, ((c, 4 * c),), *fp32, table=False),
-        Kind("lm_head", 1, ((vocab, c),), *fp32),
+        Kind("qkv", layers, ((c, c), (kv, c), (kv, c)), *fp32, **matrix),
+        Kind("attn_proj", layers, ((c, c),), *fp32, **matrix),
+        Kind("fc", layers, ((4 * c, c),), *fp32, **matrix),
+        Kind("mlp_proj", layers, ((c, 4 * c),), *fp32, **matrix),
+        Kind("lm_head", 1, ((vocab, c),), *fp32, **head),
         Kind("wte", 1, ((vocab, c),), *low),
         Kind("values", values, ((vocab, kv),), *low),
     ]
@@ -53,34 +57,37 @@ def kinds(config, low=True):
 
 @dataclass
 class Bucket:
-    """What moves together (train/optim/parts.py), by rank: bytes of the gradients, or values, that
-    it owns, and FLOPs of an iteration of Muon; and elements by bytes of one."""
+    """What moves together (train/optim/parts.py), by rank: bytes of the gradients that it owns, and
+    of the values that it returns, and FLOPs of an iteration of Muon; and elements by bytes of
+    one."""
 
     owned: list
+    returned: list
     flops: list
     elements: dict
 
     @classmethod
     def empty(cls, world):
-        return cls([0] * world, [0.0] * world, {})
+        return cls([0] * world, [0] * world, [0.0] * world, {})
 
     def sent(self, rank):
         """Bytes that a rank sends of gradients, and of values."""
-        own = self.owned[rank]
-        return sum(self.owned) - own, own * (len(self.owned) - 1)
+        others = len(self.owned) - 1
+        return sum(self.owned) - self.owned[rank], self.returned[rank] * others
 
     def count(self, kind, owner, rows, columns):
         size = rows * columns
         self.owned[owner] += size * kind.width
+        self.returned[owner] += size * kind.width * (not kind.operand)
         self.elements[kind.width] = self.elements.get(kind.width, 0) + size
         if not kind.table:
             self.flops[owner] += muon_cost(rows, columns)
 
 
 @cache
-def buckets(config, world, low=True):
+def buckets(config, world, fused=True):
     """The Buckets of a step, but for what is everybody's: stacks of a shape, then tables."""
-    matrices = [kind for kind in kinds(config, low) if not kind.table]
+    matrices = [kind for kind in kinds(config, fused) if not kind.table]
     dealt = matrix_owners([(kind.units, kind.shapes) for kind in matrices], world)
     stacks, room = {}, 0
     for kind, owners in zip(matrices, dealt, strict=True):
@@ -91,7 +98,7 @@ def buckets(config, world, low=True):
             for owner in owners:
                 bucket.count(kind, owner, *shape)
     found = list(stacks.values())
-    for kind in kinds(config, low):
+    for kind in kinds(config, fused):
         for _ in range(kind.units if kind.table else 0):
             ((rows, columns),) = kind.shapes
             nbytes = rows * columns * kind.width
@@ -105,13 +112,40 @@ def buckets(config, world, low=True):
 
 
 def owned_bytes(config, world):
-    """Bytes of the gradients, and of the values, that each rank owns, by rank."""
+    """Bytes of the gradients that each rank owns, by rank."""
     return [sum(own) for own in zip(*(b.owned for b in buckets(config, world)), strict=True)]
 
 
+@cache
+def operand_bytes(config, world, width=1):
+    """Bytes of the operands that each rank makes for all, by rank.
+
+    Args:
+        width: bytes of an element: FP8, or 2 for bf16.
+    """
+    found = [0] * world
+    kept = [kind for kind in kinds(config) if kind.operand]
+    matrices = [kind for kind in kept if not kind.table]
+    dealt = matrix_owners([(kind.units, kind.shapes) for kind in matrices], world)
+    for kind, owners in zip(matrices, dealt, strict=True):
+        for owner in owners:
+            found[owner] += width * kind.elements // kind.units
+    for kind in (kind for kind in kept if kind.table):
+        ((rows, columns),) = kind.shapes
+        for part in table_rows(rows, world):
+            found[part.owner] += width * (part.stop - part.start) * columns
+    return found
+
+
+def value_bytes(config, world):
+    """Bytes that each rank returns to each other one, by rank, with FP8 operands."""
+    returned = [b.returned for b in buckets(config, world)]
+    return [sum(own) for own in zip(*returned, operand_bytes(config, world), strict=True)]
+
+
 def busiest(owned):
-    """Bytes of gradients, and of values, of the rank that moves most of them: what one sends of
-    the one it receives of the other.
+    """Bytes of gradients that the rank sends or receives that moves most of them; of values, if
+    these are what each rank returns.
 
     Args:
         owned: bytes by rank.

@@ -16,21 +16,26 @@ class Crew:
     Attributes:
         size: their number.
         skew: time of the slowest in its own micro-steps, in times the mean.
+        exposed_ms: of a step, in which the device waits for other ranks' parts, and adds them: of
+            the rank that waits least, which is the last to come.
         peak_gib: memory of the fullest GPU, None on CPUs.
     """
 
     size: int
     skew: float
+    exposed_ms: float
     peak_gib: float | None
 
     @classmethod
-    def of(cls, ranks):
-        """Of each rank's (seconds in micro-steps, bytes at most or None)."""
-        seconds = [own for own, _ in ranks]
-        peaks = [peak for _, peak in ranks if peak is not None]
+    def of(cls, ranks, steps):
+        """Of each rank's (seconds in micro-steps, those exposed, bytes at most or None)."""
+        seconds, exposed, peaks = zip(*ranks, strict=True)
+        peaks = [peak for peak in peaks if peak is not None]
         mean = sum(seconds) / len(seconds)
         skew = max(seconds) / mean if mean else 1.0
-        return cls(len(ranks), skew, max(peaks) / 2**30 if peaks else None)
+        return cls(
+            len(ranks), skew, 1e3 * min(exposed) / steps, max(peaks) / 2**30 if peaks else None
+        )
 
 
 def window_figures(trainer, loss, found, step_seconds, crew):
@@ -69,9 +74,10 @@ def window_figures(trainer, loss, found, step_seconds, crew):
             "ranks": crew.size,
             "tok_per_s_per_rank": tok_per_s / crew.size,
             "skew": crew.skew,
+            "exposed_ms": crew.exposed_ms,
             "peak_gib": crew.peak_gib,
         }
-        status += f" on {crew.size} ranks, skew {crew.skew:.3f}"
+        status += f" on {crew.size} ranks, skew {crew.skew:.3f}, exposed {crew.exposed_ms:.1f} ms"
     model = trainer.model
     if isinstance(model, FusedGPT):
         values["lse_min"], values["lse_max"] = (

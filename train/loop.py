@@ -363,7 +363,8 @@ class Trainer:
         self.allow(steps)
         loss, found = self.together(self.read_window)
         seconds = time.perf_counter() - self.window_start
-        crew = Crew.of(self.ranks.collect((self.pace.take(), peak_bytes(self.device))))
+        own = self.pace.take(), self.ranks.exposed.take(), peak_bytes(self.device)
+        crew = Crew.of(self.ranks.collect(own), steps)
         return self.together(self.report_window, steps, seconds, loss, found, crew)
 
     def read_window(self):
@@ -462,6 +463,7 @@ class Trainer:
             self.check_stop()
             if self.window_steps == 0:  # nothing above happens inside a window
                 self.synchronize()
+                self.ranks.exposed.take()  # of what was between the steps
                 self.window_joules = self.energy.joules()
                 self.window_start = time.perf_counter()
             self.train_step()

@@ -1,4 +1,4 @@
-"""How long a rank works on its own part of a step, without waiting for the others."""
+"""How long a rank works on its own part of a step, and how long it waits for the others."""
 
 import time
 
@@ -6,8 +6,8 @@ import torch
 
 
 class Pace:
-    """A stop watch for micro-steps: of the GPU's time by events, which wait for nothing, of the
-    CPU's by its clock. A context manager.
+    """A stop watch: of the GPU's time by events, which wait for nothing, of the CPU's by its clock.
+    A context manager.
 
     Args:
         device: that works.

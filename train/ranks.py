@@ -24,6 +24,7 @@ from nanofuse.train.console import flush_or_drop
 from nanofuse.train.errors import PeerFailed, RunBroken, UserError
 from nanofuse.train.guard import START_SECONDS, Guard, NoGuard
 from nanofuse.train.launch import PARENT, STORE_FD
+from nanofuse.train.pace import Pace
 
 # of this rank's GPU, though a call of torch.distributed may raise them
 OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -69,6 +70,7 @@ class Alone:
 
     rank, local, world, main = 0, 0, 1, True
     guard = NoGuard()
+    exposed = Pace(torch.device("cpu"))  # the time in which the device waits for other ranks
 
     def use(self, device):
         """From now on tensors travel that are on this device."""
@@ -191,9 +193,16 @@ class Ranks(Alone):
 
     def use(self, device):
         self.device = torch.device(device)
+        self.exposed = Pace(self.device)
         self.fabric = self.host
         if self.device.type == "cuda":
             self.fabric = dist.new_group(backend="nccl")
+
+    @contextlib.contextmanager
+    def _exposed(self):
+        """As _among_others, of a call that the current stream waits for."""
+        with self.exposed, self._among_others():
+            yield
 
     @contextlib.contextmanager
     def _among_others(self):
@@ -216,16 +225,16 @@ class Ranks(Alone):
         ops += [dist.P2POp(dist.irecv, x, peer, self.fabric) for peer, x in receives]
         with self._among_others():
             works = dist.batch_isend_irecv(ops) if ops else ()
-        return Pending(works, self._among_others)
+        return Pending(works, self._exposed)
 
     def gather(self, x):
         parts = x.new_empty(self.world, *x.shape)
-        with self._among_others():
+        with self._exposed():
             dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.fabric)
         return parts
 
     def maximum_(self, x):
-        with self._among_others():
+        with self._exposed():
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.fabric)
 
     def agree(self, *numbers):

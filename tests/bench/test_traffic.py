@@ -19,13 +19,13 @@ SIZES = {"sequence_len": 32, "vocab_size": 100, "bigram_embed_factor": 3}
 
 
 def moved(ranks, config, dtype, fused):
-    """Bytes that a rank sends for the gradients, and for the values, by bucket."""
+    """Bytes that a rank sends for the gradients, and for the values, by bucket; and of operands."""
     gpt = GPT(config, dtype)
     gpt.init_weights()
+    weights = None
     if fused:
-        optimizer = fused_optimizer(
-            FusedGPT(gpt, PlainGemm(), peers=peers_of(ranks)), OptimConfig(), 1, ranks
-        )
+        model = FusedGPT(gpt, PlainGemm(), peers=peers_of(ranks))
+        weights, optimizer = model.weights, fused_optimizer(model, OptimConfig(), 1, ranks)
     else:
         optimizer = MuonAdamW(gpt.param_roles(), OptimConfig(), config.n_embd, ranks=ranks)
         for p in gpt.parameters():
@@ -37,7 +37,10 @@ def moved(ranks, config, dtype, fused):
         between = ranks.moved
         optimizer.sharing.return_values(bucket).wait()
         found.append((between - before, ranks.moved - between))
-    return found[1:]  # what is everybody's comes first
+    before = ranks.moved
+    if weights:
+        weights.exchange()
+    return found[1:], ranks.moved - before  # what is everybody's comes first
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
@@ -51,16 +54,18 @@ def test_the_bytes_of_every_rank_are_those_that_sharing_sends(world, kv, monkeyp
     found = run_ranks(world, lambda r: moved(r, config, torch.bfloat16, True))
     model = traffic.buckets(config, world)
     assert len(model) > 4
-    for rank, each in enumerate(found):
+    made = traffic.operand_bytes(config, world, 2)
+    for rank, (each, operands) in enumerate(found):
         assert sorted(each) == sorted(bucket.sent(rank) for bucket in model)
+        assert operands == made[rank] * (world - 1)
 
 
 def test_the_bytes_of_all_do_not_depend_on_the_backend():
     config = GPTConfig.from_depth(2, 32, 32, **SIZES)
     found = run_ranks(3, lambda r: moved(r, config, torch.float32, False))
-    size = sum(kind.nbytes for kind in traffic.kinds(config, low=False))
+    size = sum(kind.nbytes for kind in traffic.kinds(config, fused=False))
     for which in (0, 1):  # gradients, values: (W - 1) of each byte, over all
-        assert sum(bucket[which] for rank in found for bucket in rank) == 2 * size
+        assert sum(bucket[which] for rank, _ in found for bucket in rank) == 2 * size
 
 
 def test_bytes_are_those_of_the_parameters():

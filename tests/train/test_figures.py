@@ -48,7 +48,7 @@ def make(**fields):
     })  # fmt: skip
 
 
-ALONE = Crew(1, 1.0, None)
+ALONE = Crew(1, 1.0, 0.0, None)
 FOUND = SimpleNamespace(norm=0.12345, nonfinite_steps=4)
 
 
@@ -82,13 +82,14 @@ def test_share_of_the_peak_and_clipped_tensors():
 
 
 def test_several_ranks():
-    crew = Crew.of([(1.0, 2**30), (3.0, 3 * 2**30), (2.0, None)])
-    assert crew == Crew(3, 1.5, 3.0)
-    assert Crew.of([(0.0, None)]) == Crew(1, 1.0, None)
+    crew = Crew.of([(1.0, 0.5, 2**30), (3.0, 0.125, 3 * 2**30), (2.0, 0.25, None)], 5)
+    assert crew == Crew(3, 1.5, 25.0, 3.0)
+    assert Crew.of([(0.0, 0.0, None)], 1) == ALONE
     values, status = window_figures(make(peak_flops=8e12), 2.5, FOUND, 0.25, crew)
-    assert (values["ranks"], values["skew"], values["peak_gib"]) == (3, 1.5, 3.0)
+    figures = "ranks", "skew", "exposed_ms", "peak_gib"
+    assert [values[name] for name in figures] == [3, 1.5, 25.0, 3.0]
     assert values["tok_per_s_per_rank"] == pytest.approx(4000 / 3) and values["mfu"] == 0.5
-    assert "4,000 tok/s on 3 ranks, skew 1.500  MFU 50.0 %" in status
+    assert "4,000 tok/s on 3 ranks, skew 1.500, exposed 25.0 ms  MFU 50.0 %" in status
 
 
 def test_a_summary():

@@ -1,5 +1,6 @@
 """The trainer taken apart: every flag arrives, and a step does what the recipe says."""
 
+import contextlib
 import dataclasses
 import gc
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
-from nanofuse.train import clock, loop
+from nanofuse.train import clock, loop, saving
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -183,7 +184,7 @@ def test_weights_that_are_not_to_be_saved(make_trainer):
     trainer.loss = torch.tensor(2.5)
     with torch.no_grad():
         trainer.raw_model.smear_lambda.fill_(torch.nan)
-    assert trainer.not_savable() == "smear_lambda is not finite"
+    assert saving.save_now(trainer) == "step 0 is not saved (smear_lambda is not finite)"
     trainer.whole, trainer.progress.step = False, 6
     assert trainer.not_savable() == "the update of step 7 was cut off"
 
@@ -213,3 +214,29 @@ def test_fp8_and_compile_flags_arrive(make_trainer):
         trainer.raw_model.attention, FlexAttention
     )
     assert trainer.optimizer.update.options[-1] == torch.bfloat16
+
+
+def test_all_weights_are_at_hand_where_they_are_read(make_trainer, monkeypatch):
+    """Saves, evaluations and samples are within `gathered`, and steps are not."""
+    within, seen = [], []
+
+    @contextlib.contextmanager
+    def gathered(model):
+        within.append(model)
+        yield
+        within.pop()
+
+    monkeypatch.setattr(loop, "gathered", gathered)
+    monkeypatch.setattr(saving, "gathered", gathered)
+    trainer = make_trainer(num_iterations=2, save_every=1, eval_every=2, sample_every=2)
+    for name in ("save", "evaluate", "sample", "train_step", "nonfinite_weights"):
+
+        def call(*args, name=name, action=getattr(trainer, name)):
+            seen.append((name, within == [trainer.model]))
+            return action(*args)
+
+        monkeypatch.setattr(trainer, name, call)
+    trainer.run()
+    assert saving.save_now(trainer) is None
+    assert len({name for name, _ in seen}) == 5
+    assert all(there == (name != "train_step") for name, there in seen)

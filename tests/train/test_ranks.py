@@ -74,6 +74,7 @@ def test_losses_and_figures_are_those_of_one_rank(train, work_dir):
         assert cores(shared) == cores(alone) and [step for step, _ in cores(alone)] == [4]
         for record in records(shared):
             assert record["ranks"] == world and record["skew"] >= 1
+            assert 0 < record["exposed_ms"] < record["ms_per_step"]
             rate = record["tok_per_s_per_rank"]
             assert rate * world == pytest.approx(record["tok_per_s"])
         assert strangers(shared) == []

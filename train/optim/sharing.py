@@ -78,9 +78,10 @@ class Sharing:
         everybody's; those of others stay as they are."""
         pending, landed = arriving
         pending.wait()
-        for grad, parts in landed:
-            parts[self.ranks.rank] = grad
-            add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
+        with self.ranks.exposed:
+            for grad, parts in landed:
+                parts[self.ranks.rank] = grad
+                add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
         if not bucket.owned:
             self._sum([share.grad for share in bucket.shares])
 

@@ -158,7 +158,7 @@ def test_one_rank_that_is_not_finite_stops_the_update_of_all(bad_rank):
 def fused(ranks, gemm, **fields):
     """After a step of a FusedGPT: both layouts of its operands, and its parameters' values."""
     sizes = {"sequence_len": 32, "vocab_size": 64, "bigram_embed_factor": 1, **fields}
-    model = random_model(GPTConfig.from_depth(2, 16, 16, **sizes), torch.float32)
+    model = random_model(GPTConfig.from_depth(head_dim=16, **sizes), torch.float32)
     called = FusedGPT(model, gemm(), peers=peers_of(ranks))
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
     take_steps(model, optimizer, ranks, torch.float32, 1)
@@ -178,13 +178,14 @@ def fused(ranks, gemm, **fields):
     return found
 
 
-# of grouped heads, q, k and v lie between each other; 64 rows of lm_head are uneven for 3
+GROUPED = {"depth": 2, "aspect_ratio": 16, "n_kv_head": 1}  # q, k and v lie between each other
+UNEVEN = {"depth": 1, "aspect_ratio": 32}  # 3 ranks share 64 rows of lm_head
+
+
 @pytest.mark.cpu
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
-@pytest.mark.parametrize(
-    "gemm, world, fields", [(PlainGemm, 2, {"n_kv_head": 1}), (TorchGemm, 3, {})]
-)
-def test_kernels_update_as_one(gemm, world, fields):
+@pytest.mark.parametrize("gemm, world, fields", [(PlainGemm, 2, GROUPED), (TorchGemm, 3, UNEVEN)])
+def test_kernels_update_as_one(gemm, world, fields, short_muon):
     """Weights, and the operands that their owners make of them, to the bit."""
     truth, *_ = run_ranks(1, lambda r: fused(r, gemm, **fields))
     for found in run_ranks(world, lambda r: fused(r, gemm, **fields)):
