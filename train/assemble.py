@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from nanofuse.model.backends.choice import select_attention
+from nanofuse.model.beside import IN_ORDER, Beside
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.peers import Peers
 from nanofuse.model.fp8.shapes import product_shapes
@@ -78,7 +79,10 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     """
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
     stored, masters = fused.weights.stacks, fused.weights.masters
-    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters)
+    order = fused.beside, fused.final_marks()
+    optimizer = MuonAdamW(
+        roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters, *order
+    )
     fused.operands.taken = optimizer.watch.ok
     return optimizer
 
@@ -98,6 +102,7 @@ def assemble(
     ranks=ALONE,
     ready=lambda: None,
     ended=lambda phase: None,
+    hide=False,
 ):
     """Build model and optimiser.
 
@@ -117,6 +122,8 @@ def assemble(
         ranks: train.ranks.Ranks that share the optimiser.
         ready: called before the first kernel of this project or of an attention backend.
         ended: called with the name of each phase of the work as it ends.
+        hide: have the fused backend's transfers between GPUs beside its passes. bench_scaling
+            measures it; nobody has run it on two GPUs.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -147,9 +154,10 @@ def assemble(
         left = chosen.made.leave_sums(config, machine.device)
         facts += [left] if left else []
         graphs = cuda_graphs and machine.device.type == "cuda"
+        ranks.agree()  # all have compiled what comes before the first word by NCCL
         with naming_flags("--backend fused: "):
-            ranks.agree()  # all have compiled what comes before the first word by NCCL
-            model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks))
+            beside = Beside(machine.device) if hide and ranks.world > 1 else IN_ORDER
+            model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks), beside)
         optimizer = fused_optimizer(model, optim, lr_scale, ranks)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")

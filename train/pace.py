@@ -10,18 +10,19 @@ class Pace:
     A context manager.
 
     Args:
-        device: that works.
+        device: that works; what counts is the stream that is current now, and no other.
     """
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.current_stream(device) if self.cuda else None
         self.laps = []  # (start, end)
 
     def _now(self):
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self.stream)
         return event
 
     def __enter__(self):

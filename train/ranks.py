@@ -59,10 +59,12 @@ class Pending:
         self.works, self.within = works, within
 
     def wait(self):
-        """Have the current stream (on a CPU: this thread) wait for them."""
-        with self.within():
-            for work in self.works:
-                work.wait()
+        """Have the current stream (on a CPU: this thread) wait for them, the first time."""
+        works, self.works = self.works, ()
+        if works:
+            with self.within():
+                for work in works:
+                    work.wait()
 
 
 class Alone:

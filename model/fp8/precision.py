@@ -19,7 +19,8 @@ class Precision:
     norm_scaling: Scaling | None = None
 
     def weight(self, weight):
-        """What the products take of a LinearWeight."""
+        """What the products of a forward pass take of a LinearWeight."""
+        weight.beside.wait(weight.name)
         return weight.operand if self.gemm.fp8 else weight.plain()
 
     def operand(

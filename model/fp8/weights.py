@@ -16,6 +16,9 @@ import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, FP8Operand, empty_operand
 from nanofuse.kernels.quantize import quantize
+from nanofuse.model.beside import IN_ORDER
+
+STRETCH = 4  # LinearWeights whose operands travel together beside a pass: those of a layer
 
 
 def absent(x):
@@ -38,7 +41,10 @@ class LinearWeight:
         whole: (N, K) fp32, `master` where that is all rows; else None, but for `gathered`.
         operand: what the GEMMs take, of `refresh`: an FP8Operand, or (N, K) in `dtype`.
         dtype: of the operand without FP8, of Weights.
+        beside: model.beside.InOrder, of Weights: the operand may still be on its way.
     """
+
+    beside = IN_ORDER
 
     def __init__(self, name, linears, stacked=True):
         self.name, self.linears, self.stacked = name, linears, stacked
@@ -122,6 +128,7 @@ class Weights:
         dtype: of operands without FP8.
         peers: model.fp8.peers.Peers, where several ranks share the optimiser; None: all is this
             rank's.
+        beside: model.beside.InOrder, the order in which operands travel.
 
     Attributes:
         stacks: [(parameters in the order of the stack, the matrices (n, R, C) of those that this
@@ -133,13 +140,13 @@ class Weights:
         masters: {parameter: rows (n, K) fp32} of other parameters that are here in part.
     """
 
-    def __init__(self, pieces, dtype, peers=None):
+    def __init__(self, pieces, dtype, peers=None, beside=IN_ORDER):
         self.weights = [weight for piece in pieces for weight in piece.weights]
         self.peers, self.rank = peers, peers.rank if peers else 0
-        self.stacks, self.masters = [], {}
+        self.beside, self.stacks, self.masters = beside, [], {}
         kinds, shapes = {}, {}
         for weight in self.weights:
-            weight.dtype = dtype
+            weight.dtype, weight.beside = dtype, beside
             if weight.stacked:
                 kinds.setdefault(weight.name.split(".")[0], []).append(weight)
             else:
@@ -256,9 +263,14 @@ class Weights:
         """Bring every rank what others have made anew of the operands, the first layers' first."""
         if self.peers is None:
             return
-        self.peers.spread([(weight.parts, weight.wire) for weight in self.weights]).wait()
-        for weight in self.weights:
-            weight.complete()
+        size = STRETCH if self.beside.hides else len(self.weights)
+        with self.beside.behind():
+            for first in range(0, len(self.weights), size):
+                stretch = self.weights[first : first + size]
+                self.peers.spread([(weight.parts, weight.wire) for weight in stretch]).wait()
+                for weight in stretch:
+                    weight.complete()
+                    self.beside.arrive(weight.name)
 
     @contextlib.contextmanager
     def gathered(self):

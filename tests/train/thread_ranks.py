@@ -19,7 +19,8 @@ class _Board:
         self.barrier = threading.Barrier(world, timeout=60)
         self.things = [None] * world
         self.turn = threading.Lock()
-        self.mail = defaultdict(list)  # (from, to, which swap): tensors on their way
+        self.mail = defaultdict(list)  # (from, to, which swap): tensors on their way, events
+        self.read = defaultdict(list)  # (to, from, which swap): events
 
     def wait(self):
         """Let the others come here, too."""
@@ -30,23 +31,39 @@ class _Board:
             self.turn.acquire()
 
 
+def _event(x):
+    """That what was launched so far on a tensor's GPU is done; None on a CPU."""
+    return torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+
+def _wait(event):
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
 class _Arrival:
-    """A transfer that ends when it is waited for, as late as one may."""
+    """A transfer that ends when it is waited for, as late as one may. On a GPU the streams that are
+    current at its start and where it is waited for are in that order."""
 
     def __init__(self, ranks, sends, receives):
         self.ranks, self.receives, self.swap = ranks, receives, ranks.swaps
+        self.peers = [peer for peer, _ in sends]
         for peer, x in sends:
             assert x.is_contiguous() and peer != ranks.rank
-            ranks.board.mail[ranks.rank, peer, self.swap].append(x)
+            ranks.board.mail[ranks.rank, peer, self.swap].append((x, _event(x)))
 
     def wait(self):
-        board = self.ranks.board
+        board, rank = self.ranks.board, self.ranks.rank
         board.wait()
         for peer, x in self.receives:
-            there = board.mail[peer, self.ranks.rank, self.swap].pop(0)
+            there, sent = board.mail[peer, rank, self.swap].pop(0)
             assert x.is_contiguous() and there.shape == x.shape and there.dtype == x.dtype
+            _wait(sent)
             x.copy_(there)
+            board.read[rank, peer, self.swap].append(_event(x))
         board.wait()
+        for peer in self.peers:
+            _wait(board.read[peer, rank, self.swap].pop(0))
 
 
 class ThreadRanks(Alone):

@@ -14,6 +14,7 @@ import torch
 
 from nanofuse.kernels.adamw import AdamWHyper
 from nanofuse.kernels.muon_update import second_moment_shape
+from nanofuse.model.beside import IN_ORDER
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
 from nanofuse.train.optim.parts import Share, make_buckets, stacks_of_a_shape
@@ -47,6 +48,7 @@ class MuonAdamW:
             together, Weights.stacks; None: those of one shape are stacked for each step.
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
         masters: {parameter: this rank's rows}, Weights.masters; None: none.
+        beside, marks: model.beside.InOrder and FusedGPT.final_marks, for Sharing.
 
     Raises:
         ValueError: a role without a group in OptimConfig.adamw_groups.
@@ -68,6 +70,8 @@ class MuonAdamW:
         stored=None,
         ranks=ALONE,
         masters=None,
+        beside=IN_ORDER,
+        marks=None,
     ):
         self.config, self.lr_scale, self.ranks = config, lr_scale, ranks
         self.step_count = 0
@@ -82,12 +86,12 @@ class MuonAdamW:
             tables += [(name, p, hyper) for name, p in roles.get(role, [])]
         self.matrices = [p for _, p in roles["matrices"]]
         stored = stored or stacks_of_a_shape(self.matrices, ranks.world)
-        self.buckets = make_buckets(tables, stored, masters or {}, ranks)
+        self.buckets = make_buckets(tables, stored, masters or {}, ranks, beside.hides)
         for bucket in self.buckets:
             if shares := bucket.shares:
                 bucket.update = update(bucket.tables, bucket.stacks, shares, config)
                 bucket.squares = bucket.update.squares_of(shares)
-        self.sharing = Sharing(ranks) if ranks.world > 1 else None
+        self.sharing = Sharing(ranks, beside, marks) if ranks.world > 1 else None
         self.watch = GradientWatch(named, self.parameters[0].device)
         self.update = self.buckets[0].update
         self.squares = self.update.squares_of([Share(p) for p in self.parameters])
@@ -111,6 +115,8 @@ class MuonAdamW:
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
         self.step_count += 1
+        if self.sharing:
+            self.sharing.start(self.buckets)
         # before anything is summed over ranks: where a sum of finite parts overflows, their squares
         # have done so already
         self.watch.take(self.ranks.total(self.squares()), self.step_count)

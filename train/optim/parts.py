@@ -146,7 +146,7 @@ def _rows_of_table(name, p, hyper, ranks, master):
         own = part.owner == ranks.rank
         share = Share(p, slice(part.start, part.stop), master if own else None)
         value = share.value if master is None else None
-        owned.append(Owned(part.owner, value, lambda share=share: share.grad))
+        owned.append(Owned(part.owner, value, lambda share=share: share.grad, [p]))
         if own:
             mine = new_table(name, share, hyper)
     return mine, owned
@@ -158,28 +158,27 @@ def new_table(name, share, hyper):
     return Table(name, share, *moments, hyper)
 
 
-def _matrices_of_stack(params, values, grads, owners, ranks):
+def _matrices_of_stack(params, values, grads, owners, ranks, apart):
     """[the Stack of what this rank owns], empty where it owns nothing, and the Owned of all ranks:
-    a run of matrices where their gradients lie in a row, else each by itself. Matrices that lie in
-    `values` are with their owner alone, and are not returned."""
+    a run of matrices where their gradients lie in a row and not `apart`, else each by itself.
+    Matrices that lie in `values` are with their owner alone, and are not returned."""
     owned, stacks = [], []
     for rank in range(ranks.world):
         first, count = owners.index(rank) if rank in owners else 0, owners.count(rank)
         mine = slice(first, first + count)
         run = None if grads is None else grads[mine]
-        if count and run is not None and run.is_contiguous():
-            owned.append(Owned(rank, None, lambda run=run: run))
+        if count and run is not None and run.is_contiguous() and not apart:
+            owned.append(Owned(rank, None, lambda run=run: run, params[mine]))
         else:
-            kept = values is not None
-            owned += [
-                Owned(rank, None if kept else p.detach(), lambda p=p: p.grad) for p in params[mine]
-            ]
+            for p in params[mine]:
+                value = p.detach() if values is None else None
+                owned.append(Owned(rank, value, lambda p=p: p.grad, [p]))
         if count and rank == ranks.rank:
             stacks = [Stack(params[mine], values, run)]
     return stacks, owned
 
 
-def make_buckets(tables, stored, masters, ranks):
+def make_buckets(tables, stored, masters, ranks, hides=False):
     """[Bucket] without updates: alone one of everything. Else what every rank updates comes first,
     a stack follows the other, then tables, so that matrices are updated while tables travel.
 
@@ -189,23 +188,25 @@ def make_buckets(tables, stored, masters, ranks):
             owners)].
         masters: {parameter: this rank's rows} of tables whose rows lie with their owners alone.
         ranks: train.ranks.Ranks.
+        hides: whether gradients travel beside the backward pass: matrix by matrix then, and tables
+            come before stacks, so that their values return while matrices are updated.
     """
-    common, buckets, room = Bucket([], [], []), [], 0
+    common, stacked, of_tables, room = Bucket([], [], []), [], [], 0
     for params, values, grads, owners in stored:
         if ranks.world == 1 or owners[0] is None:
             common.stacks.append(Stack(params, values, grads))
         else:
-            stacks, owned = _matrices_of_stack(params, values, grads, owners, ranks)
-            buckets.append(Bucket([], stacks, owned))
+            parts = _matrices_of_stack(params, values, grads, owners, ranks, apart=hides)
+            stacked.append(Bucket([], *parts))
     for name, p, hyper in tables:
         if ranks.world == 1 or is_small(p.shape):
             common.tables.append(new_table(name, Share(p), hyper))
             continue
         if room < p.nbytes:
-            buckets.append(Bucket([], [], []))
+            of_tables.append(Bucket([], [], []))
             room = BUCKET_BYTES
         room -= p.nbytes
         mine, owned = _rows_of_table(name, p, hyper, ranks, masters.get(p))
-        buckets[-1].tables.append(mine)
-        buckets[-1].owned += owned
-    return [common, *buckets]
+        of_tables[-1].tables.append(mine)
+        of_tables[-1].owned += owned
+    return [common, *of_tables, *stacked] if hides else [common, *stacked, *of_tables]

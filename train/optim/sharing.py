@@ -7,13 +7,17 @@ is contiguous and travels from where it lies to where it belongs: nothing is pac
 gradients lies beside the owner's until it is added.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from nanofuse.model.beside import IN_ORDER
 
-@dataclass(frozen=True)
+STRETCH_BYTES = 2**25  # of gradients that leave together beside a backward pass
+
+
+@dataclass(frozen=True, eq=False)
 class Owned:
     """A contiguous part of the parameters, with its gradient and owner.
 
@@ -22,11 +26,13 @@ class Owned:
         value: tensor, a view of parameters; None: its owner alone has it, and what the forward pass
             makes of it is returned by the model (model/fp8/weights.py).
         grad: called for the tensor that holds its gradient now.
+        params: the parameters that it is of.
     """
 
     owner: int
     value: torch.Tensor | None
     grad: Callable[[], torch.Tensor]
+    params: Sequence[torch.Tensor]
 
 
 def add_in_rank_order(
@@ -50,38 +56,69 @@ class Sharing:
 
     Args:
         ranks: train.ranks.Ranks.
+        beside: model.beside.InOrder, the order of transfers and of what computes.
+        marks: FusedGPT.final_marks, where `beside` hides transfers.
     """
 
-    def __init__(self, ranks):
-        self.ranks = ranks
+    def __init__(self, ranks, beside=IN_ORDER, marks=None):
+        self.ranks, self.beside, self.marks = ranks, beside, marks
         self.others = [rank for rank in range(ranks.world) if rank != ranks.rank]
+        self.early = {}  # {Owned: what _send gives for it and others}
 
-    def send_gradients(self, bucket):
-        """Start sending every gradient of a bucket to its owner.
+    def start(self, buckets):
+        """Where transfers are hidden, start sending all gradients of a backward pass that is still
+        under way, each stretch behind its mark."""
+        if not self.beside.hides:
+            return
+        parts = [(max(map(self.marks.get, x.params)), x) for b in buckets for x in b.owned]
+        parts.sort(key=lambda pair: pair[0])
+        stretch, size = [], 0
+        for index, (mark, part) in enumerate(parts):
+            stretch.append(part)
+            size += part.grad().nbytes
+            if size >= STRETCH_BYTES or index == len(parts) - 1:
+                with self.beside.behind(mark):
+                    sent = self._send(stretch)
+                self.early |= dict.fromkeys(stretch, sent)
+                stretch, size = [], 0
 
-        Returns:
-            what `add_gradients` takes.
-        """
-        sends, receives, landed = [], [], []
-        for part in bucket.owned:
+    def _send(self, parts):
+        """Start sending gradients to their owners; a Pending, and {Owned of this rank's: {rank: its
+        part}}."""
+        sends, receives, landed = [], [], {}
+        for part in parts:
             grad = part.grad()
             if part.owner == self.ranks.rank:
-                parts = {rank: torch.empty_like(grad) for rank in self.others}
-                receives += parts.items()
-                landed.append((grad, parts))
+                landed[part] = {rank: torch.empty_like(grad) for rank in self.others}
+                receives += landed[part].items()
             else:
                 sends.append((part.owner, grad))
         return self.ranks.swap(sends, receives), landed
 
+    def send_gradients(self, bucket):
+        """Start sending every gradient of a bucket to its owner, unless `start` has.
+
+        Returns:
+            what `add_gradients` takes.
+        """
+        if bucket.owned and not self.early:
+            return [self._send(bucket.owned)]
+        found = {id(sent): sent for sent in map(self.early.pop, bucket.owned)}
+        return list(found.values())
+
     def add_gradients(self, bucket, arriving):
         """Leave the sums over ranks in the gradients of a bucket that this rank owns, or that are
         everybody's; those of others stay as they are."""
-        pending, landed = arriving
-        pending.wait()
+        landed = {}
+        for pending, parts in arriving:
+            pending.wait()
+            landed |= parts
         with self.ranks.exposed:
-            for grad, parts in landed:
-                parts[self.ranks.rank] = grad
-                add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
+            for part in bucket.owned:
+                if part.owner == self.ranks.rank:
+                    grad, parts = part.grad(), landed[part]
+                    parts[self.ranks.rank] = grad
+                    add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
         if not bucket.owned:
             self._sum([share.grad for share in bucket.shares])
 
