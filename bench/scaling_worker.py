@@ -70,7 +70,7 @@ class Contender:
     """A model in training by one scheme, on this rank.
 
     Args:
-        name: "alone", "owned", "nanochat" or "all-reduce".
+        name: "alone", or one of bench.scaling.SCHEMES.
         machine: train.device.Machine.
         ranks: those that are there, even for "alone".
     """
@@ -81,10 +81,11 @@ class Contender:
         workload, optim = task.workload, OptimConfig()
         batches = workload.batches(machine.device)
         self.batches = batches[self.crew.rank :: self.crew.world]
-        owned = self.crew if name == "owned" else ALONE
+        hide = name == "hidden"
+        owned = self.crew if hide or name == "owned" else ALONE
         fp8 = select_fp8(task.fp8, machine, workload.config, workload.rows)
         self.built = built = assemble(
-            workload.config, machine, optim, fp8, rows=workload.rows, ranks=owned
+            workload.config, machine, optim, fp8, rows=workload.rows, ranks=owned, hide=hide
         )
         if name == "nanochat":
             built.optimizer = self._nanochat(machine, optim)

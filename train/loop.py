@@ -4,6 +4,7 @@ Several ranks go through it together. Whatever may fail on one of them alone run
 `Trainer.together`, which ends it on all or on none: the weights are whole then, and all can save.
 """
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -106,6 +107,7 @@ class Trainer:
     stop: int = 0  # number of the signal on which all ranks end
     speaker: int | None = None  # rank that says why all end, where all have agreed to
     slowest: float = START_SECONDS  # seconds of a step
+    reports_took: dict = field(default_factory=dict)  # {kind of report: seconds of the slowest}
 
     def __post_init__(self):
         self.device = self.loader.device
@@ -185,6 +187,18 @@ class Trainer:
     def allow(self, steps):
         """Promise the other ranks to be heard of within the time of so many steps."""
         self.ranks.guard.allow(max(LEAST_SECONDS, PATIENCE * self.slowest * steps))
+
+    @contextlib.contextmanager
+    def promised(self, kind):
+        """Promise the other ranks to be heard of within the time that a report takes, and a batch:
+        any time for the first of its kind, which may compile, and where files are written."""
+        took = self.reports_took.get(kind)
+        known = took is not None and kind != "save"
+        self.ranks.guard.allow(max(LEAST_SECONDS, PATIENCE * took) if known else START_SECONDS)
+        began = time.perf_counter()
+        with self.ranks.guard.patient(DATA_SECONDS):
+            yield
+        self.reports_took[kind] = max(took or 0.0, time.perf_counter() - began)
 
     def micro_steps(self):
         """This rank's micro-steps of a step; returns the sum of their losses, ()."""
@@ -419,7 +433,6 @@ class Trainer:
         The checkpoint comes before what may fail, and gets the BPB of its weights afterwards.
         """
         if due:
-            self.ranks.guard.allow(START_SECONDS)
             with gathered(self.model):
                 self.report(due)
 
@@ -427,9 +440,11 @@ class Trainer:
         """As between_steps, with all weights at hand."""
         saved = "save" in due or self.saver.saved_step == self.progress.step
         if "save" in due:
-            self.together(self.save)
+            with self.promised("save"):
+                self.together(self.save)
         if "val" in due:
-            self.together(self.evaluate)
+            with self.promised("val"):
+                self.together(self.evaluate)
             if self.first_step_seconds is None:
                 self.phases.end("evaluation")
             if saved:
@@ -437,9 +452,11 @@ class Trainer:
         if saved:
             self.by_main(self.saver.prune)
         if "core" in due:
-            self.together(self.measure_core)
+            with self.promised("core"):
+                self.together(self.measure_core)
         if "sample" in due:
-            self.by_main(self.try_sample)
+            with self.promised("sample"):
+                self.by_main(self.try_sample)
 
     def run(self):
         """Train from the current step to the last one; saves, evaluates and samples on the way.

@@ -36,7 +36,10 @@ DEFAULTS = {
         ({"--bigram-factor": -1}, "--bigram-factor: give a number"),
         ({"--fp8": "off,warp"}, f"--fp8 warp: choose from {', '.join(choices(PRODUCTS))}"),
         ({"--worlds": "1,3"}, "--worlds 3: choose from 1, 2, 4, 8"),
-        ({"--schemes": "owned,ddp"}, "--schemes ddp: choose from owned, nanochat, all-reduce"),
+        (
+            {"--schemes": "owned,ddp"},
+            "--schemes ddp: choose from owned, hidden, nanochat, all-reduce",
+        ),
         ({"--device-batch-size": 24}, "--device-batch-size 24: give a divisor of 256"),
         ({"--device-batch-size": 2**63}, "give a divisor of 256"),
         ({"--device-batch-size": 0}, "--device-batch-size 0: give a divisor of 256"),

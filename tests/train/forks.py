@@ -124,7 +124,7 @@ def commit(kind, rank, step):
     """Have this rank fail at a step, counted from 1, or at the first call of what fails."""
     import torch
 
-    from nanofuse.train import bpb, checkpoint, loop
+    from nanofuse.train import bpb, checkpoint, loop, start
 
     micro_steps = loop.Trainer.micro_steps
 
@@ -155,11 +155,20 @@ def commit(kind, rank, step):
             self.raw_model.lm_head.weight.grad[0, 0] = float("nan")
         return total
 
+    def killed(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
     loop.Trainer.micro_steps = faulty
     if kind == "evaluation":
         bpb._batch_sums = fail(RuntimeError("no sums"))
     elif kind == "disk":
         checkpoint.save_file = fail(OSError(28, "No space left on device"))
+    elif kind == "SIGKILL in an evaluation":
+        bpb._batch_sums = killed
+    elif kind == "SIGKILL in a save":
+        checkpoint.save_file = killed
+    elif kind == "SIGKILL in the start":
+        start.assemble = killed
 
 
 def child(job, err):
@@ -173,7 +182,8 @@ def child(job, err):
     Fork.job = job
     launch.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
     if job.get("fault"):
-        guard.SILENT_SECONDS, guard.DEAF_SECONDS, loop.LEAST_SECONDS = 4, 2, 4
+        guard.SILENT_SECONDS, guard.DEAF_SECONDS, loop.LEAST_SECONDS = 3, 1, 3
+        guard.TOLD_SECONDS, guard.PULSE_SECONDS = 1, 0.2
     command_of(job)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
 from nanofuse.train import clock, loop, saving
+from nanofuse.train.guard import START_SECONDS, NoGuard
 from nanofuse.train.lock import RunLock
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
@@ -240,3 +241,22 @@ def test_all_weights_are_at_hand_where_they_are_read(make_trainer, monkeypatch):
     assert saving.save_now(trainer) is None
     assert len({name for name, _ in seen}) == 5
     assert all(there == (name != "train_step") for name, there in seen)
+
+
+def test_a_report_is_promised_by_what_the_one_before_took(make_trainer, monkeypatch):
+    """So that a rank that stops in its second evaluation is missed soon."""
+    trainer, promised = make_trainer(num_iterations=3, save_every=1, eval_every=1), []
+    monkeypatch.setattr(NoGuard, "allow", lambda self, seconds: promised.append(seconds))
+    clock, before = [0.0], time.perf_counter
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: before() + clock[0])
+
+    def evaluate():
+        clock[0] += 10.0
+        trainer.log.metrics("val", trainer.progress.step, bpb=2.0)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    for _ in range(2):
+        trainer.between_steps({"val", "save"})
+    save, val, save_again, val_again = promised
+    assert {save, val, save_again} == {START_SECONDS}
+    assert loop.PATIENCE * 10 <= val_again < loop.PATIENCE * 15
