@@ -60,7 +60,12 @@ class LinearWeight:
         """Take the rows that this rank owns."""
         self.master, self.parts = master, parts
         self.rows = next((rows for owner, rows in parts if owner == rank), slice(0))
-        self.whole = master if master.shape == self.grad.shape else None
+        self.whole = master if self.owned else None
+
+    @property
+    def owned(self):
+        """Whether all rows are this rank's."""
+        return self.master.shape == self.grad.shape
 
     def plain(self):
         """The weight in `dtype`, (N, K), for GEMMs without FP8.
@@ -88,7 +93,7 @@ class LinearWeight:
             operand = empty_operand(rows, columns, scaling, master.device)
         if scaling is None:
             operand[self.rows].copy_(master)
-        elif self.whole is not None:
+        elif self.owned:
             quantize(master, scaling, operand)
         elif master.numel():
             transposed = operand.transposed.new_empty(columns, len(master))  # see `complete`
@@ -104,7 +109,7 @@ class LinearWeight:
 
     def complete(self):
         """Make the rest of an operand of which other ranks' rows have come."""
-        if isinstance(self.operand, FP8Operand) and self.whole is None:
+        if isinstance(self.operand, FP8Operand) and not self.owned:
             self.operand.transposed.view(torch.uint8).copy_(self.wire.t())
 
     def show(
@@ -279,7 +284,7 @@ class Weights:
         if self.peers is None:
             yield
             return
-        partial = [weight for weight in self.weights if weight.whole is None]
+        partial = [weight for weight in self.weights if not weight.owned]
         values = {weight: torch.empty_like(weight.grad) for weight in partial}
         for weight, x in values.items():
             x[weight.rows].copy_(weight.master)
