@@ -1,10 +1,15 @@
 """What the ranks of a test do; tests.train.forks starts them."""
 
 import os
+import warnings
 
 import torch
 
+from nanofuse.kernels import newton_schulz
+from nanofuse.model.fp8.products import TorchGemm
 from nanofuse.train.errors import PeerFailed
+from tests.train.optim.test_sharing import UNEVEN
+from tests.train.optim.test_sharing import fused as step_of_fused
 
 
 def methods(ranks):
@@ -44,6 +49,15 @@ def methods(ranks):
         raise AssertionError("it has failed")
     except (KeyError, PeerFailed) as error:
         assert isinstance(error, KeyError if ranks.main else PeerFailed)
+
+
+def fused(ranks):
+    """A step of the fused pass: all ranks have the same operands, FP8, and values to gather."""
+    warnings.simplefilter("ignore")  # of the interpreter's
+    newton_schulz._segments = lambda shape, gram: (newton_schulz.POLAR_EXPRESS[:1],)
+    found = step_of_fused(ranks, TorchGemm, **UNEVEN)
+    sums = ranks.collect({name: x.double().sum().item() for name, x in found.items()})
+    assert all(each == sums[0] for each in sums)
 
 
 def out_of_step(ranks):

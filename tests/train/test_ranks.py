@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from nanofuse.kernels.common.jit import HAS_TRITON
 from nanofuse.train.run_folder import checkpoints
 from tests.train.bundles import write_bundle
 from tests.train.forks import Forks
@@ -44,6 +45,12 @@ def cores(directory):
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_methods(forks, work_dir, world):
     assert forks.run(["--gpus", world], work_dir, job="tests.train.rank_jobs:methods") == (0, "")
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
+def test_a_step_of_the_fused_pass(forks, work_dir):
+    assert forks.run(["--gpus", 3], work_dir, job="tests.train.rank_jobs:fused") == (0, "")
 
 
 def test_a_rank_that_fails_ends_all_with_its_line(forks, work_dir):
