@@ -10,6 +10,7 @@ import torch
 from nanofuse.kernels.common.attention_sums import AttentionSums
 from nanofuse.model.backends.choice import forward_and_backward, select_attention
 from nanofuse.model.backends.flash import (
+    CHECKED_ROWS,
     SUMS_OF,
     FlashAttention4,
     TransformerEngineAttention,
@@ -164,6 +165,15 @@ def test_fa4_converts_what_nothing_else_can_read(fa4_converts, monkeypatch):
     assert line(wide()) == "compute capability 10.0, not 9.0)"
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.1")
     assert line(wide()) == f"4.1, not {SUMS_OF})"
+
+
+def test_sums_are_checked_in_both_kinds_of_windows(fa4_calls, fa4_converts):
+    """The library has a kernel for windows and one without, and a recipe's model takes both."""
+    config = GPTConfig.from_depth(2, 128, 128)
+    assert min(config.windows) > CHECKED_ROWS
+    FlashAttention4().leave_sums(config, torch.device("cpu"))
+    lefts = [left for name, left, *_ in fa4_calls if name == "backward"]
+    assert None in lefts and any(left is not None for left in lefts)
 
 
 def test_the_version_with_known_sums_is_the_one_to_install():
