@@ -38,8 +38,11 @@ def is_kept(source):
 def is_writable(folder):
     """Whether files can be made in a folder, which may have to be made itself."""
     folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+    except OSError:  # above it one that may not be read
+        return False
     return os.access(folder, os.W_OK)
 
 
@@ -55,7 +58,10 @@ def keep_bytecode(library="torch"):
         return None
     beside = Path(importlib.util.cache_from_source(spec.origin)).parent
     will_be = not sys.dont_write_bytecode and is_writable(beside)
-    folder = str(user_folder().absolute() / FOLDER)
+    try:
+        folder = str(user_folder().absolute() / FOLDER)
+    except RuntimeError:  # a user without a home
+        return None
     if is_kept(spec.origin) or will_be or not is_writable(folder):
         return None
     sys.pycache_prefix, sys.dont_write_bytecode = folder, False

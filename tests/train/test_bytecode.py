@@ -74,3 +74,17 @@ def test_a_folder_that_is_to_be_made(tmp_path, monkeypatch):
     assert bytecode.is_writable(tmp_path / "a" / "b")
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     assert not bytecode.is_writable(tmp_path / "a" / "b")
+
+
+def test_a_user_without_a_folder_keeps_nothing(library, tmp_path, monkeypatch):
+    """A start goes on where the folder above may not be read, or there is no home."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("NANOFUSE_DIR", str(tmp_path / ("x" * 300)))  # root may read all others
+    assert bytecode.keep_bytecode(NAME) is None
+    monkeypatch.delenv("NANOFUSE_DIR")
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    assert bytecode.keep_bytecode(NAME) is None
