@@ -133,11 +133,10 @@ def select_fp8(name, machine, config, rows, gradients="e5m2"):
 
     Args:
         rows: of a micro-step.
-        gradients: of FORMATS, for those of the layers.
+        gradients: of FORMATS, for those of the layers where products are in FP8.
 
     Raises:
-        UserError: a provider that cannot serve this machine, backend or model, or a format of
-            gradients where there is no FP8.
+        UserError: a provider that cannot serve this machine, backend or model.
     """
     fits = machine.backend != "fused" or fp8_fits(config, rows * config.sequence_len)
 
@@ -148,15 +147,24 @@ def select_fp8(name, machine, config, rows, gradients="e5m2"):
         found = providers.choose(providers.PRODUCTS, name, machine.need("fp8"), refuse=refuse)
     if found.made.fp8:
         found.made.gradients = FORMATS[gradients]
-    elif gradients != "e5m2":
+    return found
+
+
+def select_products(settings, machine, config, given=()):
+    """As select_fp8, for the flags of Settings.
+
+    Args:
+        given: names of those that were given now, and not by the run that goes on.
+
+    Raises:
+        UserError: as select_fp8; or a format of gradients was given, and there is no FP8.
+    """
+    options, rows = settings.machine, settings.horizon.device_batch_size
+    gradients = options.fp8_gradients
+    found = select_fp8(options.fp8, machine, config, rows, gradients)
+    if "fp8_gradients" in given and gradients != "e5m2" and not found.made.fp8:
         raise UserError(
             f"--fp8-gradients {gradients} needs products in FP8, and this run has --fp8 "
             f"{found.name}; drop it"
         )
     return found
-
-
-def select_products(settings, machine, config):
-    """As select_fp8, for the flags of Settings."""
-    options, rows = settings.machine, settings.horizon.device_batch_size
-    return select_fp8(options.fp8, machine, config, rows, options.fp8_gradients)

@@ -266,7 +266,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
 
     def sized(settings, config):
         """Settings and providers.Choice of the products, for the rows of a micro-step."""
-        fp8 = select_products(settings, machine, config)
+        fp8 = select_products(settings, machine, config, given)
         if auto:
             settings = choose_rows(settings, config, machine, fp8.name, ranks.world)
             fp8 = select_products(settings, machine, config)
@@ -335,7 +335,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     options = settings.machine
     machine = select_machine(options.device_type, options.backend, ranks.local)
     check_backend_flags(given, machine)
-    fp8 = select_products(settings, machine, config)
+    fp8 = select_products(settings, machine, config, given)
     if auto:
         total = plan.total_batch_size
         settings = choose_rows(settings, config, machine, fp8.name, ranks.world, total)

@@ -8,8 +8,16 @@ import torch
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import TorchGemm, TransformerEngineGemm
 from nanofuse.train import device
-from nanofuse.train.device import BF16_PEAKS, Machine, bf16_peak, select_fp8, select_machine
+from nanofuse.train.device import (
+    BF16_PEAKS,
+    Machine,
+    bf16_peak,
+    select_fp8,
+    select_machine,
+    select_products,
+)
 from nanofuse.train.errors import UserError
+from nanofuse.train.settings import Settings
 
 CONFIG = GPTConfig.from_depth(4)
 
@@ -99,9 +107,13 @@ def test_choice_of_fp8(name, backend, capability, provider, why):
 def test_a_format_of_gradients_is_set_or_refused():
     for name, dtype in (("e5m2", torch.float8_e5m2), ("e4m3", torch.float8_e4m3fn)):
         assert select_fp8("torch", machine("fused"), CONFIG, 32, name).made.gradients == dtype
-    assert select_fp8("off", machine("fused"), CONFIG, 32, "e5m2").name == "off"
+    given = {"fp8_gradients": "e4m3", "fp8": "off"}
+    settings = Settings().replace(given)
     with pytest.raises(UserError, match="^--fp8-gradients e4m3 needs .* has --fp8 off; drop it$"):
-        select_fp8("off", machine("fused"), CONFIG, 32, "e4m3")
+        select_products(settings, machine("fused"), CONFIG, given)
+    assert select_products(settings, machine("fused"), CONFIG).name == "off"  # of the run resumed
+    same = Settings().replace({"fp8": "off"}), machine("fused"), CONFIG, {"fp8_gradients": "e5m2"}
+    assert select_products(*same).name == "off"
 
 
 def test_sizes_that_fp8_kernels_do_not_take(without_libraries):

@@ -8,7 +8,7 @@ import pytest
 from nanofuse.train.data.corpus import open_corpus
 from nanofuse.train.errors import UserError
 from nanofuse.train.run import main
-from nanofuse.train.run_folder import find_checkpoint, load_meta, run_dir
+from nanofuse.train.run_folder import amend_meta, find_checkpoint, load_meta, run_dir
 from nanofuse.train.start import find_tokenizer
 
 SMALL = (
@@ -74,6 +74,15 @@ def test_the_flags_of_the_start_are_those_of_the_resume(data_dir, work_dir):
     assert find_tokenizer(open_corpus(str(data_dir)), 5000, True).vocab_size < 5000
     main([*flags, "--resume"])
     assert find_checkpoint(run_dir("a")).name == "step_000008"
+
+
+def test_a_run_in_fp8_goes_on_without(half):
+    """Settings of a run with gradients in e4m3, which say nothing of a run in fp32."""
+    checkpoint = find_checkpoint(run_dir("half"))
+    changed = {**settings("half"), "fp8_gradients": "e4m3"}
+    amend_meta(checkpoint, {"settings": changed})
+    main(["--run", "half", "--resume"])
+    assert settings("half")["fp8_gradients"] == "e4m3"
 
 
 def test_what_cannot_change_is_refused_before_anything_is_written(half):
