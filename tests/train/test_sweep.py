@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ ALL = ["s.high.1 new", "s.high.2 new", "s.low.1 new", "s.low.2 new"]
 
 
 @pytest.mark.cpu
-def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep):
+def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep, monkeypatch):
     code, out, err = sweep("--jobs", "2", fake={"high": "fail"})
     assert code == 1 and started() == ALL
     assert "s.high.1: failed, exit code 2: --matrix-lr does not suit me (sweeps/s/s.high" in out
@@ -88,6 +89,11 @@ def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep):
     assert {"table.md", "curves.png", "curves.svg", "s.low.1.txt"} <= names
     assert sweep("--drop-weights")[0] == 0 and started() == []
     assert not list(Path("runs").glob("*/step_*")) and sweep()[0] == 0 and started() == []
+    monkeypatch.setattr(
+        "nanofuse.train.trackers.find_spec", lambda name: ModuleSpec(name, None, origin=name)
+    )
+    for flag in ("--wandb", "--trackio", "--tensorboard"):
+        assert sweep(flag)[0] == 0 and started() == []
     code, out, err = sweep("--depth", "2")
     assert (code, started()) == (2, [])
     assert "runs/s.low.1 was made with --depth 1, and the sweep says 2; move that run away" in err

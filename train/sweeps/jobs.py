@@ -29,7 +29,7 @@ LOG_END = 20_000  # bytes in which a run's last words are looked for
 # Flags that do not change what a run comes to; all others must be those of its checkpoint.
 FREE = {
     "run", "resume", "gpus", "data", "cache", "kernel_cache", "keep", "save_every", "sample_every",
-    "core_every", "train_log_every", "wandb",
+    "core_every", "train_log_every", "wandb", "trackio", "tensorboard",
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def sizes(item, processes, gpu):
     """
     settings, total = item.settings, item.plan.total_batch_size
     facts = {"gpu": gpu, "processes": processes, "total_batch_size": total}
+    facts["data"] = settings.job.data  # whose tokenizer may set the vocabulary
     facts |= asdict(settings.model) | asdict(settings.machine)
     return json.dumps({name: value for name, value in facts.items() if name not in NO_SIZE})
 

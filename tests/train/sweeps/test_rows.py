@@ -1,5 +1,7 @@
 """Rows for runs that ask for auto: found as the run would, and what they depend on."""
 
+from dataclasses import replace
+
 import pytest
 
 from nanofuse.train import trial
@@ -55,6 +57,14 @@ def test_equal_sizes_are_one_search_that_is_kept(items, tmp_path):
     (tmp_path / rows.FILE).write_text("[1]")
     with pytest.raises(UserError, match="rows.json is damaged"):
         rows.settle_rows(*known)
+
+
+def test_other_data_may_have_another_vocabulary(items):
+    first = items[0]
+    other = replace(first, settings=first.settings.replace({"data": "elsewhere"}))
+    longer = replace(first, settings=first.settings.replace({"num_iterations": 99}))
+    keys = [rows.sizes(item, 1, None) for item in (first, longer, other)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_search_that_fails_names_the_variant(items, tmp_path):
