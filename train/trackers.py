@@ -114,10 +114,12 @@ def check_installed(asked):
 
 
 def _is_there(module):
-    """Whether a module is loaded, or can be."""
+    """Whether a module is loaded, or can be. A folder of that name is none, such as the one that
+    wandb makes where it runs."""
     if module in sys.modules:
         return sys.modules[module] is not None
-    return find_spec(module) is not None
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def close_all(trackers):

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,11 @@ def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
         main([f"--{name}"])
     check_installed({})
     monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr("nanofuse.train.trackers.find_spec", {name: "there"}.get)
+    found = ModuleSpec(name, None, is_package=True)  # a folder of that name, as wandb makes one
+    monkeypatch.setattr("nanofuse.train.trackers.find_spec", {name: found}.get)
+    with pytest.raises(UserError, match="install it"):
+        check_installed({name: True})
+    found.origin = "there"
     check_installed({name: True})
 
 
