@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from nanofuse.model import providers
 from nanofuse.model.backends import flash_ahead, flash_loading
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.providers import Choice
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.assemble import assemble
 from nanofuse.train.checkpoint import (
@@ -160,7 +160,7 @@ class Start:
     corpus: ParquetCorpus | StdlibCorpus
     tokenizer: Tokenizer
     config: GPTConfig
-    fp8: Choice
+    fp8: providers.Choice
     plan: Plan
     lock: RunLock | Followed
     ranks: Alone
@@ -363,9 +363,8 @@ def load_attention(start):
         with suppress(Exception):
             flash_loading.load()
 
-    if start.machine.device.type == "cuda" and flash_ahead.expected(
-        start.settings.machine.attention
-    ):
+    refused = providers.find(providers.ATTENTION, "fa4").refusal(start.machine.need())
+    if not refused and flash_ahead.expected(start.settings.machine.attention):
         threading.Thread(target=load, name="attention").start()
 
 

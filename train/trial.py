@@ -7,6 +7,7 @@ the run is there, and leaves nothing behind.
 
 import gc
 import os
+import sys
 import traceback
 from dataclasses import replace
 
@@ -104,7 +105,8 @@ def fits(settings, config, machine, fp8):
             traceback.clear_frames(error.__traceback__)  # they hold tensors
     finally:
         if cuda:
-            torch._dynamo.reset()
+            if compiler := sys.modules.get("torch._dynamo"):  # torch._dynamo would load it
+                compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
     return False

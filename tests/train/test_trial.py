@@ -1,5 +1,6 @@
 """--device-batch-size auto: what is chosen, tried, kept with the run and found again."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -99,6 +100,18 @@ def test_a_trial_runs_what_takes_memory(monkeypatch):
         else:
             with pytest.raises(RuntimeError, match="another"):
                 trial.fits(*known)
+
+
+def test_a_trial_loads_no_compiler(monkeypatch):
+    """torch loads its compiler when it is first asked for it, which takes seconds."""
+    machine, called = SimpleNamespace(device=torch.device("cuda")), []
+    monkeypatch.setattr(trial, "_train", lambda *args: None)
+    monkeypatch.setattr(torch, "_dynamo", None, raising=False)  # what asks for it fails
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert trial.fits(None, None, machine, None)
+    compiler = SimpleNamespace(reset=lambda: called.append("reset"))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", compiler)
+    assert trial.fits(None, None, machine, None) and called == ["reset"]
 
 
 @pytest.fixture

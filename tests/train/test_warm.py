@@ -17,7 +17,7 @@ import torch
 
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
 from nanofuse.model.config import GPTConfig
-from nanofuse.model.providers import PRODUCTS, Choice
+from nanofuse.model.providers import PRODUCTS, Choice, Need
 from nanofuse.train import compiler, kernel_cache, start, warm
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.compiling import Compiling, Request, on_gpu, wanted
@@ -343,15 +343,16 @@ def test_nothing_compiles_where_nothing_is_launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "loads"),
+    ("device", "capability", "asked", "loads"),
     [
-        ("cuda", "fa4", True),
-        ("cuda", "sdpa", False),
-        ("cpu", "fa4", False),
+        ("cuda", (9, 0), "fa4", True),
+        ("cuda", (9, 0), "sdpa", False),
+        ("cuda", (8, 0), "fa4", False),
+        ("cpu", (0, 0), "fa4", False),
     ],
 )
 def test_attention_is_imported_beside_the_start_where_it_is_taken(
-    monkeypatch, device, asked, loads
+    monkeypatch, device, capability, asked, loads
 ):
     loaded = threading.Event()
 
@@ -362,7 +363,8 @@ def test_attention_is_imported_beside_the_start_where_it_is_taken(
     monkeypatch.setattr(start.flash_loading, "load", load)
     monkeypatch.setattr(start.flash_ahead, "expected", lambda name: name == "fa4")
     settings = resolve({"attention": asked}, device)
-    machine = SimpleNamespace(device=torch.device(device))
+    need = Need("compile", device, capability, ("bf16",))
+    machine = SimpleNamespace(device=torch.device(device), need=lambda: need)
     start.load_attention(SimpleNamespace(settings=settings, machine=machine))
     for thread in threading.enumerate():
         if thread.name == "attention":
