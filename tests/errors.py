@@ -120,7 +120,7 @@ SWEEP_FILES = (
 )  # fmt: skip
 WARM_FLAGS = (
     "--depth 0", "--arch sm_50", "--gpu H9000", "--out nowhere/k.zip", "--head-dim 15", "--out=",
-    "--out data", "--device-batch-size auto",
+    "--out data", "--device-batch-size auto", "--gpus auto", "--gpus many",
 )  # fmt: skip
 PLOT_FLAGS = (
     "nowhere", "data", "a a", "a broken", "a --out a.pdf", "a --x hours", "a runs/a/tokenizer.json",

@@ -18,7 +18,8 @@ from nanofuse.train.command import not_empty, run_command
 from nanofuse.train.compiling import Compiling, Request
 from nanofuse.train.disk import in_units
 from nanofuse.train.errors import UserError
-from nanofuse.train.settings import asks_for_rows, build_parser, naming_flags, resolve
+from nanofuse.train.launch import number_of_ranks
+from nanofuse.train.settings import AUTO, asks_for_rows, build_parser, naming_flags, resolve
 
 # Of an architecture: compute capability, and GPUs by the name that the driver gives them, with
 # their streaming multiprocessors.
@@ -51,6 +52,9 @@ def main(argv=None):
             "--device-batch-size auto is found out on the GPU; give the rows that a run there takes"
         )
     settings = resolve(given, "cuda")
+    if settings.machine.gpus == AUTO:
+        raise UserError("--gpus auto is found out on the machine; give the number that there are")
+    number_of_ranks(settings.machine.gpus, "cpu")  # refuses what is none
     with naming_flags():
         config = settings.model.config()
     out = Path(own["out"] or f"kernels-d{settings.model.depth}-{own['arch']}.zip")
@@ -104,7 +108,7 @@ def compile_and_pack(compiling, settings, config, gpu, out):
         flash_ahead.expected(machine.attention),
         machine.deterministic,
         *gpu,
-        world=int(machine.gpus) if machine.gpus.isdecimal() else 1,
+        world=int(machine.gpus),
         gradients=machine.fp8_gradients,
     )
     compiling.ask(request)
