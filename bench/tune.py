@@ -90,16 +90,22 @@ def merged(old, new):
     return sorted([*kept, *new], key=lambda entry: entry["width"])
 
 
-def _read(path):
-    """What the file at `path` holds; {} without one.
+def read_table(path):
+    """What the file at `path` holds, as tuned.json; {} without one.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is no JSON, or another table.
     """
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        table = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"--out {path} is no JSON ({error}); move it away") from error
+    try:
+        for entries in [entries for ops in table.values() for entries in ops.values()]:
+            merged(entries, entries)
+    except (AttributeError, LookupError, TypeError):
+        raise UserError(f"--out {path} is no table of bench.tune; move it away") from None
+    return table
 
 
 def main():
@@ -115,7 +121,7 @@ def main():
         parser.error(f"unknown op {unknown[0]!r}" if unknown else "tuning needs a CUDA GPU")
     widths = parse_widths(args.widths)
     ops = args.ops or list(TUNED)
-    table = _read(args.out)
+    table = read_table(args.out)
     with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
         grows = {}  # op -> whether its configuration depends on the width
         for width in (D16.width, *(w for w in widths if w != D16.width)):

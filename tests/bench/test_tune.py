@@ -1,8 +1,10 @@
 """bench.tune without its GPU: its widths, and how entries come together."""
 
+import json
+
 import pytest
 
-from nanofuse.bench.tune import merged, parse_widths
+from nanofuse.bench.tune import merged, parse_widths, read_table
 from nanofuse.train.errors import UserError
 
 
@@ -23,3 +25,22 @@ def test_other_widths_stay():
         entry(256, 1.0), entry(512, 4.0), entry(1024, 3.0)
     ]  # fmt: skip
     assert merged([entry(1024, 2.0)], [entry(1024, 1.0, None)]) == [entry(1024, 1.0, None)]
+
+
+def test_a_file_that_is_no_table_is_refused_before_anything_is_timed(tmp_path):
+    path = tmp_path / "tuned.json"
+    assert read_table(path) == {}
+    for table in ({}, {"GPU": {}}, {"GPU": {"op": [entry(256, 1.0)]}}):
+        path.write_text(json.dumps(table))
+        assert read_table(path) == table
+    for op in (entry(256, 1.0), [{"us": 1.0}], 3):  # the first as up to 2026-11-28
+        path.write_text(json.dumps({"GPU": {"op": op}}))
+        with pytest.raises(UserError, match="--out .* is no table of bench.tune; move it away"):
+            read_table(path)
+    for table in ([], {"GPU": []}):
+        path.write_text(json.dumps(table))
+        with pytest.raises(UserError, match="--out .* is no table of bench.tune; move it away"):
+            read_table(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="--out .* is no JSON"):
+        read_table(path)
