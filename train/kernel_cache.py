@@ -206,7 +206,8 @@ def unpack(path, capability):
     Needed(capability).add(requests)
     for section, kept in products.items():
         store = Store(user_folder() / PRODUCTS, section)
-        if new := {key: entry for key, entry in kept.items() if key not in store.entries()}:
+        there = store.entries()
+        if new := {key: entry for key, entry in kept.items() if key not in there}:
             store.add(new)
     return len(folders)
 
