@@ -89,9 +89,8 @@ def test_a_sweep_fails_in_part_goes_on_and_is_compared(sweep, monkeypatch):
     assert {"table.md", "curves.png", "curves.svg", "s.low.1.txt"} <= names
     assert sweep("--drop-weights")[0] == 0 and started() == []
     assert not list(Path("runs").glob("*/step_*")) and sweep()[0] == 0 and started() == []
-    monkeypatch.setattr(
-        "nanofuse.train.trackers.find_spec", lambda name: ModuleSpec(name, None, origin=name)
-    )
+    there = ModuleSpec("a tracker", None, origin="there")
+    monkeypatch.setattr("nanofuse.train.trackers.find_spec", lambda name: there)
     for flag in ("--wandb", "--trackio", "--tensorboard"):
         assert sweep(flag)[0] == 0 and started() == []
     code, out, err = sweep("--depth", "2")
