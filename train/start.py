@@ -354,7 +354,8 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
 
 def load_attention(start):
     """Import FlashAttention 4 in a thread, where the Start will take it: that takes seconds, of
-    which this thread waits for the GPU or for kernels.
+    which this thread waits for the GPU or for kernels. Not while products are measured: an import
+    keeps Python's lock, and times that end when the lock comes back say nothing.
 
     An import that fails fails again, and is told, where the backend is made.
     """
@@ -423,6 +424,7 @@ def build_and_log(loader, start, phases, signals, ahead, trackers):
     plan, directory, ranks = start.plan, start.directory, start.ranks
 
     def set_weights(model):
+        load_attention(start)  # the products are chosen by now
         if start.checkpoint:
             load_weights(model, load_tensors(start.checkpoint / MODEL), start.checkpoint / MODEL)
         else:
@@ -546,7 +548,6 @@ def train_as(ranks, given, phases, ahead, signals):
     given = {**given, "gpus": str(ranks.world)}
     with RunLock() as lock:
         start = start_with_rank_0(given, lock, ranks, ahead)
-        load_attention(start)
         phases.end("data")
         start = settle_rows(start, ahead.ready)
         try:

@@ -25,8 +25,10 @@ from nanofuse.train.device import Machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.kernel_cache import HEADER, Needed, conditions, measured_products, pack, unpack
 from nanofuse.train.optim.config import OptimConfig
+from nanofuse.train.run import main
 from nanofuse.train.settings import resolve
 from tests.test_ops import ROOT
+from tests.train.tiny import TINY
 
 pytest.importorskip("triton")
 HOPPER = (9, 0)
@@ -370,6 +372,23 @@ def test_attention_is_imported_beside_the_start_where_it_is_taken(
         if thread.name == "attention":
             thread.join()
     assert loaded.is_set() == loads
+
+
+def test_attention_is_not_imported_while_products_are_measured(data_dir, work_dir, monkeypatch):
+    """A thread that keeps Python's lock moves the times that they are chosen by."""
+    events = []
+
+    def assemble(*args):
+        events.append("products")
+        set_weights = args[9]
+        set_weights(SimpleNamespace(init_weights=lambda seed: events.append("weights")))
+        raise UserError("enough")
+
+    monkeypatch.setattr(start, "assemble", assemble)
+    monkeypatch.setattr(start, "load_attention", lambda start: events.append("attention"))
+    with pytest.raises(UserError, match="enough"):
+        main([*TINY, "--data", str(data_dir)])
+    assert events == ["products", "attention", "weights"]
 
 
 def test_flags_of_the_command(capsys):
