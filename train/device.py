@@ -117,6 +117,19 @@ def select_machine(device_type, backend, local=0):
     return machine
 
 
+def own_machine(options, local):
+    """As select_machine, for the MachineOptions of Settings. Its GPU becomes the current one, on
+    which libraries make their handles and workspaces.
+
+    Args:
+        local: as of select_device.
+    """
+    machine = select_machine(options.device_type, options.backend, local)
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    return machine
+
+
 @contextmanager
 def choosing(flag, name):
     """Within the context the ValueError of a choice becomes a UserError that names the flag and,

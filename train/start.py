@@ -31,7 +31,7 @@ from nanofuse.train.data.loader import Packing
 from nanofuse.train.data.survey import describe_data
 from nanofuse.train.data.tokenizer import FILE_NAME, Tokenizer, train_on_corpus
 from nanofuse.train.data.tokens import open_cache
-from nanofuse.train.device import Machine, bf16_peak, select_device, select_machine, select_products
+from nanofuse.train.device import Machine, bf16_peak, own_machine, select_device, select_products
 from nanofuse.train.disk import room, size_of
 from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.figures import summary
@@ -237,7 +237,7 @@ def start_with_rank_0(given, lock, ranks, ahead):
     found, directory = ranks.by_main(settle)
     if start is None:
         settings, options = found.settings, found.settings.machine
-        machine = select_machine(options.device_type, options.backend, ranks.local)
+        machine = own_machine(options, ranks.local)
         fp8 = select_products(settings, machine, found.config)
         folder = Followed(directory)
         start = replace(found, machine=machine, fp8=fp8, lock=folder, ranks=ranks)
@@ -258,7 +258,7 @@ def start_new(given, lock, ranks=ALONE, ahead=None):
     device_type = select_device(given.get("device_type", "auto")).type
     settings = resolve(without_auto(given), device_type)
     options, auto = settings.machine, asks_for_rows(given)
-    machine = select_machine(options.device_type, options.backend, ranks.local)
+    machine = own_machine(options, ranks.local)
     check_backend_flags(given, machine)
     check_installed(vars(settings.reports))
     with naming_flags():
@@ -333,7 +333,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
     tokenizer = load_tokenizer(directory, config, meta)
     options = settings.machine
-    machine = select_machine(options.device_type, options.backend, ranks.local)
+    machine = own_machine(options, ranks.local)
     check_backend_flags(given, machine)
     fp8 = select_products(settings, machine, config, given)
     if auto:
@@ -382,8 +382,6 @@ def build_trainer(start, phases, signals=None, ahead=None):
     """
     settings, config, machine = start.settings, start.config, start.machine
     plan, ranks = start.plan, start.ranks
-    if machine.device.type == "cuda":
-        torch.cuda.set_device(machine.device)
     ranks.use(machine.device)
     memory = check_training_memory(settings, config, machine, start.fp8.name)
     if ranks.main:

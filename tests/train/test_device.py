@@ -1,13 +1,14 @@
 """What runs on which machine, and what the user is told about it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import TorchGemm, TransformerEngineGemm
-from nanofuse.train import device
+from nanofuse.train import device, start
 from nanofuse.train.device import (
     BF16_PEAKS,
     Machine,
@@ -76,6 +77,21 @@ def test_fused_needs_hopper_or_the_interpreter(hopper, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, found=capability: found)
         with pytest.raises(UserError, match="--backend fused needs a Hopper GPU"):
             select_machine("cuda", "fused")
+
+
+def test_a_ranks_gpu_is_the_current_one_before_libraries_make_handles(monkeypatch):
+    events, second = [], replace(machine("eager"), device=torch.device("cuda", 1))
+
+    def products(settings, machine, config, given):
+        events.append("products")
+        raise UserError("enough")
+
+    monkeypatch.setattr(device, "select_machine", lambda *args: second)
+    monkeypatch.setattr(torch.cuda, "set_device", events.append)
+    monkeypatch.setattr(start, "select_products", products)
+    with pytest.raises(UserError, match="enough"):
+        start.start_new({"depth": 1}, None)
+    assert events == [second.device, "products"]
 
 
 def test_missing_libraries_are_announced(without_libraries):
