@@ -84,9 +84,10 @@ def tune(op, width):
 
 
 def merged(old, new):
-    """Entries of an op: the new ones, and the old ones of other widths; the narrowest first."""
-    widths = {entry["width"] for entry in new}
-    kept = [] if new[0]["cols"] is None else [e for e in old if e["width"] not in widths]
+    """Entries of an op: the new ones, and the old ones of other widths; the narrowest first. An
+    entry without columns is of all widths, and stands alone."""
+    widths, flat = {entry["width"] for entry in new}, new[0]["cols"] is None
+    kept = [e for e in old if e["cols"] is not None and e["width"] not in widths and not flat]
     return sorted([*kept, *new], key=lambda entry: entry["width"])
 
 

@@ -24,7 +24,8 @@ def test_other_widths_stay():
     assert merged(old, [entry(1024, 3.0), entry(512, 4.0)]) == [
         entry(256, 1.0), entry(512, 4.0), entry(1024, 3.0)
     ]  # fmt: skip
-    assert merged([entry(1024, 2.0)], [entry(1024, 1.0, None)]) == [entry(1024, 1.0, None)]
+    assert merged([entry(256, 2.0)], [entry(1024, 1.0, None)]) == [entry(1024, 1.0, None)]
+    assert merged([entry(1024, 2.0, None)], [entry(256, 1.0)]) == [entry(256, 1.0)]
 
 
 def test_a_file_that_is_no_table_is_refused_before_anything_is_timed(tmp_path):
