@@ -301,7 +301,8 @@ def build_parser() -> CommandParser:
             text += " [all]" if f.name == "keep" else f" [{f.default}]"
         kwargs = {"help": text.replace("%", "%%"), "default": SUPPRESS, "dest": f.name}
         if f.type is bool:
-            action = BooleanOptionalAction if f.default else "store_true"
+            # what a run was started with may be turned off for the rest of it
+            action = "store_true" if f.name == "resume" else BooleanOptionalAction
             groups[part].add_argument(flag_name(f.name), action=action, **kwargs)
         else:
             if not choices and not metavar:

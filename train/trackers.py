@@ -37,7 +37,7 @@ class Wandb(_Run):
     """
 
     name = "wandb"
-    mend = "run wandb login, or drop --wandb"
+    mend = "run wandb login, or give --no-wandb"
 
     def __init__(self, directory, settings, step, wandb_id):
         import wandb
@@ -55,7 +55,7 @@ class Trackio(_Run):
     """
 
     name = "trackio"
-    mend = "drop --trackio"
+    mend = "give --no-trackio"
 
     def __init__(self, directory, settings, step, wandb_id):
         import trackio
@@ -74,7 +74,7 @@ class TensorBoard:
     """
 
     name = "tensorboard"
-    mend = "drop --tensorboard"
+    mend = "give --no-tensorboard"
 
     def __init__(self, directory, settings, step, wandb_id):
         from torch.utils.tensorboard import SummaryWriter
@@ -158,5 +158,7 @@ def _refusal(kind, error):
     """What keeps a tracker from its start, and the mend, in one line."""
     if isinstance(error, ImportError):
         name = kind.name
-        return f"--{name} needs {name}; install it with pip install -e .[{name}]"
+        return (
+            f"--{name} needs {name}; install it with pip install -e .[{name}], or give --no-{name}"
+        )
     return f"--{kind.name} does not start ({first_line(error)}); {kind.mend}"

@@ -114,7 +114,9 @@ def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
     """train.start loads torch and all else."""
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "nanofuse.train.start", None)
-    with pytest.raises(UserError, match=rf"--{name} needs {name}; install it .*\[{name}\]$"):
+    with pytest.raises(
+        UserError, match=rf"--{name} needs {name}; install it .*\[{name}\], or give --no-{name}$"
+    ):
         main([f"--{name}"])
     check_installed({})
     monkeypatch.delitem(sys.modules, name)
@@ -124,6 +126,16 @@ def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
         check_installed({name: True})
     found.origin = "there"
     check_installed({name: True})
+
+
+def test_a_run_goes_on_without_its_tracker(fakes, data_dir, work_dir, monkeypatch):
+    main([*TINY, "--data", str(data_dir), "--run", "a", "--num-iterations", "2", "--tensorboard"])
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    more = ["--run", "a", "--resume", "--num-iterations", "3"]
+    with pytest.raises(UserError, match="--tensorboard needs .*, or give --no-tensorboard$"):
+        main(more)
+    main([*more, "--no-tensorboard"])
+    assert len(fakes[1].writers) == 1 and len(records(run_dir("a"))) == 3
 
 
 def test_trackers_start_before_the_model_and_are_closed_where_it_fails(
@@ -144,7 +156,7 @@ def test_what_is_missing_or_does_not_start_is_one_line(name, tmp_path, monkeypat
     module = {"trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}[name]
     reports = Reports(**{name: True})
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"--{name} needs {name}; install it .*\[{name}\]$"):
+    with pytest.raises(UserError, match=f"--{name} needs {name}; install .* --no-{name}$"):
         start_trackers(reports, tmp_path, {})
 
     def fail(*args, **kwargs):
@@ -152,7 +164,7 @@ def test_what_is_missing_or_does_not_start_is_one_line(name, tmp_path, monkeypat
 
     broken = types.SimpleNamespace(init=fail, SummaryWriter=fail)
     monkeypatch.setitem(sys.modules, module, broken)
-    with pytest.raises(UserError, match=rf"--{name} does not start .OSError: no room.; drop"):
+    with pytest.raises(UserError, match=rf"--{name} does not start .OSError: no room.; give --no-"):
         start_trackers(reports, tmp_path, {})
     assert start_trackers(Reports(), tmp_path, {}) == []
 

@@ -85,7 +85,7 @@ class Content(Strict):
 
 def arguments(flags: Mapping[str, Any]) -> list[str]:
     """{field: value} as words of a command line; on and off are said where they differ from the
-    default, for which there may be no word."""
+    default."""
     words = []
     for name, value in flags.items():
         flag = flag_name(name)
