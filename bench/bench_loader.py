@@ -38,6 +38,7 @@ VOCAB_SIZE, TRAINING_CHARS = 32768, 20_000_000
 DOCUMENT_CHARS, GROUP_DOCUMENTS = 4000, 1000
 MIN_CHARS = 50_000_000  # of the shard: the library again and again
 SMALL_CHARS = 2_000_000
+ROUNDS = 3 if ON_GPU else 1
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def measure(benchmark, packing, batches=400, tokens=B * T):
     try:
         for _ in range(BATCHES_AHEAD + 8):
             loader.take(rows)
-        benchmark.pedantic(take, rounds=3)
+        benchmark.pedantic(take, rounds=ROUNDS)
     finally:
         loader.close()
     if not benchmark.disabled:
@@ -129,7 +130,7 @@ def bench_first_pass(benchmark, packing, cached, tmp_path):
         seconds.append(time.perf_counter() - began)
         loader.close()
 
-    benchmark.pedantic(take, setup=setup, rounds=3)
+    benchmark.pedantic(take, setup=setup, rounds=ROUNDS)
     there = cached.cache.open(0)
     tokens = sum(len(there.group(group).tokens) for group in range(groups))
     if ON_GPU:  # else the shard is so small that all of it is read before time begins
@@ -152,6 +153,6 @@ def bench_tokenizer(benchmark, packing):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_cores(), context, begin, (packing.tokenizer,)) as pool:
         list(pool.map(count_tokens, tasks[: 8 * num_cores()]))
-        tokens = benchmark.pedantic(lambda: sum(pool.map(count_tokens, tasks)), rounds=3)
+        tokens = benchmark.pedantic(lambda: sum(pool.map(count_tokens, tasks)), rounds=ROUNDS)
     if not benchmark.disabled:
         benchmark.extra_info["m_tok_per_s"] = 1e-6 * tokens / benchmark.stats.stats.median

@@ -62,7 +62,8 @@ def test_benchmarks_run_untimed():
     """--benchmark-disable calls each once; then there are no times to report."""
     command = [
         sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-disable", "-p",
-        "no:cacheprovider", "-k", "loader or bench_relu_squared or bench_step",
+        "no:cacheprovider", "-k",
+        "bench_cache or bench_tokenizer or bench_relu_squared or bench_step",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

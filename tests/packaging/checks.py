@@ -1,9 +1,11 @@
 """What the tests of the wheel, the clone and the editable install share."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,6 +26,15 @@ from multiprocessing import get_context
 with get_context("spawn").Pool(1) as pool:
     print(pool.apply(eval, ("__import__('nanofuse.kernels.quantize').kernels.quantize.__file__",)))
 """
+
+
+def link(source, target):
+    """One file at two places; a copy, where a file system does not know that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 class Environment:
@@ -53,6 +64,18 @@ class Environment:
     def install(self, *packages):
         """Without bytecode, which halves the time."""
         self.python("-m", "pip", "install", "--quiet", "--no-compile", *packages, cwd=self.folder)
+
+    def link_torch(self):
+        """The files of torch, Triton and CUDA's libraries as they are installed here: as `install`
+        of this torch leaves them, but for a minute of unpacking. It brings the rest of what torch
+        needs."""
+        command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        folder = Path(self.python("-c", command, cwd=self.folder))
+        for package in distributions():
+            if re.fullmatch("torch|triton|nvidia-.*", package.name):
+                for file in package.files:
+                    link(file.locate(), folder / file)
+        self.install(f"torch=={version('torch')}")
 
     def uninstall(self):
         self.python("-m", "pip", "uninstall", "--quiet", "--yes", "nanofuse", cwd=self.folder)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from tests.packaging.checks import NEIGHBOURS, NOT_CODE, ROOT, Environment
 
@@ -32,7 +31,7 @@ def wheel(clone, tmp_path_factory):
 def environment(wheel, tmp_path_factory):
     """torch, Hugging Face's packages and what our wheel depends on, without the wheel."""
     made = Environment(tmp_path_factory.mktemp("environment") / "venv")
-    made.install(f"torch=={torch.__version__.split('+')[0]}")
+    made.link_torch()
     made.install(*NEIGHBOURS)
     made.imports_hugging_face(made.folder)
     made.install(wheel)

@@ -8,6 +8,7 @@ ranks that the command starts are forks, too. A fault is (kind of FAULTS, rank, 
 function that runs in place of the command, "module:name"; its argument is the Ranks.
 """
 
+import gc
 import json
 import os
 import signal
@@ -197,6 +198,7 @@ def serve():
     import nanofuse.train.start  # noqa: F401  what the forks share
 
     torch.set_num_threads(1)
+    gc.freeze()  # else a fork's collections copy the pages of all objects
     err = Path(tempfile.mkdtemp()) / "err"
     for line in sys.stdin:
         job = json.loads(line)
@@ -215,6 +217,7 @@ def serve():
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         answer = {"code": code, "err": err.read_text(), "seconds": time.monotonic() - began}
         print(json.dumps(answer), flush=True)
+    gc.unfreeze()  # else native modules report leaks
 
 
 if __name__ == "__main__":

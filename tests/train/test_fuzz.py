@@ -40,12 +40,6 @@ class Late(BaseException):
     """A call takes too long."""
 
 
-@pytest.fixture(autouse=True)
-def no_garbage(monkeypatch):
-    """Objects of the tests' process are many, and each run would go over them."""
-    monkeypatch.setattr("nanofuse.train.loop.settle_garbage", lambda: None)
-
-
 @contextmanager
 def limits():
     """Memory beyond the allowance raises MemoryError, a call of more than SECONDS Late."""

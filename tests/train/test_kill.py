@@ -33,8 +33,8 @@ def whole(forks, tokenizer, tmp_path_factory):
 
 
 def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
-    """Saves at every step; a run that ends is followed by another, and ends bit for bit as one
-    that was not disturbed."""
+    """Saves at every step. Kills fall, in turns, into a start and beside a save; a run that ends is
+    followed by another, and ends bit for bit as one that was not disturbed."""
     args, undisturbed = whole
     draw, kills, runs = random.Random(1), 0, 0
     while kills < KILLS:
@@ -47,8 +47,11 @@ def test_fifty_kills_fail_no_resume_and_leave_nothing(forks, whole, work_dir):
             if checkpoints(directory):
                 more = ["--resume"]
             number = signal.SIGKILL if kills < KILLS else None
-            after = draw.uniform(0.1, 0.9)
-            code, err = forks.run([*more, "--run", name], work_dir, number, after)
+            moment = (draw.uniform(0.0, 0.3),)
+            if kills % 2:
+                lines = max(checkpoints(directory), default=0) + draw.randint(1, 8)
+                moment = draw.uniform(0.0, 0.02), directory / "metrics.jsonl", lines
+            code, err = forks.run([*more, "--run", name], work_dir, number, *moment)
             if "has finished" in err:  # killed between its last line and its end
                 break
             assert code in (0, -signal.SIGKILL), err

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from nanofuse.model.backends.torch_backends import FlexAttention
 from nanofuse.train import clock, loop, saving
 from nanofuse.train.guard import START_SECONDS, NoGuard
 from nanofuse.train.lock import RunLock
+from nanofuse.train.loop import settle_garbage
 from nanofuse.train.settings import resolve
 from nanofuse.train.start import build_trainer, start_new
 
@@ -63,7 +65,21 @@ def make_trainer(data_dir, work_dir):
         trainer.loader.close()
         trainer.log.close()
         trainer.saver.lock.release()
-    gc.unfreeze()  # what evaluations froze, or native modules report leaks at exit
+
+
+def test_garbage_is_collected_and_what_survives_is_left_alone():
+    class Cycle:
+        pass
+
+    lost = Cycle()
+    lost.itself = lost
+    gone, before = weakref.ref(lost), gc.get_freeze_count()
+    del lost
+    try:
+        settle_garbage()
+        assert gone() is None and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_every_flag_arrives(make_trainer):
