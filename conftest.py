@@ -16,12 +16,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from triton.language import pointer_type
+    from triton.language import block_type, pointer_type, tensor
     from triton.runtime import interpreter
 
     semantics = interpreter.TritonSemantic
     patch_language, numpy_dtype = interpreter._patch_lang, interpreter._get_np_dtype
     broadcast, dtypes = semantics.broadcast_impl_value, {}
+    make_type, types = block_type.__init__, {}
+    make_tensor, tensors = tensor.__init__, {}
 
     @cache
     def patch_for_good(fn):
@@ -37,6 +39,21 @@ if not torch.cuda.is_available():
         if name not in dtypes:
             dtypes[name] = numpy_dtype(scalar)
         return dtypes[name]
+
+    def known_type(self, element, shape):
+        """As Triton's own, which writes the name of a block's type anew at each operation."""
+        key = element.name, *[getattr(size, "value", size) for size in shape]
+        if key not in types:
+            make_type(self, element, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def tensor_of_known_shape(self, handle, kind):
+        """As Triton's own, which makes the shape of constexprs anew at each operation."""
+        if kind.name not in tensors:
+            make_tensor(self, None, kind)
+            tensors[kind.name] = dict(vars(self))
+        vars(self).update(tensors[kind.name], handle=handle)
 
     def broadcast_if_needed(semantic, a, b):
         """As the interpreter's own, which copies two operands of one shape as well."""
@@ -58,6 +75,7 @@ if not torch.cuda.is_available():
             assert least <= exact.min() and exact.max() <= most, f"{kind} overflow in {name}"
 
     interpreter._patch_lang = patch_for_good
+    block_type.__init__, tensor.__init__ = known_type, tensor_of_known_shape
     interpreter._get_np_dtype = known_dtype
     semantics.broadcast_impl_value = broadcast_if_needed
     semantics.binary_op_sanitize_overflow_impl = check_overflow

@@ -32,6 +32,7 @@ from nanofuse.train.data.loader import Packing, packed_batches
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.device import select_machine
 from nanofuse.train.errors import UserError
+from nanofuse.train.loop import settle_garbage
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import MODEL, OPTIM, checkpoints, find_checkpoint, load_meta, run_dir
 from nanofuse.train.settings import FLAGS
@@ -475,6 +476,7 @@ def test_out_of_memory_names_the_flag(data_dir, work_dir, monkeypatch):
 def test_the_heap_is_frozen_while_training(data_dir, work_dir, monkeypatch):
     """Later collections skip what lives on; at the end everything is collectable again."""
     frozen = []
+    monkeypatch.setattr("nanofuse.train.loop.settle_garbage", settle_garbage)
     monkeypatch.setattr(
         "nanofuse.train.loop.Trainer.save", lambda self: frozen.append(gc.get_freeze_count())
     )
