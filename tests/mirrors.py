@@ -45,6 +45,7 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "train/rehearsal": "train/test_warm",
     "train/run_folder": "train/test_checkpoint",
     "train/signals": "train/test_saving",
+    "train/building": "train/test_run",
     "train/start": "train/test_run",
     "train/tokenizer": "train/data/test_tokenizer",
     "train/versions": "train/test_doctor",

@@ -37,7 +37,8 @@ def main(argv=None):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if is_rank() and not os.environ.get(DEBUG_ENV):  # pages about every connection that ends
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from nanofuse.train.start import train  # loads torch: --help and bad flags need not wait for it
+    # loads torch: --help and bad flags need not wait for it
+    from nanofuse.train.building import train
 
     train(given, compiling)
 

@@ -125,7 +125,7 @@ def commit(kind, rank, step):
     """Have this rank fail at a step, counted from 1, or at the first call of what fails."""
     import torch
 
-    from nanofuse.train import bpb, checkpoint, loop, start
+    from nanofuse.train import bpb, building, checkpoint, loop
 
     micro_steps = loop.Trainer.micro_steps
 
@@ -169,7 +169,7 @@ def commit(kind, rank, step):
     elif kind == "SIGKILL in a save":
         checkpoint.save_file = killed
     elif kind == "SIGKILL in the start":
-        start.assemble = killed
+        building.assemble = killed
 
 
 def child(job, err):
@@ -195,7 +195,7 @@ def lines_in(path):
 def serve():
     import torch
 
-    import nanofuse.train.start  # noqa: F401  what the forks share
+    import nanofuse.train.building  # noqa: F401  what the forks share
 
     torch.set_num_threads(1)
     gc.freeze()  # else a fork's collections copy the pages of all objects

@@ -82,7 +82,7 @@ def test_a_start_that_fails_leaves_nothing(args, work_dir, monkeypatch):
         raise UserError("no")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr("nanofuse.train.start.assemble", broken)
+        patch.setattr("nanofuse.train.building.assemble", broken)
         main([*args, "--run", "a"])
     assert not (work_dir / "runs").exists()
     with monkeypatch.context() as patch, pytest.raises(UserError):

@@ -12,11 +12,12 @@ import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
 from nanofuse.train import clock, loop, saving
+from nanofuse.train.building import build_trainer
 from nanofuse.train.guard import START_SECONDS, NoGuard
 from nanofuse.train.lock import RunLock
 from nanofuse.train.loop import settle_garbage
 from nanofuse.train.settings import resolve
-from nanofuse.train.start import build_trainer, start_new
+from nanofuse.train.start import start_new
 
 SIZES = {
     "device_type": "cpu",

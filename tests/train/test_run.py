@@ -26,6 +26,7 @@ from nanofuse.model.engine import Sampling, generate
 from nanofuse.train import generate as generate_command
 from nanofuse.train import start as start_module
 from nanofuse.train.checkpoint import load_model, load_tensors, load_tokenizer
+from nanofuse.train.clock import process_seconds
 from nanofuse.train.command import LOADED
 from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.loader import Packing, packed_batches
@@ -36,7 +37,6 @@ from nanofuse.train.loop import settle_garbage
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import MODEL, OPTIM, checkpoints, find_checkpoint, load_meta, run_dir
 from nanofuse.train.settings import FLAGS
-from nanofuse.train.start import process_seconds
 from nanofuse.train.versions import code
 from tests.helpers import documents
 
@@ -407,7 +407,7 @@ def test_fused_in_bf16_is_as_close_to_fp32_as_eager(data_dir, work_dir, monkeypa
         gpu_run(data_dir, name, "--backend", name, "--fp8", "off") for name in ("fused", "eager")
     ]
     wide = partial(dataclasses.replace, select_machine("cuda", "eager"), dtype=torch.float32)
-    monkeypatch.setattr(start_module, "select_machine", lambda *args: wide())
+    monkeypatch.setattr(start_module, "own_machine", lambda *args: wide())
     exact = "--backend", "eager", "--fp8", "off", "--attention", "sdpa"
     runs.append(gpu_run(data_dir, "fp32", *exact))
     for fused, eager, exact in zip(*(figures(r, "val", "bpb") for r in runs), strict=True):
@@ -417,7 +417,7 @@ def test_fused_in_bf16_is_as_close_to_fp32_as_eager(data_dir, work_dir, monkeypa
 
 def test_process_seconds_count_from_the_start_of_the_process():
     program = (
-        "import time; time.sleep(0.5); import nanofuse.train.start as r; print(r.process_seconds())"
+        "import time; time.sleep(0.5); import nanofuse.train.clock as r; print(r.process_seconds())"
     )
     began = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

@@ -176,7 +176,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(train, monkeypatch, work_
     def building(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("nanofuse.train.start.assemble", building)
+    monkeypatch.setattr("nanofuse.train.building.assemble", building)
     with pytest.raises(RunEnded, match="stopped by SIGTERM before the first step") as stop:
         train("a", 3)
     assert stop.value.code == 143 and not (work_dir / "runs").exists()

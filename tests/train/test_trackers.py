@@ -111,9 +111,9 @@ def test_figures_within_a_figure_have_a_path(fakes, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
 def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
-    """train.start loads torch and all else."""
+    """train.building loads torch and all else."""
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "nanofuse.train.start", None)
+    monkeypatch.setitem(sys.modules, "nanofuse.train.building", None)
     with pytest.raises(
         UserError, match=rf"--{name} needs {name}; install it .*\[{name}\], or give --no-{name}$"
     ):
@@ -145,7 +145,7 @@ def test_trackers_start_before_the_model_and_are_closed_where_it_fails(
         assert len(fakes[0].starts) == 1
         raise UserError("no such model")
 
-    monkeypatch.setattr("nanofuse.train.start.assemble", assemble)
+    monkeypatch.setattr("nanofuse.train.building.assemble", assemble)
     with pytest.raises(UserError, match="no such model"):
         main([*TINY, "--data", str(data_dir), "--run", "a", "--trackio"])
     assert fakes[0].ends == 1 and not run_dir("a").exists()

@@ -18,7 +18,7 @@ import torch
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, gpu_name, sm_count
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.providers import PRODUCTS, Choice, Need
-from nanofuse.train import compiler, kernel_cache, start, warm
+from nanofuse.train import building, compiler, kernel_cache, warm
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.compiling import Compiling, Request, on_gpu, wanted
 from nanofuse.train.device import Machine
@@ -362,12 +362,12 @@ def test_attention_is_imported_beside_the_start_where_it_is_taken(
         loaded.set()
         raise ImportError("told later")
 
-    monkeypatch.setattr(start.flash_loading, "load", load)
-    monkeypatch.setattr(start.flash_ahead, "expected", lambda name: name == "fa4")
+    monkeypatch.setattr(building.flash_loading, "load", load)
+    monkeypatch.setattr(building.flash_ahead, "expected", lambda name: name == "fa4")
     settings = resolve({"attention": asked}, device)
     need = Need("compile", device, capability, ("bf16",))
     machine = SimpleNamespace(device=torch.device(device), need=lambda: need)
-    start.load_attention(SimpleNamespace(settings=settings, machine=machine))
+    building.load_attention(SimpleNamespace(settings=settings, machine=machine))
     for thread in threading.enumerate():
         if thread.name == "attention":
             thread.join()
@@ -384,8 +384,8 @@ def test_attention_is_not_imported_while_products_are_measured(data_dir, work_di
         set_weights(SimpleNamespace(init_weights=lambda seed: events.append("weights")))
         raise UserError("enough")
 
-    monkeypatch.setattr(start, "assemble", assemble)
-    monkeypatch.setattr(start, "load_attention", lambda start: events.append("attention"))
+    monkeypatch.setattr(building, "assemble", assemble)
+    monkeypatch.setattr(building, "load_attention", lambda start: events.append("attention"))
     with pytest.raises(UserError, match="enough"):
         main([*TINY, "--data", str(data_dir)])
     assert events == ["products", "attention", "weights"]
