@@ -25,6 +25,7 @@ def main(argv=None):
             sys.exit(launch(argv, command_module("nanofuse.train.run"), world))
     from nanofuse.train.bytecode import keep_bytecode
     from nanofuse.train.compiling import Compiling, on_gpu, wanted
+    from nanofuse.train.pages import keep_pages
     from nanofuse.train.waking import wake_gpu
 
     if (line := keep_bytecode()) and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -32,6 +33,8 @@ def main(argv=None):
     compiling = Compiling.start() if wanted(given) else None
     if on_gpu(given):
         wake_gpu()
+    else:
+        keep_pages()
     # read when torch is loaded: threads that spin while they wait for each other take the cores
     # from whatever else runs there, and from the thread that they wait for
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
