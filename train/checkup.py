@@ -1,6 +1,8 @@
 """What a machine has and can do: backends, providers, rates, data, and the run that suits it."""
 
 import shlex
+import time
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -66,26 +68,31 @@ def check_products(gemm, device, dtype):
 
 
 def tried(record, need, check, *args):
-    """{"name", "works", "why"} of a providers.Provider: whether it serves `need`, loads and passes.
+    """{"name", "works", "why", "seconds"} of a providers.Provider: whether it serves `need`, loads
+    and passes; what its library warns of while it compiles is not shown.
 
     Args:
         check: of an object of its class; says how well it did, or raises.
         args: what the class is called with.
     """
+    began = time.perf_counter()
     works, reason = False, record.refusal(need)
     why = reason and f"{record.name} {reason}"
     if not reason:
         try:
-            works, why = True, f"{record.name} {check(record.make(*args))}"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                works, why = True, f"{record.name} {check(record.make(*args))}"
         except Exception as error:  # a third-party library may raise anything
             works, why = False, record.explain(error)
             if record.install and record.install not in why:
                 why += f" (to install: {record.install})"
-    return {"name": record.name, "works": works, "why": why}
+    seconds = round(time.perf_counter() - began, 1)
+    return {"name": record.name, "works": works, "why": why, "seconds": seconds}
 
 
 def try_attention(machine):
-    """`tried` of every attention backend; they are compared with SDPA on a GPU only."""
+    """Yields `tried` of each attention backend; they are compared with SDPA on a GPU only."""
     config = GPTConfig.from_depth(4)
 
     def check(backend):
@@ -93,16 +100,18 @@ def try_attention(machine):
             return "loads"
         return f"agrees with SDPA to {self_check(backend, machine.device.type, config):.1g}"
 
-    return [tried(record, machine.need(), check, False) for record in providers.ATTENTION]
+    for record in providers.ATTENTION:
+        yield tried(record, machine.need(), check, False)
 
 
 def try_products(machine):
-    """`tried` of every provider of products."""
+    """Yields `tried` of each provider of products."""
 
     def check(gemm):
         return check_products(gemm, machine.device, machine.dtype)
 
-    return [tried(record, machine.need("fp8"), check) for record in providers.PRODUCTS]
+    for record in providers.PRODUCTS:
+        yield tried(record, machine.need("fp8"), check)
 
 
 def try_backends(machine):

@@ -4,7 +4,8 @@ python -m train.doctor [--data PATH] [--quick] [--json]
 
 Versions; backends and providers with their self-checks; measured rates beside known ceilings, on a
 GPU (--quick leaves them out, as a run beside it would slow both); room; data; the command to run,
-with the step time measured on such a GPU before. Nothing is written.
+with the step time measured on such a GPU before. Lines come as they are found: where nothing has
+been compiled yet, providers take their time. Nothing is written.
 """
 
 import json
@@ -13,6 +14,7 @@ from nanofuse.train.command import CommandParser, add_data_argument, run_command
 from nanofuse.train.run_folder import RUNS_DIR
 
 WANTED = ("triton", "transformer-engine", "flash-attn-4")  # libraries that make a run faster
+SLOW_SECONDS = 5  # of a check: more is said
 RATES = {  # words, unit and its size
     "copy": ("copy", "GB/s", 1e9),
     "bf16": ("bf16 product", "TFLOP/s", 1e12),
@@ -21,11 +23,14 @@ RATES = {  # words, unit and its size
 
 
 def examine(flag=None, quick=False):
-    """All that is found, JSON-able.
+    """Yields {name: facts} part by part, each when it is known; all together are JSON-able.
 
     Args:
         flag: --data.
         quick: measure no rates.
+
+    Raises:
+        UserError: something is wrong with what the flag names.
     """
     from nanofuse.model import providers
     from nanofuse.train import checkup
@@ -35,19 +40,11 @@ def examine(flag=None, quick=False):
     from nanofuse.train.gpu import nvidia_smi
     from nanofuse.train.versions import code, versions
 
+    data = checkup.data_facts(flag)
     machine = select_machine("auto", "auto")
     gpu = machine.device.type == "cuda"
     free, total = checkup.memory(machine.device)
-    attention, products = checkup.try_attention(machine), checkup.try_products(machine)
-    chosen = {
-        "attention": checkup.first_working(attention, providers.ATTENTION, machine.backend),
-        "fp8": checkup.first_working(products, providers.PRODUCTS, machine.backend),
-    }
-    data = checkup.data_facts(flag)
-    folders = {str(RUNS_DIR.absolute())}
-    if flag != STDLIB:
-        folders.add(str(data_directory(flag).absolute()))
-    return {
+    yield {
         "device": machine.name,
         "capability": ".".join(map(str, machine.capability)) if gpu else None,
         "driver": nvidia_smi("driver_version") if gpu else None,
@@ -55,10 +52,23 @@ def examine(flag=None, quick=False):
         "versions": versions(),
         "code": code(),
         "backends": checkup.try_backends(machine),
-        "attention": attention,
-        "fp8": products,
-        "chosen": {"backend": machine.backend, **chosen},
-        "rates": None if quick else checkup.rates(machine),
+    }
+    chosen = {}
+    for kind, records, tries in (
+        ("attention", providers.ATTENTION, checkup.try_attention(machine)),
+        ("fp8", providers.PRODUCTS, checkup.try_products(machine)),
+    ):
+        found = []
+        for each in tries:
+            found.append(each)
+            yield {kind: found}
+        chosen[kind] = checkup.first_working(found, records, machine.backend)
+    yield {"chosen": {"backend": machine.backend, **chosen}}
+    yield {"rates": None if quick else checkup.rates(machine)}
+    folders = {str(RUNS_DIR.absolute())}
+    if flag != STDLIB:
+        folders.add(str(data_directory(flag).absolute()))
+    yield {
         "disk": {folder: free_bytes(folder) for folder in sorted(folders)},
         "data": data,
         "advice": checkup.advice(machine, *chosen.values(), free, data, flag),
@@ -125,25 +135,39 @@ def advice_lines(found):
     yield f"batch: {rows}" if advice["rows"] else "batch: not one row fits in the free memory"
 
 
-def report(found):
-    """Lines of text for people."""
-    yield device_line(found)
+def versions_line(found):
     there = found["versions"]
     missing = {name: "not installed" for name in WANTED if name not in there}
-    yield "versions: " + ", ".join(f"{name} {v}" for name, v in (there | missing).items())
+    return "versions: " + ", ".join(f"{name} {v}" for name, v in (there | missing).items())
+
+
+def report(found):
+    """Lines of text for people, of as many parts as are known: more parts, more lines at the end.
+
+    Args:
+        found: the parts of `examine` so far, in one.
+    """
+    yield device_line(found)
+    yield versions_line(found)
     if found["code"]:
         changed = ", with changes" if found["code"]["changed"] else ""
         yield f"code: commit {found['code']['commit'][:10]}{changed}"
     for kind in ("backends", "attention", "fp8"):
-        for each in found[kind]:
+        for each in found.get(kind, []):
             verdict = "yes" if each["works"] else "no"
-            yield f"{kind.removesuffix('s')}: {verdict}, {each['why']}"
-    yield "auto takes: " + ", ".join(f"--{flag} {name}" for flag, name in found["chosen"].items())
-    yield from rate_lines(found)
-    for folder, free in found["disk"].items():
-        yield f"disk: {gib(free)} free in {folder}"
-    yield data_line(found["data"])
-    yield from advice_lines(found)
+            took = each.get("seconds", 0)
+            late = f" (took {took:.0f} s)" if took >= SLOW_SECONDS else ""
+            yield f"{kind.removesuffix('s')}: {verdict}, {each['why']}{late}"
+    if "chosen" in found:
+        chosen = found["chosen"].items()
+        yield "auto takes: " + ", ".join(f"--{flag} {name}" for flag, name in chosen)
+    if "rates" in found:
+        yield from rate_lines(found)
+    if "advice" in found:
+        for folder, free in found["disk"].items():
+            yield f"disk: {gib(free)} free in {folder}"
+        yield data_line(found["data"])
+        yield from advice_lines(found)
 
 
 def main(argv=None):
@@ -152,11 +176,15 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="measure no rates on the GPU")
     parser.add_argument("--json", action="store_true", help="JSON in place of text")
     args = parser.parse_args(argv)
-    found = examine(args.data, args.quick)
+    found, said = {}, 0
+    for part in examine(args.data, args.quick):
+        found |= part
+        lines = [] if args.json else list(report(found))
+        for line in lines[said:]:
+            print(line, flush=True)
+        said = len(lines)
     if args.json:
         print(json.dumps(found, indent=1))
-    else:
-        print("\n".join(report(found)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -102,6 +103,38 @@ def test_a_gpu_with_a_library_that_is_damaged(h200, capsys):
         assert line in lines
 
 
+def test_lines_come_as_they_are_found(h200, monkeypatch, capsys):
+    found, before = {}, []
+    for part in doctor.examine():
+        found |= part
+        lines = list(doctor.report(found))
+        assert lines[: len(before)] == before
+        before = lines
+    said = []
+
+    def broken():
+        said.extend(capsys.readouterr().out.splitlines())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkup, "copy_ceiling", broken)
+    with pytest.raises(KeyboardInterrupt):
+        main([])
+    assert said and said == before[: len(said)] and said[-1].startswith("auto takes: ")
+
+
+def test_a_slow_check_is_said_with_its_seconds_and_without_warnings(h200, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 7))
+    monkeypatch.setattr(checkup.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        checkup, "self_check", lambda *args: warnings.warn("aux", stacklevel=1) or 0.002
+    )
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        main(["--quick"])
+    assert "attention: yes, fa4 agrees with SDPA to 0.002 (took 7 s)" in capsys.readouterr().out
+    assert not shown
+
+
 def test_the_step_time_of_a_known_gpu(h200, capsys, data_dir):
     h200()
     found = as_json(capsys, "--data", str(data_dir), "--quick")
@@ -178,7 +211,8 @@ def test_a_provider_that_is_wrong_does_not_work():
         raise RuntimeError("y is off\nby far")
 
     expected = {"name": "sdpa", "works": False, "why": "sdpa: y is off"}
-    assert tried(record, need, check, False) == expected
+    found = tried(record, need, check, False)
+    assert found.pop("seconds") >= 0 and found == expected
 
 
 def test_steps_are_of_the_providers_that_were_measured():
