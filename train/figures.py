@@ -94,13 +94,14 @@ def window_figures(trainer, loss, found, step_seconds, crew):
 
 def summary(trainer):
     """The run in one JSON-able dict; memory is that of the fullest rank."""
-    progress, steps, device = trainer.progress, trainer.steady_steps, trainer.device
+    progress, times, device = trainer.progress, trainer.times, trainer.device
+    steps = times.steady_steps
     peak = reserved = None
     if device.type == "cuda":
         own = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         peaks, reserves = zip(*trainer.ranks.collect(own), strict=True)
         peak, reserved = max(peaks) / 2**30, max(reserves) / 2**30  # CUDA graphs' included
-    used = trainer.ranks.collect(trainer.steady_joules)
+    used = trainer.ranks.collect(times.steady_joules)
     used = None if None in used else sum(used)
     energy = joules_per_million_tokens(used, steps * trainer.plan.total_batch_size)
     read = {} if energy is None else {"joules_per_million_tokens": round(energy, 1)}
@@ -115,8 +116,8 @@ def summary(trainer):
         "best_bpb": progress.best_bpb,
         "train_seconds": round(progress.train_seconds, 3),
         "train_seconds_nanochat": round(progress.counted_seconds, 3),  # without the first 11 steps
-        "ms_per_step": 1e3 * trainer.steady_seconds / steps if steps else None,
-        "time_to_first_step_s": trainer.first_step_seconds,
+        "ms_per_step": 1e3 * times.steady_seconds / steps if steps else None,
+        "time_to_first_step_s": times.first_step_seconds,
         "first_evaluation_s": trainer.phases.get("evaluation", 0.0),
         "start_seconds": {name: round(seconds, 3) for name, seconds in trainer.phases.items()},
         "peak_gib": peak,

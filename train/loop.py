@@ -1,14 +1,12 @@
 """The training loop: micro-steps, optimiser step, and what happens between steps.
 
 Several ranks go through it together. Whatever may fail on one of them alone runs under
-`Trainer.together`, which ends it on all or on none: the weights are whole then, and all can save.
+`Accord.together`, which ends it on all or on none: the weights are whole then, and all can save.
 """
 
-import contextlib
 import dataclasses
 import gc
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +14,16 @@ from pathlib import Path
 import torch
 
 from nanofuse.model.gpt import GPT
+from nanofuse.train.accord import Accord
 from nanofuse.train.assemble import follow, gathered
 from nanofuse.train.bpb import Validation
 from nanofuse.train.clock import Phases
-from nanofuse.train.command import exit_code
 from nanofuse.train.core import BATCH_TOKENS, evaluate_core
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader
 from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.energy import EnergyMeter
-from nanofuse.train.errors import PeerFailed, RunBroken, UserError, first_line
+from nanofuse.train.errors import UserError, first_line
 from nanofuse.train.figures import Crew, window_figures
 from nanofuse.train.guard import START_SECONDS
 from nanofuse.train.optim.muon_adamw import MuonAdamW
@@ -41,10 +39,7 @@ from nanofuse.train.schedules import Schedule
 from nanofuse.train.settings import Settings
 from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.state import training_state
-
-LEAST_SECONDS = 15  # that a step may take before a rank counts as hung
-DATA_SECONDS = 600  # that a batch may take besides, such as from a slow disk
-PATIENCE = 4  # times the slowest step so far, where that is longer
+from nanofuse.train.step_times import StepTimes
 
 RATES_HINT = (
     "--resume from the checkpoint before it, with a lower --matrix-lr, --embedding-lr, "
@@ -98,24 +93,17 @@ class Trainer:
     ranks: Alone = ALONE  # those that train together
     resumed: bool = False  # from a checkpoint of progress.step
     done: frozenset = frozenset()  # kinds of reports of that step that were made before
-    first_step_seconds: float | None = None  # since the start of the process
-    steady_seconds: float = 0.0  # of the steps after the first window
-    steady_steps: int = 0
-    steady_joules: float | None = None  # of those steps, where the GPU's energy is read
-    window_steps: int = 0  # since the device was last waited for
     whole: bool = True  # false where an update was cut off, so that weights lie between two steps
-    stop: int = 0  # number of the signal on which all ranks end
-    speaker: int | None = None  # rank that says why all end, where all have agreed to
-    slowest: float = START_SECONDS  # seconds of a step
-    reports_took: dict = field(default_factory=dict)  # {kind of report: seconds of the slowest}
 
     def __post_init__(self):
         self.device = self.loader.device
+        self.accord = Accord(self.ranks, self.signals)
         self.pace = Pace(self.device)
         # cropped whatever training does, so that BPB of both can be compared
         packing = dataclasses.replace(self.loader.packing, split="val", long_documents="crop")
         self.validation = Validation(packing, self.device, self.ranks)
         self.energy = EnergyMeter(self.device)
+        self.times = StepTimes(self.energy, self.phases)
         self.state = self.loader.state  # of the loader, after the last whole step
         self.loss = None  # of that step, a tensor ()
         self.ema = torch.tensor(self.progress.loss_ema, device=self.device)
@@ -130,82 +118,12 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def decide(self, failure=None):
-        """One decision of all ranks: whether a signal has come, which `stop` notes, and whether one
-        has failed.
-
-        Args:
-            failure: what went wrong on this rank, or None.
-
-        Raises:
-            PeerFailed: something went wrong on another rank, and nothing here.
-            BaseException: failure.
-        """
-        if isinstance(failure, RunBroken):  # there is nobody to decide with
-            raise failure
-        rank, world = self.ranks.rank, self.ranks.world
-        own = failure is not None and not isinstance(failure, PeerFailed)
-        codes = self.signals.number or 0, exit_code(failure), (world - rank) * own
-        number, code, first = self.ranks.agree(*codes)
-        self.stop = self.stop or number
-        if first:
-            self.speaker = world - first
-        if not code:
-            return
-        raise failure or PeerFailed(f"rank {rank} ends with rank {self.speaker}", code)
-
-    def decide_now(self, failure=None):
-        """As decide; a signal ends what is going on.
-
-        Raises:
-            Interrupted: a signal came, on any rank.
-        """
-        self.decide(failure)
-        self.check_stop()
-
-    def check_stop(self):
-        """Raise Interrupted if all ranks are to end."""
-        if self.stop:
-            self.speaker = 0
-            raise Interrupted(self.stop)
-
-    def together(self, action, *args):
-        """action(*args), on all ranks or on none: where it raises on one, all raise, as decide
-        does."""
-        failure = result = None
-        try:
-            result = action(*args)
-        except BaseException as error:  # panics of native libraries are no Exception
-            failure = error
-        self.decide(failure)
-        return result
-
-    def by_main(self, action, *args):
-        """action(*args) on rank 0, under `together`."""
-        self.together(action if self.ranks.main else lambda *_: None, *args)
-
-    def allow(self, steps):
-        """Promise the other ranks to be heard of within the time of so many steps."""
-        self.ranks.guard.allow(max(LEAST_SECONDS, PATIENCE * self.slowest * steps))
-
-    @contextlib.contextmanager
-    def promised(self, kind):
-        """Promise the other ranks to be heard of within the time that a report takes, and a batch:
-        any time for the first of its kind, which may compile, and where files are written."""
-        took = self.reports_took.get(kind)
-        known = took is not None and kind != "save"
-        self.ranks.guard.allow(max(LEAST_SECONDS, PATIENCE * took) if known else START_SECONDS)
-        began = time.perf_counter()
-        with self.ranks.guard.patient(DATA_SECONDS):
-            yield
-        self.reports_took[kind] = max(took or 0.0, time.perf_counter() - began)
-
     def micro_steps(self):
         """This rank's micro-steps of a step; returns the sum of their losses, ()."""
         total = torch.zeros((), device=self.device)
         with self.pace:
             for _ in range(self.plan.micro_steps // self.ranks.world):
-                with self.ranks.guard.patient(DATA_SECONDS):
+                with self.accord.patient():
                     inputs, targets = next(self.loader)
                 loss = self.model(inputs, targets)
                 (loss / self.plan.micro_steps).backward()
@@ -215,8 +133,8 @@ class Trainer:
     def train_step(self):
         """One optimiser step over a total batch; returns its mean loss as a tensor ()."""
         step = self.progress.step
-        self.allow(1)
-        total = self.together(self.micro_steps)
+        self.accord.allow(1)
+        total = self.accord.together(self.micro_steps)
         before = self.optimizer.step_count
         try:
             self.optimizer.step(
@@ -244,7 +162,7 @@ class Trainer:
             UserError: it is not finite, or the split cannot be read.
         """
         progress = self.progress
-        bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.decide_now)
+        bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.accord.decide_now)
         if not math.isfinite(bpb):
             raise UserError(f"validation BPB is {bpb} at step {progress.step}; {RATES_HINT}")
         progress.note_bpb(bpb)
@@ -257,7 +175,7 @@ class Trainer:
         progress, rows = self.progress, self.settings.horizon.device_batch_size
         most = min(rows * self.settings.model.max_seq_len, BATCH_TOKENS)
         found = evaluate_core(
-            self.raw_model, self.tokenizer, self.tasks, most, self.ranks, self.decide_now
+            self.raw_model, self.tokenizer, self.tasks, most, self.ranks, self.accord.decide_now
         )
         self.log.metrics("core", progress.step, **found, train_seconds=progress.train_seconds)
         self.log.print(f"step {progress.step:>6}  CORE {found['core']:.6f}")
@@ -371,15 +289,15 @@ class Trainer:
         Raises:
             UserError: loss or gradients are no longer finite.
         """
-        steps, self.window_steps = self.window_steps, 0
+        steps = self.times.take_steps()
         if not steps:
             return None
-        self.allow(steps)
-        loss, found = self.together(self.read_window)
-        seconds = time.perf_counter() - self.window_start
+        self.accord.allow(steps)
+        loss, found = self.accord.together(self.read_window)
+        seconds = self.times.seconds()
         own = self.pace.take(), self.ranks.exposed.take(), peak_bytes(self.device)
         crew = Crew.of(self.ranks.collect(own), steps)
-        return self.together(self.report_window, steps, seconds, loss, found, crew)
+        return self.accord.together(self.report_window, steps, seconds, loss, found, crew)
 
     def read_window(self):
         """Loss and Gradients of the latest step; waits for the device, which nothing else does."""
@@ -393,20 +311,11 @@ class Trainer:
         progress.loss = loss if math.isfinite(loss) else None
         progress.loss_ema = self.ema.item()
         progress.count_seconds(seconds, steps)
-        first = self.first_step_seconds is None
+        times = self.times
+        first = times.close(seconds, steps)
         if first:
-            self.first_step_seconds = time.perf_counter() - self.phases.started
-            self.phases.end("step")
-            self.log.print(f"first step after {self.first_step_seconds:.1f} s: {self.phases}")
-        else:
-            if not self.steady_steps:
-                self.slowest = 0.0  # the first step compiled
-            self.steady_seconds += seconds
-            self.steady_steps += steps
-            joules = self.energy.joules()
-            if joules is not None:
-                self.steady_joules = (self.steady_joules or 0.0) + joules - self.window_joules
-        self.slowest = seconds if first else max(self.slowest, seconds / steps)
+            self.log.print(f"first step after {times.first_step_seconds:.1f} s: {self.phases}")
+        self.accord.note_step(seconds / steps, anew=times.windows <= 2)  # the first one compiled
         values, status = window_figures(self, loss, found, seconds / steps, crew)
         self.log.metrics("train", progress.step, **values)
         if not self.log.has_bar:
@@ -440,23 +349,23 @@ class Trainer:
         """As between_steps, with all weights at hand."""
         saved = "save" in due or self.saver.saved_step == self.progress.step
         if "save" in due:
-            with self.promised("save"):
-                self.together(self.save)
+            with self.accord.promised("save"):
+                self.accord.together(self.save)
         if "val" in due:
-            with self.promised("val"):
-                self.together(self.evaluate)
-            if self.first_step_seconds is None:
+            with self.accord.promised("val"):
+                self.accord.together(self.evaluate)
+            if not self.times.windows:
                 self.phases.end("evaluation")
             if saved:
-                self.by_main(self.saver.amend, self.progress.step, self.meta())
+                self.accord.by_main(self.saver.amend, self.progress.step, self.meta())
         if saved:
-            self.by_main(self.saver.prune)
+            self.accord.by_main(self.saver.prune)
         if "core" in due:
-            with self.promised("core"):
-                self.together(self.measure_core)
+            with self.accord.promised("core"):
+                self.accord.together(self.measure_core)
         if "sample" in due:
-            with self.promised("sample"):
-                self.by_main(self.try_sample)
+            with self.accord.promised("sample"):
+                self.accord.by_main(self.try_sample)
 
     def run(self):
         """Train from the current step to the last one; saves, evaluates and samples on the way.
@@ -473,21 +382,20 @@ class Trainer:
         if self.resumed:  # what was made before the checkpoint's process ended is not made again
             due -= {"save", *self.done}
         if "val" not in due and progress.step < num_iterations:
-            self.together(self.validation.check)
+            self.accord.together(self.validation.check)
         self.between_steps(due)
-        self.decide()
+        self.accord.decide()
         while progress.step < num_iterations:
-            self.check_stop()
-            if self.window_steps == 0:  # nothing above happens inside a window
+            self.accord.check_stop()
+            if not self.times.steps:  # nothing above happens inside a window
                 self.synchronize()
                 self.ranks.exposed.take()  # of what was between the steps
-                self.window_joules = self.energy.joules()
-                self.window_start = time.perf_counter()
+                self.times.open()
             self.train_step()
-            self.window_steps += 1
+            self.times.steps += 1
             due, status = self.reports_due(), None
             log = progress.step % self.settings.reports.train_log_every == 0
-            if due or log or self.first_step_seconds is None or self.stop:
+            if due or log or not self.times.windows or self.accord.stop:
                 status = self.close_window()
             self.log.advance(status)
             self.between_steps(due)

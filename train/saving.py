@@ -116,7 +116,8 @@ def run_and_save(trainer):
     notes = []
     if failure is not None:
         notes.append(describe_failure(failure, trainer))
-    united = ranks.world == 1 or failure is None or trainer.speaker is not None
+    speaker = trainer.accord.speaker
+    united = ranks.world == 1 or failure is None or speaker is not None
     if united:
         ranks.guard.allow(START_SECONDS)
         unsaved = step > (saver.saved_step or 0) or bool(step and saver.lock.lost)
@@ -128,8 +129,10 @@ def run_and_save(trainer):
         return
     if isinstance(failure, PeerFailed) or (isinstance(failure, RunBroken) and not ranks.main):
         raise failure
-    if united and trainer.speaker not in (None, ranks.rank):
-        raise PeerFailed(f"rank {ranks.rank} ends with rank {trainer.speaker}", exit_code(failure))
+    if united and trainer.accord.speaker not in (None, ranks.rank):
+        raise PeerFailed(
+            f"rank {ranks.rank} ends with rank {trainer.accord.speaker}", exit_code(failure)
+        )
     if not united:
         notes.append(f"step {step} is not saved")
     if step and saver.saved_step == step:

@@ -174,7 +174,7 @@ def commit(kind, rank, step):
 
 def child(job, err):
     """Run one command; does not return."""
-    from nanofuse.train import guard, launch, loop
+    from nanofuse.train import accord, guard, launch
 
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
@@ -183,7 +183,7 @@ def child(job, err):
     Fork.job = job
     launch.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
     if job.get("fault"):
-        guard.SILENT_SECONDS, guard.DEAF_SECONDS, loop.LEAST_SECONDS = 3, 1, 3
+        guard.SILENT_SECONDS, guard.DEAF_SECONDS, accord.LEAST_SECONDS = 3, 1, 3
         guard.TOLD_SECONDS, guard.PULSE_SECONDS = 1, 0.2
     command_of(job)
 

@@ -58,5 +58,5 @@ def test_a_run_sums_the_steps_after_the_first(make_trainer):  # noqa: F811
     reads = itertools.count(100.0, 0.5)  # half a joule between two reads
     trainer.energy.joules = lambda: next(reads)
     trainer.run()
-    assert trainer.steady_joules == 0.5 * 2
+    assert trainer.times.steady_joules == 0.5 * 2
     assert summary(trainer)["joules_per_million_tokens"] == round(1e6 / (2 * 128), 1)

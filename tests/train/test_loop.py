@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanofuse.model.backends.torch_backends import FlexAttention
-from nanofuse.train import clock, loop, saving
+from nanofuse.train import accord, clock, loop, saving, step_times
 from nanofuse.train.building import build_trainer
 from nanofuse.train.guard import START_SECONDS, NoGuard
 from nanofuse.train.lock import RunLock
@@ -152,8 +152,8 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     now = [100.0]
     trainer = make_trainer(num_iterations=14, eval_every=3, sample_every=5, save_every=7)
     timer = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(loop, "time", timer)
-    monkeypatch.setattr(clock, "time", timer)
+    for module in (accord, clock, step_times):
+        monkeypatch.setattr(module, "time", timer)
 
     def taking(seconds, run):
         def timed(*args):
@@ -178,12 +178,12 @@ def test_training_time_is_that_of_steps_alone(make_trainer, monkeypatch):
     records, lines = [], []
     monkeypatch.setattr(trainer.log, "print", lines.append)
     monkeypatch.setattr(trainer.log, "metrics", lambda kind, step, **v: records.append((step, v)))
-    trainer.phases = clock.Phases(40.0)
+    trainer.phases = trainer.times.phases = clock.Phases(40.0)
     trainer.run()
     progress = trainer.progress
     assert progress.train_seconds == 28.0 and progress.counted_seconds == 6.0
-    assert (trainer.steady_seconds, trainer.steady_steps) == (26.0, 13)
-    assert trainer.first_step_seconds == 3062.0
+    assert (trainer.times.steady_seconds, trainer.times.steady_steps) == (26.0, 13)
+    assert trainer.times.first_step_seconds == 3062.0
     assert trainer.phases == {"evaluation": 3060.0, "step": 2.0}
     assert [step for step, _ in records] == [1, 3, 5, 6, 7, 9, 10, 12, 14]
     etas = [f"ETA {2 * (14 - step) / 60:.1f} min" for step, _ in records]
@@ -265,7 +265,7 @@ def test_a_report_is_promised_by_what_the_one_before_took(make_trainer, monkeypa
     trainer, promised = make_trainer(num_iterations=3, save_every=1, eval_every=1), []
     monkeypatch.setattr(NoGuard, "allow", lambda self, seconds: promised.append(seconds))
     clock, before = [0.0], time.perf_counter
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: before() + clock[0])
+    monkeypatch.setattr(accord.time, "perf_counter", lambda: before() + clock[0])
 
     def evaluate():
         clock[0] += 10.0
@@ -276,4 +276,4 @@ def test_a_report_is_promised_by_what_the_one_before_took(make_trainer, monkeypa
         trainer.between_steps({"val", "save"})
     save, val, save_again, val_again = promised
     assert {save, val, save_again} == {START_SECONDS}
-    assert loop.PATIENCE * 10 <= val_again < loop.PATIENCE * 15
+    assert accord.PATIENCE * 10 <= val_again < accord.PATIENCE * 15
