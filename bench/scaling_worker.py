@@ -110,7 +110,12 @@ class Contender:
     def _watch(self, built):
         """Have the product's exchange within the phases of the step."""
         sharing, weights = built.optimizer.sharing, getattr(built.model, "weights", None)
-        add_gradients, return_values = sharing.add_gradients, sharing.return_values
+        start, add_gradients = sharing.start, sharing.add_gradients
+        return_values = sharing.return_values
+
+        def begin(buckets):
+            with self.phase("gradients"):
+                start(buckets)
 
         def add(bucket, arriving):
             with self.phase("gradients"):
@@ -119,7 +124,7 @@ class Contender:
         def give_back(bucket):
             return Pending([_InPhase(return_values(bucket), self.phase, "values")])
 
-        sharing.add_gradients, sharing.return_values = add, give_back
+        sharing.start, sharing.add_gradients, sharing.return_values = begin, add, give_back
         if weights is not None:
             exchange = weights.exchange
 

@@ -36,6 +36,9 @@ class AllReduced:
     def __init__(self, optimizer, collectives, phase):
         self.optimizer, self.collectives, self.phase = optimizer, collectives, phase
 
+    def note(self, tokens):
+        """All rows of tables travel, whatever the tokens."""
+
     def step(self, *rates):
         with self.phase("gradients"):
             grads = whole_storages([p.grad for p in self.optimizer.parameters])
@@ -157,6 +160,9 @@ class Nanochat:
         self.update_tables = update(self.tables, [], self.tables, config)
         self.updates = [update([], [chunk], self.tables, config) for chunk in self.chunks]
         self.always = torch.ones(1, device=self.parameters[0].device)
+
+    def note(self, tokens):
+        """All rows of tables travel, whatever the tokens."""
 
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):

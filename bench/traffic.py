@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from nanofuse.train.optim.parts import BUCKET_BYTES
-from nanofuse.train.placement import is_small, matrix_owners, muon_cost, table_rows
+from nanofuse.train.placement import is_small, matrix_owners, muon_cost, row_blocks
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def buckets(config, world, fused=True):
                 found.append(Bucket.empty(world))
                 room = BUCKET_BYTES
             room -= nbytes
-            for part in table_rows(rows, world):
+            for part in row_blocks(rows, world):
                 found[-1].count(kind, part.owner, part.stop - part.start, columns)
     return found
 
@@ -132,7 +132,7 @@ def operand_bytes(config, world, width=1):
             found[owner] += width * kind.elements // kind.units
     for kind in (kind for kind in kept if kind.table):
         ((rows, columns),) = kind.shapes
-        for part in table_rows(rows, world):
+        for part in row_blocks(rows, world):
             found[part.owner] += width * (part.stop - part.start) * columns
     return found
 

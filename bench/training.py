@@ -107,6 +107,7 @@ def train_step(built, batches, phase, ranks=1):
     losses = []
     for inputs, targets in batches:
         with phase("forward"):
+            built.optimizer.note(inputs)
             loss = built.model(inputs, targets)
         with phase("backward"):
             (loss / (ranks * len(batches))).backward()

@@ -8,7 +8,8 @@ Arithmetic is fp32 or wider whatever the storage dtype. Bytes, n elements of s b
 
 `adamw` updates a whole list of tensors with one launch per pair of parameter and gradient dtype.
 The launch reads a table, built once, with a row per block of elements that holds the addresses of
-the block's p, g, m and v. What changes from step to step (learning-rate multiplier and step count)
+the block's p, g, m and v. A tensor may be rows apart from each other, such as every second one of a
+table; its blocks then end with each row. What changes from step to step (learning-rate multiplier and step count)
 is read from device memory, so that a CUDA graph can be replayed with new values: a launch of a
 single program first computes the step's scalars of every tensor from it, with 1 - b^t in fp64,
 where the subtraction does not cancel.
@@ -157,21 +158,68 @@ def _adamw_kernel(
         _adamw_block(p, g, m, v, scalars, tl.arange(0, BLOCK) < count, take, CLEAR, BLOCK)
 
 
-def block_table(tuples, block):
-    """A table of the blocks of tensors, (B, K + 2) int64 on the CPU: a row holds the addresses of
-    one block in K tensors of one size, its elements, and the index of the tuple.
+def in_rows(x):
+    """Whether a tensor is contiguous, or a matrix (R, C) of contiguous rows that lie apart."""
+    return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) > 0)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How tensors of one shape are cut: elements of a block, a power of two; the bytes that every
+    address is a multiple of; and the warps for a block."""
+
+    elements: int
+    alignment: int
+    warps: int
+
+
+def _lines(tensors):
+    """(lines, elements of each) in whose order all of them lie: one line, or the rows."""
+    if all(x.is_contiguous() for x in tensors):
+        return 1, tensors[0].numel()
+    return tuple(tensors[0].shape)
+
+
+def blocks_of(tensors, config):
+    """The Blocks of tensors of one shape, each `in_rows`: those of a config, and of rows that lie
+    apart whole ones of the largest size that divides a row, with as many warps as read them 16
+    bytes at a time.
 
     Args:
-        tuples: [(index, (K tensors))].
+        config: AdamWConfig, or whatever has its fields.
+    """
+    size = tensors[0].element_size()
+    elements, warps = config.block_bytes // size, config.warps
+    lines, length = _lines(tensors)
+    if lines > 1:
+        elements = min(elements, length & -length)
+        warps = min(warps, max(1, elements * size // (32 * VECTOR_BYTES)))
+    steps = [elements * x.element_size() for x in tensors]
+    if lines > 1:
+        steps += [x.stride(0) * x.element_size() for x in tensors]
+    aligned = all(n % VECTOR_BYTES == 0 for n in (*(x.data_ptr() for x in tensors), *steps))
+    return Blocks(elements, VECTOR_BYTES if aligned else 1, warps)
+
+
+def block_table(tuples, block):
+    """A table of the blocks of tensors, (B, K + 2) int64 on the CPU: a row holds the addresses of
+    one block in K tensors of one shape, its elements, and the index of the tuple.
+
+    Args:
+        tuples: [(index, (K tensors))], each tensor `in_rows`.
         block: elements of a block.
     """
     rows = []
     for index, tensors in tuples:
-        count = tensors[0].numel()
-        starts = torch.arange(0, count, block)
-        addresses = [x.data_ptr() + starts * x.element_size() for x in tensors]
-        sizes = (count - starts).clamp_max(block)
-        rows.append(torch.stack([*addresses, sizes, torch.full_like(starts, index)], dim=1))
+        lines, length = _lines(tensors)
+        line = torch.arange(lines)[:, None]
+        starts = torch.arange(0, length, block).expand(lines, -1)
+        addresses = [
+            x.data_ptr() + (line * (x.stride(0) if lines > 1 else 0) + starts) * x.element_size()
+            for x in tensors
+        ]
+        columns = [*addresses, (length - starts).clamp_max(block), torch.full_like(starts, index)]
+        rows.append(torch.stack([x.flatten() for x in columns], dim=1))
     return torch.cat(rows)
 
 
@@ -181,7 +229,8 @@ class AdamWTensors:
     The tensors' storage must not move as long as this object is used; it keeps them alive.
 
     Args:
-        params: parameters of any shape, fp32 or bf16, contiguous, all on one device.
+        params: parameters of any shape, fp32 or bf16, all on one device; like all tensors here
+            contiguous, or matrices of contiguous rows that lie apart.
         grads: the gradient of each parameter, of its shape, fp32 or bf16.
         exp_avgs, exp_avg_sqs: first and second moment of each, of its shape and dtype.
         hypers: the AdamWHyper of each.
@@ -206,19 +255,17 @@ class AdamWTensors:
         self.config = tuned("adamw", AdamWConfig())
         groups = {}
         for index, tensors in enumerate(self.tensors):
-            aligned = all(address % VECTOR_BYTES == 0 for address in self._addresses[index])
-            key = (tensors[0].dtype, tensors[1].dtype, VECTOR_BYTES if aligned else 1)
             if tensors[0].numel():
+                key = tensors[0].dtype, tensors[1].dtype, blocks_of(tensors, self.config)
                 groups.setdefault(key, []).append((index, tensors))
-        self.launches = [  # (block table, DTYPE, GRAD_DTYPE, ALIGNMENT, BLOCK)
+        self.launches = [  # (block table, DTYPE, GRAD_DTYPE, Blocks)
             (
-                block_table(group, self.config.block_bytes // dtype.itemsize).to(device),
+                block_table(group, blocks.elements).to(device),
                 STORAGE[dtype],
                 STORAGE[grad_dtype],
-                alignment,
-                self.config.block_bytes // dtype.itemsize,
+                blocks,
             )
-            for (dtype, grad_dtype, alignment), group in groups.items()
+            for (dtype, grad_dtype, blocks), group in groups.items()
         ]
 
     def _check(self, index, tensors, hyper):
@@ -227,8 +274,8 @@ class AdamWTensors:
             raise ValueError(f"tensor {index}: gradient or moments of another shape")
         if any(x.device != self.tensors[0][0].device for x in tensors):
             raise ValueError(f"tensor {index}: all tensors must be on one device")
-        if not all(x.is_contiguous() for x in tensors):
-            raise ValueError(f"tensor {index}: adamw takes contiguous tensors only")
+        if not all(map(in_rows, tensors)):
+            raise ValueError(f"tensor {index}: adamw takes contiguous tensors or rows only")
         if param.dtype not in STORAGE or grad.dtype not in STORAGE:
             raise ValueError(f"tensor {index}: parameters and gradients are fp32 or bf16")
         if exp_avg.dtype != param.dtype or exp_avg_sq.dtype != param.dtype:
@@ -290,15 +337,15 @@ def adamw(
     _adamw_scalars_kernel[(1,)](
         tensors.hyper, schedule, tensors.scalars, count, BT=triton.next_power_of_2(count)
     )
-    for blocks, dtype, grad_dtype, alignment, block in tensors.launches:
-        _adamw_kernel[(len(blocks),)](
-            blocks,
+    for table, dtype, grad_dtype, blocks in tensors.launches:
+        _adamw_kernel[(len(table),)](
+            table,
             tensors.scalars,
             take,
             DTYPE=dtype,
             GRAD_DTYPE=grad_dtype,
-            ALIGNMENT=alignment,
+            ALIGNMENT=blocks.alignment,
             CLEAR=clear_grad,
-            BLOCK=block,
-            num_warps=tensors.config.warps,
+            BLOCK=blocks.elements,
+            num_warps=blocks.warps,
         )

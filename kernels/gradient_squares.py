@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanofuse.kernels.adamw import STORAGE, VECTOR_BYTES, block_table
+from nanofuse.kernels.adamw import STORAGE, block_table, blocks_of, in_rows
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.tuning import tuned
 
@@ -79,7 +79,8 @@ class GradientSquares:
     Their storage must not move as long as this object is used; it keeps them alive.
 
     Args:
-        grads: T tensors of any shape, fp32 or bf16, contiguous, all on one device.
+        grads: T tensors of any shape, fp32 or bf16, contiguous or matrices of contiguous rows that
+            lie apart, all on one device.
 
     Raises:
         ValueError: no tensor, or one of another dtype, layout or device.
@@ -89,9 +90,9 @@ class GradientSquares:
         if not grads:
             raise ValueError("gradient_squares needs at least one tensor")
         for index, g in enumerate(grads):
-            if g.dtype not in STORAGE or not g.is_contiguous() or g.device != grads[0].device:
+            if g.dtype not in STORAGE or not in_rows(g) or g.device != grads[0].device:
                 raise ValueError(
-                    f"gradient {index}: fp32 or bf16, contiguous and on one device, got "
+                    f"gradient {index}: fp32 or bf16, contiguous or rows, on one device, got "
                     f"{g.dtype}, strides {tuple(g.stride())}, {g.device}"
                 )
         self.grads, device = list(grads), grads[0].device
@@ -100,17 +101,15 @@ class GradientSquares:
         order = []  # tensors as their blocks lie
         groups = {}
         for index, g in enumerate(grads):
-            aligned = g.data_ptr() % VECTOR_BYTES == 0
-            groups.setdefault((g.dtype, VECTOR_BYTES if aligned else 1), []).append((index, (g,)))
-        for (dtype, alignment), members in groups.items():
-            block = self.config.block_bytes // dtype.itemsize
+            groups.setdefault((g.dtype, blocks_of([g], self.config)), []).append((index, (g,)))
+        for (dtype, blocks), members in groups.items():
             order += [index for index, _ in members]
-            for index, (g,) in members:
-                counts[index] = triton.cdiv(g.numel(), block)
             members = [(index, tensors) for index, tensors in members if tensors[0].numel()]
             if members:
-                table = block_table(members, block).to(device)
-                self.launches.append((table, STORAGE[dtype], alignment, block))
+                table = block_table(members, blocks.elements)
+                for index, _ in members:
+                    counts[index] = int((table[:, -1] == index).sum())
+                self.launches.append((table.to(device), STORAGE[dtype], blocks))
         ends = torch.tensor([0] + [counts[index] for index in order]).cumsum(0)
         self.starts = ends.to(torch.int32).to(device)  # (T + 1,)
         self.position = torch.tensor(order, device=device).argsort()  # of a tensor in that order
@@ -119,14 +118,14 @@ class GradientSquares:
     def __call__(self):
         """Sum of squares of each gradient as it is now, (T,) fp32."""
         start = 0
-        for table, dtype, alignment, block in self.launches:
+        for table, dtype, blocks in self.launches:
             _block_squares_kernel[(len(table),)](
                 table,
                 self.partial[start:],
                 DTYPE=dtype,
-                ALIGNMENT=alignment,
-                BLOCK=block,
-                num_warps=self.config.warps,
+                ALIGNMENT=blocks.alignment,
+                BLOCK=blocks.elements,
+                num_warps=blocks.warps,
             )
             start += len(table)
         squares = torch.empty(len(self.grads), dtype=torch.float32, device=self.partial.device)

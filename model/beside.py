@@ -19,11 +19,11 @@ class InOrder:
 
     def mark(self, number):
         """The piece of this number, counted from 0 in the order of the backward pass, is through:
-        called by the pass."""
+        called by the pass. Others may mark what was launched so far by a name."""
 
     def behind(self, number=None):
-        """A context for transfers behind a mark of the latest pass; None: behind all that was
-        launched."""
+        """A context for transfers behind the latest mark of a number or name; None: behind all that
+        was launched."""
         return contextlib.nullcontext()
 
     def arrive(self, name):

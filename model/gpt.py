@@ -106,6 +106,15 @@ class GPT(nn.Module):
         for embedding in self.tables():
             embedding.weight = nn.Parameter(embedding.weight.detach().to(dtype))
 
+    def lookups(
+        self,
+        tokens,  # (B, T) integer
+    ):
+        """[(rows (B, T) integer, [tables (R, C)])]: all tables, those of which a training pass of
+        these tokens reads the same rows together. No other row gets a gradient."""
+        by_token = [self.transformer.wte, *self.value_embeds.values()]
+        return [(tokens, [x.weight for x in by_token]), *self.pieces.tables.lookups(tokens)]
+
     def _adopt(self, piece, *elsewhere):
         """Register a piece's parameters and modules under their names as this module's own, but for
         those that have their place `elsewhere`."""

@@ -49,6 +49,16 @@ def small_config(**fields):
     )
 
 
+def not_looked_up(model, tokens):
+    """{table: a mask (R, 1) of its rows that a training pass of these tokens does not look up}."""
+    absent = {}
+    for rows, tables in model.lookups(tokens):
+        mask = torch.ones(len(tables[0]), 1, dtype=torch.bool)
+        mask[rows.flatten()] = False
+        absent |= dict.fromkeys(tables, mask)
+    return absent
+
+
 def random_model(config, dtype=torch.float64, seed=0, device="cpu"):
     """A GPT whose every parameter is random and large enough to matter."""
     model = GPT(config, dtype, device=device)

@@ -19,7 +19,7 @@ from nanofuse.model.providers import Choice
 from nanofuse.train.device import choosing
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
-from nanofuse.train.placement import matrix_owners, table_rows
+from nanofuse.train.placement import matrix_owners, row_blocks
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.settings import naming_flags
 
@@ -65,7 +65,7 @@ def peers_of(ranks):
     world = ranks.world
     if world == 1:
         return None
-    deal, rows = (partial(f, world=world) for f in (matrix_owners, table_rows))
+    deal, rows = (partial(f, world=world) for f in (matrix_owners, row_blocks))
     return Peers(ranks.rank, world, deal, rows, ranks.swap, ranks.maximum_)
 
 
@@ -79,9 +79,9 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     """
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
     stored, masters = fused.weights.stacks, fused.weights.masters
-    order = fused.beside, fused.final_marks()
+    travel = fused.beside, fused.final_marks(), fused.model.lookups
     optimizer = MuonAdamW(
-        roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters, *order
+        roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters, *travel
     )
     fused.operands.taken = optimizer.watch.ok
     return optimizer
@@ -165,7 +165,8 @@ def assemble(
         products = set_fp8(raw_model, fp8.made.linear)
         update = partial(EagerUpdate, compile=compiled, newton_schulz_dtype=machine.dtype)
         roles = raw_model.param_roles()
-        optimizer = MuonAdamW(roles, optim, config.n_embd, lr_scale, update, ranks=ranks)
+        shared = {"ranks": ranks, "lookups": raw_model.lookups}
+        optimizer = MuonAdamW(roles, optim, config.n_embd, lr_scale, update, **shared)
         model = raw_model
         if compiled:
             mode = None if compile_mode == "default" else compile_mode

@@ -125,6 +125,7 @@ class Trainer:
             for _ in range(self.plan.micro_steps // self.ranks.world):
                 with self.accord.patient():
                     inputs, targets = next(self.loader)
+                self.optimizer.note(inputs)
                 loss = self.model(inputs, targets)
                 (loss / self.plan.micro_steps).backward()
                 total += loss.detach()

@@ -1,8 +1,9 @@
 """The optimiser's state of a checkpoint, in one file or in one of each rank that trained.
 
 A rank's file holds rows of tensors. Which, and of what shape the whole is, stands in the file's
-own metadata under "rows", as JSON: {name: [shape, [[first row, rows], ...]]}; a name that is not
-there is whole. So any number of ranks reads what any other wrote.
+own metadata under "rows", as JSON: {name: [shape, [[first row, rows, step], ...]]}, where step, from
+one row to the next, may be missing and is 1 then; a name that is not there is whole. So any number
+of ranks reads what any other wrote.
 """
 
 import json
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanofuse.train.errors import UserError
 
-Rows = Mapping[str, tuple[tuple[int, ...], list[tuple[int, int]]]]
+Rows = Mapping[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]]  # (first, count, step)
 
 
 def rows_text(rows: Rows) -> dict[str, str]:
@@ -22,7 +23,7 @@ def rows_text(rows: Rows) -> dict[str, str]:
     partial = {
         name: [shape, places]
         for name, (shape, places) in rows.items()
-        if shape and sum(count for _, count in places) < shape[0]
+        if shape and sum(count for _, count, _ in places) < shape[0]
     }
     return {"rows": json.dumps(partial)}
 
@@ -39,7 +40,7 @@ class OptimFiles(Mapping[str, torch.Tensor]):
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
-        self._rows: dict[str, list[tuple[Path, int, int]]] = {}  # (file, first row, rows)
+        self._rows: dict[str, list[tuple[Path, int, int, int]]] = {}  # file, first, count, step
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             for path in paths:
@@ -60,39 +61,40 @@ class OptimFiles(Mapping[str, torch.Tensor]):
                 held = tuple(file.get_slice(name).get_shape())
                 shape, rows = partial.get(name, [held, [[0, held[0] if held else 1]]])
                 shape = tuple(int(side) for side in shape)
-                counts = [int(count) for _, count in rows]
-                if shape and (sum(counts), *shape[1:]) != held:
+                full = [place if len(place) == 3 else (*place, 1) for place in rows]
+                places = [tuple(map(int, place)) for place in full]
+                if shape and (sum(count for _, count, _ in places), *shape[1:]) != held:
                     raise ValueError(name)
                 if self._shapes.setdefault(name, shape) != shape:
                     raise ValueError(name)
-                places = self._rows.setdefault(name, [])
-                places += [
-                    (path, int(at), count) for (at, _), count in zip(rows, counts, strict=True)
-                ]
+                self._rows.setdefault(name, []).extend((path, *place) for place in places)
 
-    def _check(self, name: str, rows: list[tuple[Path, int, int]]) -> None:
+    def _check(self, name: str, rows: list[tuple[Path, int, int, int]]) -> None:
         """Refuse a tensor whose rows are not all there once."""
-        stop = 0
-        for _, at, count in sorted(rows, key=lambda row: row[1]):
-            if at != stop or count < 0:
-                raise UserError(f"rows of {name} are missing or there twice; {self._hint}")
-            stop = at + count
-        shape = self._shapes[name]
-        if stop != (shape[0] if shape else 1):
-            raise UserError(f"rows of {name} are missing; {self._hint}")
+        whole = self._shapes[name][0] if self._shapes[name] else 1
+        said = f"rows of {name} are missing or there twice; {self._hint}"
+        if sum(count for _, _, count, _ in rows) != whole:
+            raise UserError(said)
+        seen = torch.zeros(whole, dtype=torch.bool)
+        for _, at, count, step in rows:
+            if at < 0 or step < 1 or count < 0 or at + (count - 1) * step >= whole:
+                raise UserError(said)
+            seen[at::step][:count] = True
+        if not seen.all():
+            raise UserError(said)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         rows, shape = self._rows[name], self._shapes[name]
         whole = None
-        start = {path: 0 for path, _, _ in rows}
-        for path, at, count in rows:
+        start = {path: 0 for path, *_ in rows}
+        for path, at, count, step in rows:
             with safe_open(path, framework="pt") as file:
                 if not shape:
                     return file.get_tensor(name)
                 part = file.get_slice(name)[start[path] : start[path] + count]
             if whole is None:
                 whole = part.new_empty(shape)
-            whole[at : at + count] = part
+            whole[at::step][:count] = part
             start[path] += count
         assert whole is not None
         return whole

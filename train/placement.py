@@ -1,19 +1,23 @@
 """Who owns what of the parameters, where several ranks share one optimiser: pure arithmetic.
 
-The owner of a matrix, or of a block of a table's rows, alone keeps its moments and updates it; the
+The owner of a matrix, or of some of a table's rows, alone keeps its moments and updates it; the
 gradients of all ranks go to it and the new values come from it. Matrices go whole, as Muon's
-iterations need them whole. What is small belongs to nobody: every rank updates it alike.
+iterations need them whole. Of an embedding table row i belongs to rank i mod W: tokens of low ids
+are frequent, and so every owner gets as many of the rows that a step looks up. lm_head, of which
+all rows have a gradient, is cut into blocks. What is small belongs to nobody: every rank updates it
+alike.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+INDEX_BYTES = 4  # of the number of a row
 SMALL = 1024  # elements; the gates, lambdas and scalars of any model, and no matrix of a layer
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start` to `stop` of a table, and their owner."""
+    """Rows `start` to `stop` of lm_head, and their owner."""
 
     owner: int
     start: int
@@ -28,8 +32,25 @@ def is_small(shape: Sequence[int]) -> bool:
     return size < SMALL
 
 
-def table_rows(rows: int, world: int) -> list[Rows]:
-    """The blocks of a table's rows, one a rank in rank order, as even as whole rows allow."""
+def row_slices(world: int) -> list[slice]:
+    """The rows of an embedding table that each rank owns."""
+    return [slice(rank, None, world) for rank in range(world)]
+
+
+def go_as_rows(looked_up: int, rows: int, row_bytes: int) -> bool:
+    """Whether a gradient travels as the rows that occurred, with their numbers, as that is less
+    than all.
+
+    Args:
+        looked_up: rows of the receiver's that the sender's tokens have looked up in a step.
+        rows: that the receiver has.
+        row_bytes: of a row, of all tables that are looked up alike.
+    """
+    return looked_up * (row_bytes + INDEX_BYTES) < rows * row_bytes
+
+
+def row_blocks(rows: int, world: int) -> list[Rows]:
+    """The blocks of lm_head's rows, one a rank in rank order, as even as whole rows allow."""
     bounds = [rows * rank // world for rank in range(world + 1)]
     return [Rows(rank, *bounds[rank : rank + 2]) for rank in range(world)]
 

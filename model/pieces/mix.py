@@ -43,6 +43,13 @@ class Tables(nn.Module):
             for name in self.config.table_rows
         ]
 
+    def lookups(
+        self,
+        tokens,  # (B, T) integer
+    ):
+        """[(the rows that the tokens look up, (B, T) int64, [the table])]."""
+        return [(ROWS[name][0](tokens, len(table)), [table]) for name, table, _ in self.all()]
+
     def init_weights(self):
         for name, table, lambdas in self.all():
             nn.init.zeros_(table)

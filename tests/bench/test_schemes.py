@@ -55,7 +55,7 @@ def eager(ranks, scheme, steps=2):
         optimizer = Nanochat(*numbers, ThreadCollectives(ranks), phase)
     else:
         optimizer = AllReduced(MuonAdamW(*numbers), ThreadCollectives(ranks), phase)
-    take_steps(model, optimizer, ranks, torch.float64, steps)
+    take_steps(model, optimizer, ranks, steps)
     return model
 
 
@@ -80,7 +80,7 @@ def test_nanochats_scheme_by_the_kernels():
         else:
             FusedGPT(model, PlainGemm())  # stores the matrices in stacks
             optimizer = Nanochat(*numbers, KernelUpdate, ThreadCollectives(ranks), phase)
-        take_steps(model, optimizer, ranks, torch.float32, 1)
+        take_steps(model, optimizer, ranks, 1)
         assert ranks.world == 1 or all(not p.grad.any() for p in model.parameters())
         return model
 

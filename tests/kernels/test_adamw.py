@@ -110,7 +110,32 @@ def test_wide_loads_where_every_address_allows_them(device):
     for start, width in ((0, 16), (4, 16), (1, 1), (2, 1)):
         tensors = [[x[start : start + 32]] for x in memory]
         (launch,) = AdamWTensors(*tensors, HYPERS[:1]).launches
-        assert launch[3] == width
+        assert launch[3].alignment == width
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns, block, width", [(64, 64, 16), (24, 8, 16), (7, 1, 1)])
+def test_rows_that_lie_apart_are_updated_as_contiguous_ones(dtype, columns, block, width, device):
+    """Every third row of a table, with its moments in a row; the others stay as they are. Blocks
+    are whole, and read 16 bytes at a time where that can be."""
+    lists = state([(10, columns)], [dtype], device)
+    for x in lists:
+        x[0].copy_(draw(x[0].shape, torch.float32, device, 5)).abs_()
+    rows, whole = slice(1, None, 3), [[x[0][1::3].clone()] for x in lists]
+    before = [lists[i][0].clone() for i in (0, 1)]
+    apart = [[x[0][rows] if i < 2 else x[0][rows].clone()] for i, x in enumerate(lists)]
+    tensors = AdamWTensors(*apart, HYPERS[:1])
+    ((_, _, _, blocks),) = tensors.launches
+    assert blocks.elements == block
+    assert blocks.alignment == (width if block * dtype.itemsize >= 16 else 1)
+    schedule = adamw_schedule(0.5, 3, device)
+    adamw(tensors, schedule, clear_grad=True)
+    adamw(AdamWTensors(*whole, HYPERS[:1]), schedule)
+    for kind in (0, 2, 3):
+        assert torch.equal(apart[kind][0], whole[kind][0])
+    assert not apart[1][0].any()
+    others = torch.arange(10, device=device) % 3 != 1
+    assert all(torch.equal(lists[i][0][others], before[i][others]) for i in (0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

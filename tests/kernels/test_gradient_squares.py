@@ -48,6 +48,19 @@ def test_more_blocks_than_are_added_at_once(device):
     assert relative(op(), gradient_squares_ref([g])) < 1e-6
 
 
+def test_rows_that_lie_apart(device):
+    """Beside contiguous gradients; what is between the rows does not count."""
+    grads = make(device, (torch.bfloat16,), [(9, 48), (5,), (9, 7)])
+    some = [grads[0][2::4], grads[1], grads[2][::2]]
+    truth = gradient_squares_ref(some)
+    for x, step in ((grads[0], 4), (grads[2], 2)):
+        between = torch.arange(9, device=device) % step != (2 if step == 4 else 0)
+        x[between] = float("nan")
+    for config in (SMALL, SquaresConfig()):
+        with forced("gradient_squares", config):
+            assert relative(GradientSquares(some)(), truth) < 1e-6
+
+
 def test_values_are_read_anew_and_bits_repeat(device):
     grads = make(device)
     op = GradientSquares(grads)

@@ -14,7 +14,8 @@ from nanofuse.model.fused import FusedGPT
 from nanofuse.train.assemble import follow, fused_optimizer, gathered, peers_of
 from nanofuse.train.optim import sharing
 from nanofuse.train.optim.config import OptimConfig
-from tests.helpers import random_model
+from nanofuse.train.optim.lookups import NOTED
+from tests.helpers import not_looked_up, random_model
 from tests.model.test_fused import DEVICE, batch, make
 from tests.train.thread_ranks import run_ranks
 
@@ -83,8 +84,12 @@ def step_of(ranks, beside, gemm=PlainGemm):
     called = FusedGPT(model, gemm(), peers=peers_of(ranks), beside=beside)
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
     generator = torch.Generator().manual_seed(ranks.rank)
+    tokens = torch.randint(64, (1, 12), generator=generator)
+    optimizer.note(tokens)
     for p in model.parameters():
         p.grad.copy_(torch.randn(p.shape, generator=generator))
+    for table, absent in not_looked_up(model, tokens).items():
+        table.grad.masked_fill_(absent, 0)
     optimizer.step(0.5, 0.9, 0.1)
     optimizer.zero_grad()
     assert all(not p.grad.any() for p in model.parameters())
@@ -105,9 +110,10 @@ def test_a_step_of_hidden_transfers_is_that_of_plain_ones(gemm, world, short_muo
     for (found, _), (wanted, _) in zip(hidden, plain, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
     for order in orders:
-        numbers = order.sent_behind[1:-1]  # the first operands, and those after the step
+        # the first operands, rows, gradients, and the operands after the step
+        first, rows, *numbers, last = order.sent_behind
         assert numbers == sorted(numbers) and set(numbers) > {0, plain[0][1]}
-        assert order.sent_behind[0] is order.sent_behind[-1] is None
+        assert (first, rows, last) == (None, NOTED, None)
 
 
 def training(ranks, hides, gemm, graphs):
@@ -121,7 +127,9 @@ def training(ranks, hides, gemm, graphs):
     for step in range(CALIBRATED_STEPS + 4):
         for micro_step in range(2):
             seed = 100 * step + 10 * micro_step + ranks.rank
-            found.append(called(*batch(model.config, rows=8, seed=seed)))
+            inputs, targets = batch(model.config, rows=8, seed=seed)
+            optimizer.note(inputs)
+            found.append(called(inputs, targets))
             (0.25 * found[-1]).backward()
         optimizer.step(0.5, 0.9, 0.1)
         optimizer.zero_grad()

@@ -15,12 +15,14 @@ from tests.train.thread_ranks import run_ranks
 WHOLE = {
     "table": torch.arange(21.0).view(7, 3),
     "stack": torch.arange(40.0).view(5, 2, 4).bfloat16(),
+    "embedding": torch.arange(10.0).view(5, 2),
     "scalar": torch.tensor(5.0),
     "small": torch.arange(3.0),
 }
-MINE = {  # of rank 0 and 1: (first row, rows)
-    "table": ([(0, 3)], [(3, 4)]),
-    "stack": ([(0, 1), (3, 1)], [(1, 2), (4, 1)]),
+MINE = {  # of rank 0 and 1: (first row, rows, step)
+    "table": ([(0, 3, 1)], [(3, 4, 1)]),
+    "stack": ([(0, 1, 1), (3, 1, 1)], [(1, 2, 1), (4, 1, 1)]),
+    "embedding": ([(0, 3, 2)], [(1, 2, 2)]),
 }
 
 
@@ -30,9 +32,9 @@ def part(rank):
     for name, x in WHOLE.items():
         if name in MINE:
             rows[name] = tuple(x.shape), MINE[name][rank]
-            tensors[name] = torch.cat([x[at : at + n] for at, n in MINE[name][rank]])
+            tensors[name] = torch.cat([x[at::step][:n] for at, n, step in MINE[name][rank]])
         elif rank == 0:
-            rows[name] = tuple(x.shape), [(0, len(x) if x.dim() else 1)]
+            rows[name] = tuple(x.shape), [(0, len(x) if x.dim() else 1, 1)]
             tensors[name] = x
     return tensors, rows
 
@@ -89,6 +91,11 @@ def test_a_damaged_file_is_named(saved):
         ([(-3, 4)], "missing or there twice"),
         ([("x", 4)], "is missing or damaged"),
         ([3], "is missing or damaged"),
+        ([(3, 2, 1), (3, 2, 1)], "missing or there twice"),
+        ([(3, 4, 2)], "missing or there twice"),
+        ([(3, 4, 0)], "missing or there twice"),
+        ([(3, 4, 1, 1)], "is missing or damaged"),
+        ([(3, 5, 1), (3, -1, 1)], "missing or there twice"),
     ],
 )
 def test_rows_that_do_not_make_a_whole_are_refused(saved, rows, said):
@@ -99,6 +106,18 @@ def test_rows_that_do_not_make_a_whole_are_refused(saved, rows, said):
     save_file(load_file(path), path, {"rows": json.dumps(text)})
     with pytest.raises(UserError, match=said):
         OptimFiles([saved / "optim-00001-of-00002.safetensors", path])
+
+
+def test_files_that_give_no_step_are_read(saved):
+    """As they were written before embedding tables were divided row by row."""
+    for rank in (0, 1):
+        path = saved / f"optim-0000{rank + 1}-of-00002.safetensors"
+        tensors, rows = part(rank)
+        del tensors["embedding"]
+        text = {n: (shape, [at[:2] for at in places]) for n, (shape, places) in rows.items()}
+        save_file(tensors, path, {"rows": json.dumps({n: text[n] for n in ("table", "stack")})})
+    found = OptimFiles([saved / name for name in sorted(optim_files(saved))])
+    assert all(torch.equal(found[name], WHOLE[name]) for name in ("table", "stack", "small"))
 
 
 def test_where_one_rank_cannot_write_none_has_written(work_dir, model, monkeypatch):

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanofuse.model.config import GPTConfig
-from nanofuse.train.placement import is_small, matrix_owners, muon_cost, table_rows
+from nanofuse.train.placement import (
+    go_as_rows,
+    is_small,
+    matrix_owners,
+    muon_cost,
+    row_blocks,
+    row_slices,
+)
 
 WORLDS = st.integers(1, 70)
 SHAPES = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
@@ -25,12 +32,27 @@ def loads(groups, owners, world):
 
 @given(st.integers(0, 10**6), WORLDS)
 def test_blocks_of_rows_are_all_rows_once_and_even(rows, world):
-    parts = table_rows(rows, world)
+    parts = row_blocks(rows, world)
     assert [part.owner for part in parts] == list(range(world))
     assert parts[0].start == 0 and parts[-1].stop == rows
     assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 10**4), WORLDS)
+def test_every_row_of_an_embedding_has_one_owner_and_all_have_as_many(rows, world):
+    parts = [range(rows)[part] for part in row_slices(world)]
+    assert sorted(row for part in parts for row in part) == list(range(rows))
+    assert all(row % world == rank for rank, part in enumerate(parts) for row in part)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_rows_go_by_number_where_that_is_less():
+    assert go_as_rows(0, 1, 2) and not go_as_rows(0, 0, 2)
+    assert not go_as_rows(9, 10, 36)  # 9 x 40 bytes are 10 x 36
+    assert go_as_rows(9, 10, 37) and not go_as_rows(10, 10, 1000)
 
 
 @settings(max_examples=200)

@@ -26,11 +26,11 @@ from nanofuse.train.ranks import ALONE
 
 class _Held(NamedTuple):
     """State of a name: the shape of the whole, whether every rank keeps it, and what this one
-    keeps of it, {first row: rows}."""
+    keeps of it, [(first row, step to the next one, rows)]."""
 
     shape: Sequence[int]
     common: bool
-    rows: dict[int, torch.Tensor]
+    rows: list[tuple[int, int, torch.Tensor]]
 
 
 class MuonAdamW:
@@ -49,6 +49,7 @@ class MuonAdamW:
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
         masters: {parameter: this rank's rows}, Weights.masters; None: none.
         beside, marks: model.beside.InOrder and FusedGPT.final_marks, for Sharing.
+        lookups: GPT.lookups, where gradients of tables are to travel as the rows that occurred.
 
     Raises:
         ValueError: a role without a group in OptimConfig.adamw_groups.
@@ -72,6 +73,7 @@ class MuonAdamW:
         masters=None,
         beside=IN_ORDER,
         marks=None,
+        lookups=None,
     ):
         self.config, self.lr_scale, self.ranks = config, lr_scale, ranks
         self.step_count = 0
@@ -91,7 +93,7 @@ class MuonAdamW:
             if shares := bucket.shares:
                 bucket.update = update(bucket.tables, bucket.stacks, shares, config)
                 bucket.squares = bucket.update.squares_of(shares)
-        self.sharing = Sharing(ranks, beside, marks) if ranks.world > 1 else None
+        self.sharing = Sharing(ranks, beside, marks, lookups) if ranks.world > 1 else None
         self.watch = GradientWatch(named, self.parameters[0].device)
         self.update = self.buckets[0].update
         self.squares = self.update.squares_of([Share(p) for p in self.parameters])
@@ -104,6 +106,15 @@ class MuonAdamW:
     def stacks(self):
         return [stack for bucket in self.buckets for stack in bucket.stacks]
 
+    def note(
+        self,
+        tokens,  # (B, T) integer
+    ):
+        """Take note of a micro-step's tokens, before its passes: rows of tables that no noted token
+        has looked up have no gradient. Where a rank notes none in a step, all rows travel."""
+        if self.sharing:
+            self.sharing.note(tokens)
+
     @torch.no_grad()
     def step(self, lr_mult=1.0, momentum=0.95, weight_decay=0.0):
         """Update every parameter from its .grad. `watch` has seen a step whose gradients are not
@@ -114,9 +125,9 @@ class MuonAdamW:
             momentum: Muon's momentum.
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
-        self.step_count += 1
         if self.sharing:
             self.sharing.start(self.buckets)
+        self.step_count += 1
         # before anything is summed over ranks: where a sum of finite parts overflows, their squares
         # have done so already
         self.watch.take(self.ranks.total(self.squares()), self.step_count)
@@ -162,7 +173,8 @@ class MuonAdamW:
         for table in self.tables:
             rows, shape = table.share.rows, table.share.param.shape
             for name in ("exp_avg", "exp_avg_sq"):
-                mine = {rows.start if rows else 0: getattr(table, name)}
+                at, step = (rows.start, rows.step or 1) if rows else (0, 1)
+                mine = [(at, step, getattr(table, name))]
                 held[f"{table.name}.{name}"] = _Held(shape, rows is None, mine)
         place = {p: (stack, i) for stack in self.stacks for i, p in enumerate(stack.params)}
         common = {p for b in self.buckets if not b.owned for s in b.stacks for p in s.params}
@@ -173,10 +185,10 @@ class MuonAdamW:
             whole = counts[p.shape], *p.shape
             for name, shape in (("momentum", whole), ("second", second_moment_shape(whole))):
                 key = f"muon.{p.size(0)}x{p.size(1)}.{name}"
-                rows = held.setdefault(key, _Held(shape, p in common, {})).rows
+                rows = held.setdefault(key, _Held(shape, p in common, [])).rows
                 if p in place:
                     stack, i = place[p]
-                    rows[at] = getattr(stack, name)[i : i + 1]
+                    rows.append((at, 1, getattr(stack, name)[i : i + 1]))
         return held
 
     def _to_save(self):
@@ -187,16 +199,16 @@ class MuonAdamW:
     def state_dict(self):
         """What this rank saves of the state, a flat {name: rows (n, ...)}, whatever the update:
         alone all rows, else those of `rows`."""
-        tensors = {name: list(held.rows.values()) for name, held in self._to_save().items()}
+        tensors = {name: [x for *_, x in held.rows] for name, held in self._to_save().items()}
         return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in tensors.items()}
 
     def rows(self):
-        """{name: (shape of the whole, [(first row, rows)])} of `state_dict`'s tensors, as they
-        follow each other."""
+        """{name: (shape of the whole, [(first row, rows, step from one to the next)])} of
+        `state_dict`'s tensors, as they follow each other."""
         return {
             name: (
                 tuple(held.shape),
-                [(at, len(x) if x.dim() else 1) for at, x in held.rows.items()],
+                [(at, len(x) if x.dim() else 1, step) for at, step, x in held.rows],
             )
             for name, held in self._to_save().items()
         }
@@ -218,6 +230,6 @@ class MuonAdamW:
                 raise UserError(f"optimiser state {name!r} is missing or of another shape")
         for name, (_, _, rows) in held.items():
             whole = tensors[name]
-            for at, x in rows.items():
-                x.copy_(whole[at : at + len(x)] if x.dim() else whole)
+            for at, step, x in rows:
+                x.copy_(whole[at::step][: len(x)] if x.dim() else whole)
         self.step_count = step_count

@@ -8,7 +8,7 @@ import torch
 from nanofuse.kernels.adamw import AdamWHyper
 from nanofuse.kernels.muon_update import second_moment_shape
 from nanofuse.train.optim.sharing import Owned
-from nanofuse.train.placement import is_small, matrix_owners, table_rows
+from nanofuse.train.placement import is_small, matrix_owners, row_blocks, row_slices
 
 BUCKET_BYTES = 2**27  # of tables, whose gradients are on their way together
 
@@ -139,22 +139,26 @@ class Bucket:
 
 
 def _rows_of_table(name, p, hyper, ranks, master):
-    """The Table of the rows that this rank owns, and the Owned of all ranks. Values that lie with
-    their owner alone, in `master`, are not returned."""
+    """The Table of the rows that this rank owns, and the Owned of all ranks: blocks of values that
+    lie with their owner alone, in `master`, and are not returned; else every W-th row."""
     owned = []
-    for part in table_rows(p.size(0), ranks.world):
-        own = part.owner == ranks.rank
-        share = Share(p, slice(part.start, part.stop), master if own else None)
+    parts = row_slices(ranks.world)
+    if master is not None:
+        parts = [slice(x.start, x.stop) for x in row_blocks(p.size(0), ranks.world)]
+    for owner, rows in enumerate(parts):
+        own = owner == ranks.rank
+        share = Share(p, rows, master if own else None)
         value = share.value if master is None else None
-        owned.append(Owned(part.owner, value, lambda share=share: share.grad, [p]))
+        owned.append(Owned(owner, value, lambda share=share: share.grad, [p]))
         if own:
             mine = new_table(name, share, hyper)
     return mine, owned
 
 
 def new_table(name, share, hyper):
-    """A Table with moments of zero."""
-    moments = [torch.zeros_like(share.value, requires_grad=False) for _ in range(2)]
+    """A Table with moments of zero, contiguous."""
+    value = share.value
+    moments = [value.new_zeros(value.shape, requires_grad=False) for _ in range(2)]
     return Table(name, share, *moments, hyper)
 
 

@@ -2,24 +2,30 @@
 
     g = sum over the ranks, in their order, of their gradients        fp32 or wider, rounded once
 
-A bucket (train/optim/parts.py) moves as one. What is everybody's is summed on every rank. All else
-is contiguous and travels from where it lies to where it belongs: nothing is packed. What arrives of
-gradients lies beside the owner's until it is added.
+A bucket (train/optim/parts.py) moves as one. What is everybody's is summed on every rank. What is
+contiguous travels from where it lies to where it belongs; rows of tables are packed, all that an
+owner has or those that occurred (lookups.py). What arrives of gradients lies beside the owner's
+until it is added. A row that did not occur has a gradient of zero on its sender, which adds
+nothing: sums do not depend on how they travelled.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nanofuse.model.beside import IN_ORDER
+from nanofuse.train.optim.lookups import ALL, Lookups
+from nanofuse.train.ranks import Pending
 
 STRETCH_BYTES = 2**25  # of gradients that leave together beside a backward pass
 
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """A contiguous part of the parameters, with its gradient and owner.
+    """A part of the parameters, contiguous or every W-th row of a table, with its gradient and
+    owner.
 
     Args:
         owner: its rank.
@@ -36,18 +42,56 @@ class Owned:
 
 
 def add_in_rank_order(
-    parts,  # W tensors of one shape and dtype, from rank 0's on
-    out,  # their shape and dtype; may be one of them
+    parts,  # W tensors of one dtype, from rank 0's on
+    out,  # (n, ...) in their dtype; may be one of them
+    rows=None,  # for each part None, or the rows (k,) of `out` that it has, which are distinct
 ):
-    """Write the sum of W tensors, added one after another in fp32 or wider and rounded once."""
-    if len(parts) == 2:
+    """Write the sum of W tensors, added one after another in fp32 or wider and rounded once. One of
+    them at least has all rows, and is `out` where there are two."""
+    rows = rows or [None] * len(parts)
+    if len(parts) == 2 and rows == [None, None]:
         torch.add(*parts, out=out)  # one pass; adds in fp32 what is narrower
         return
+    if len(parts) == 2:
+        ((part, places),) = [pair for pair in zip(parts, rows, strict=True) if pair[1] is not None]
+        out.index_copy_(0, places.long(), out.index_select(0, places) + part)
+        return
     wide = torch.promote_types(out.dtype, torch.float32)
-    total = parts[0].to(wide) + parts[1]
-    for part in parts[2:]:
-        total += part
+    total = torch.zeros(out.shape, dtype=wide, device=out.device)
+    for part, places in zip(parts, rows, strict=True):
+        if places is None:
+            total += part
+        else:
+            total.index_add_(0, places, part.to(wide))
     out.copy_(total)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Gradients on their way, and {Owned of this rank's: {rank: its part}}. `packed` is kept until
+    they have arrived."""
+
+    pending: Pending
+    landed: dict
+    packed: list
+
+
+@dataclass(frozen=True)
+class Returning:
+    """Values on their way; `wait` puts those of tables' rows where they belong, [(rows of a
+    parameter, what comes)]. `packed` is kept until they have arrived."""
+
+    pending: Pending
+    apart: list
+    packed: list
+    exposed: Any
+
+    def wait(self):
+        self.pending.wait()
+        if self.apart:
+            with self.exposed:
+                for rows, values in self.apart:
+                    rows.copy_(values)
 
 
 class Sharing:
@@ -58,16 +102,29 @@ class Sharing:
         ranks: train.ranks.Ranks.
         beside: model.beside.InOrder, the order of transfers and of what computes.
         marks: FusedGPT.final_marks, where `beside` hides transfers.
+        lookups: GPT.lookups; None: all rows of tables travel.
     """
 
-    def __init__(self, ranks, beside=IN_ORDER, marks=None):
+    def __init__(self, ranks, beside=IN_ORDER, marks=None, lookups=None):
         self.ranks, self.beside, self.marks = ranks, beside, marks
         self.others = [rank for rank in range(ranks.world) if rank != ranks.rank]
-        self.early = {}  # {Owned: what _send gives for it and others}
+        self.lookups = lookups and Lookups(ranks, lookups, beside)
+        self.routes = {}  # {table: Route} of this step, of those that do not travel whole
+        self.early = {}  # {Owned: the Sent of it and others}
+
+    def note(
+        self,
+        tokens,  # (B, T) integer
+    ):
+        """Take note of a micro-step's tokens."""
+        if self.lookups:
+            self.lookups.note(tokens)
 
     def start(self, buckets):
-        """Where transfers are hidden, start sending all gradients of a backward pass that is still
-        under way, each stretch behind its mark."""
+        """Find out which rows of tables travel. Where transfers are hidden, start sending all
+        gradients of a backward pass that is still under way, each stretch behind its mark."""
+        if self.lookups:
+            self.routes = self.lookups.routes()
         if not self.beside.hides:
             return
         parts = [(max(map(self.marks.get, x.params)), x) for b in buckets for x in b.owned]
@@ -82,18 +139,20 @@ class Sharing:
                 self.early |= dict.fromkeys(stretch, sent)
                 stretch, size = [], 0
 
+    def _route(self, part):
+        return self.routes.get(part.params[0], ALL)
+
     def _send(self, parts):
-        """Start sending gradients to their owners; a Pending, and {Owned of this rank's: {rank: its
-        part}}."""
+        """Start sending gradients to their owners; the Sent."""
         sends, receives, landed = [], [], {}
         for part in parts:
-            grad = part.grad()
+            grad, route = part.grad(), self._route(part)
             if part.owner == self.ranks.rank:
-                landed[part] = {rank: torch.empty_like(grad) for rank in self.others}
+                landed[part] = {rank: route.room(grad, rank) for rank in self.others}
                 receives += landed[part].items()
             else:
-                sends.append((part.owner, grad))
-        return self.ranks.swap(sends, receives), landed
+                sends.append((part.owner, route.pack(grad, part.owner)))
+        return Sent(self.ranks.swap(sends, receives), landed, sends)
 
     def send_gradients(self, bucket):
         """Start sending every gradient of a bucket to its owner, unless `start` has.
@@ -110,15 +169,17 @@ class Sharing:
         """Leave the sums over ranks in the gradients of a bucket that this rank owns, or that are
         everybody's; those of others stay as they are."""
         landed = {}
-        for pending, parts in arriving:
-            pending.wait()
-            landed |= parts
+        for sent in arriving:
+            sent.pending.wait()
+            landed |= sent.landed
         with self.ranks.exposed:
             for part in bucket.owned:
                 if part.owner == self.ranks.rank:
-                    grad, parts = part.grad(), landed[part]
-                    parts[self.ranks.rank] = grad
-                    add_in_rank_order([parts[rank] for rank in range(self.ranks.world)], grad)
+                    grad, route = part.grad(), self._route(part)
+                    parts = landed[part] | {self.ranks.rank: grad}
+                    order = range(self.ranks.world)
+                    rows = [route.landed.get(rank) for rank in order]
+                    add_in_rank_order([parts[rank] for rank in order], grad, rows)
         if not bucket.owned:
             self._sum([share.grad for share in bucket.shares])
 
@@ -134,17 +195,22 @@ class Sharing:
         """Start sending the values that this rank owns to all others, and receiving theirs.
 
         Returns:
-            train.ranks.Pending.
+            Returning.
         """
-        sends, receives = [], []
+        sends, receives, apart = [], [], []
         for part in bucket.owned:
             if part.value is None:
                 continue
             if part.owner == self.ranks.rank:
-                sends += [(rank, part.value) for rank in self.others]
-            else:
-                receives.append((part.owner, part.value))
-        return self.ranks.swap(sends, receives)
+                packed = part.value.contiguous()
+                sends += [(rank, packed) for rank in self.others]
+                continue
+            room = part.value
+            if not room.is_contiguous():
+                room = room.new_empty(room.shape)
+                apart.append((part.value.detach(), room))
+            receives.append((part.owner, room))
+        return Returning(self.ranks.swap(sends, receives), apart, sends, self.ranks.exposed)
 
     @torch.no_grad()
     def clear_sent(self, buckets):

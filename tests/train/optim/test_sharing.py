@@ -16,38 +16,58 @@ from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.sharing import add_in_rank_order
 from nanofuse.train.optim.updates import EagerUpdate
-from tests.helpers import random_model, small_config
+from tests.helpers import not_looked_up, random_model, small_config
 from tests.train.thread_ranks import run_ranks
 
 WORLDS = [2, 3, 5]
 
 
-def part_of_gradient(shape, rank, world, step, dtype, name):
+MICRO_STEPS = 4
+
+
+def tokens_of(model, step):
+    """Of each micro-step, (2, 6) int64."""
+    generator = torch.Generator().manual_seed(step)
+    shape = MICRO_STEPS, 2, 6
+    return list(torch.randint(model.config.vocab_size, shape, generator=generator))
+
+
+def part_of_gradient(shape, rank, world, step, dtype, name, absent=None):
     """A rank's part of a gradient that depends on name and step; ranks' parts differ. In fp32 and
-    bf16 all values are quarters, whose sums are exact in any order."""
+    bf16 all values are quarters, whose sums are exact in any order. Rows that are `absent`, a mask
+    for each micro-step, have none."""
     seed = zlib.crc32(f"{name} {step}".encode())
     generator = torch.Generator().manual_seed(seed)
-    whole = torch.randn(4, *shape, generator=generator, dtype=torch.float64)  # 4 micro-steps
+    whole = torch.randn(MICRO_STEPS, *shape, generator=generator, dtype=torch.float64)
+    if absent is not None:
+        whole.masked_fill_(absent, 0)
     if dtype != torch.float64:
         whole = (4 * whole).round() / 4
-    mine = [whole[i] for i in range(4) if i % world == rank]
+    mine = whole[rank::world]
     return sum(mine, torch.zeros(shape, dtype=torch.float64)).to(dtype)
 
 
-def eager(ranks, dtype, steps, clear=True, **fields):
+def eager(ranks, dtype, steps, note=True, **fields):
     """A model and its optimiser after some steps."""
     model = random_model(small_config(**fields), torch.float32).to(dtype)
     update = partial(EagerUpdate, newton_schulz_dtype=dtype)
-    width = model.config.n_embd
-    optimizer = MuonAdamW(model.param_roles(), OptimConfig(), width, 0.5, update, ranks=ranks)
-    take_steps(model, optimizer, ranks, dtype, steps)
+    numbers = model.param_roles(), OptimConfig(), model.config.n_embd, 0.5, update
+    optimizer = MuonAdamW(*numbers, ranks=ranks, lookups=model.lookups)
+    take_steps(model, optimizer, ranks, steps, note=note)
     return model, optimizer
 
 
-def take_steps(model, optimizer, ranks, dtype, steps, first=0):
+def take_steps(model, optimizer, ranks, steps, first=0, note=True):
+    """Steps of gradients in the rows of tables that tokens look up, which are noted or not."""
+    place = ranks.rank, ranks.world
     for step in range(first, first + steps):
+        tokens = tokens_of(model, step)
+        masks = [not_looked_up(model, x) for x in tokens]
+        absent = {table: torch.stack([mask[table] for mask in masks]) for table in masks[0]}
+        for x in tokens[ranks.rank :: ranks.world] if note else ():
+            optimizer.note(x)
         for name, p in model.named_parameters():
-            grad = part_of_gradient(p.shape, ranks.rank, ranks.world, step, p.dtype, name)
+            grad = part_of_gradient(p.shape, *place, step, p.dtype, name, absent.get(p))
             if p.grad is None:
                 p.grad = grad
             else:
@@ -87,11 +107,11 @@ def test_moments_are_kept_once(world):
         for name, (shape, rows) in optimizer.rows().items():
             assert shape == whole[name].shape
             start = 0
-            for at, count in rows:
+            for at, count, step in rows:
                 there = tensors[name][start : start + count] if shape else tensors[name]
-                want = whole[name][at : at + count] if shape else whole[name]
+                want = whole[name][at::step][:count] if shape else whole[name]
                 torch.testing.assert_close(there, want, rtol=1e-10, atol=1e-14)
-                seen[name][at : at + count] += 1
+                seen[name][at::step][:count] += 1
                 start += count
     assert all((count == 1).all() for count in seen.values())
     sizes = [sum(x.numel() for x in tensors.values()) for tensors in states]
@@ -107,15 +127,15 @@ def test_state_moves_between_numbers_of_ranks(worlds):
     for _, optimizer in before:
         tensors = optimizer.state_dict()
         for name, (shape, rows) in optimizer.rows().items():
-            pieces = tensors[name].split([n for _, n in rows]) if shape else [tensors[name]]
-            for (at, count), part in zip(rows, pieces, strict=True):
-                (whole[name][at : at + count] if shape else whole[name]).copy_(part)
+            pieces = tensors[name].split([n for _, n, _ in rows]) if shape else [tensors[name]]
+            for (at, count, step), part in zip(rows, pieces, strict=True):
+                (whole[name][at::step][:count] if shape else whole[name]).copy_(part)
 
     def go_on(ranks):
         model, optimizer = eager(ranks, torch.float64, 0)
         model.load_state_dict(before[0][0].state_dict())
         optimizer.load_state_dict(whole, 2)
-        take_steps(model, optimizer, ranks, torch.float64, 2, first=2)
+        take_steps(model, optimizer, ranks, 2, first=2)
         return model
 
     assert_close(run_ranks(worlds[1], go_on), truth, 1e-12)
@@ -161,7 +181,7 @@ def fused(ranks, gemm, **fields):
     model = random_model(GPTConfig.from_depth(head_dim=16, **sizes), torch.float32)
     called = FusedGPT(model, gemm(), peers=peers_of(ranks))
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
-    take_steps(model, optimizer, ranks, torch.float32, 1)
+    take_steps(model, optimizer, ranks, 1)
     assert all(not p.grad.any() for p in model.parameters())
     called.operands.recorded = True
     follow(called)
@@ -212,13 +232,28 @@ def test_every_rank_sends_its_part_of_each_gradient_and_value_once():
     def count(ranks):
         model, optimizer = eager(ranks, torch.float32, 0)
         size = sum(p.numel() * 4 for p in model.parameters())
-        take_steps(model, optimizer, ranks, torch.float32, 1)
+        take_steps(model, optimizer, ranks, 1, note=False)
         return ranks.moved / size
 
     # (W - 1) / W of the gradients and of the values each, whatever small tensors add
     shares = run_ranks(4, count)
     assert sum(shares) / 4 == pytest.approx(2 * 3 / 4, rel=0.05)
     assert max(shares) < 1.2 * min(shares)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])  # each has tokens
+def test_rows_that_occurred_give_the_bits_of_all_rows(world):
+    """In fp64, where gradients are no round numbers and sums depend on their order."""
+
+    def train(ranks, note):
+        model, _ = eager(ranks, torch.float64, 2, note=note)
+        return model, ranks.moved
+
+    rows, whole = (run_ranks(world, lambda r, n=note: train(r, n)) for note in (True, False))
+    for (model, fewer), (dense, bytes_sent) in zip(rows, whole, strict=True):
+        assert fewer < 0.85 * bytes_sent  # values return whole either way
+        pairs = zip(model.parameters(), dense.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 def total(*values, dtype=torch.float32, out=None):
@@ -247,3 +282,30 @@ def test_two_parts_are_added_as_any_number_is(dtype):
     expected = (a.to(wide) + b.to(wide)).to(dtype)
     add_in_rank_order([a, b], a)
     assert torch.equal(a, expected)
+
+
+@pytest.mark.parametrize("own", [0, 1, 2])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parts_of_some_rows_are_added_as_zeros_elsewhere_would_be(world, own, dtype):
+    """Into every second row of a table; a part may have no row."""
+    own = min(own, world - 1)
+    generator = torch.Generator().manual_seed(own)
+    table, parts, rows = torch.zeros(14, 3, dtype=dtype), [], []
+    for rank in range(world):
+        part = torch.randn(7, 3, generator=generator).to(dtype)
+        there = None if rank == own else torch.randperm(7, generator=generator)[: 5 * (rank < 2)]
+        if there is not None:
+            keep = torch.zeros(7, 1, dtype=torch.bool)
+            keep[there] = True
+            part.masked_fill_(~keep, 0)
+        parts.append(part)
+        rows.append(there if there is None else there.int())
+    expected = torch.empty(7, 3, dtype=dtype)
+    add_in_rank_order(parts, expected)
+    out = table[1::2]
+    out.copy_(parts[own])
+    some = [x if r is None else x[r.long()] for x, r in zip(parts, rows, strict=True)]
+    some[own] = out
+    add_in_rank_order(some, out, rows)
+    assert torch.equal(out, expected) and not table[::2].any()
