@@ -12,19 +12,21 @@ U is the optimiser's part of it; U_W that of the rank with most to update, by it
 FLOPs and of the rows. 0.3 % is for steps that differ between GPUs, 0.3 ms for the small
 collectives. E is the communication that is exposed:
 
-    today     what is left of transfers, of 0.03 ms + bytes / rate each, and of our sums of W parts
-              where each bucket's are beside the others' updates; behind them the operands travel,
-              and are transposed
+    today     what is left of transfers, of 0.03 ms + bytes / rate each, and of packed rows and our
+              sums of W parts, where each bucket's are beside the others' updates; behind them the
+              operands travel, and are transposed
     hidden    what passes the last backward and the first forward pass, beside which a transfer
               takes 1.7 times as long and costs a tenth of its time
     nanochat  the same for padded stacks, which are copied, and without our sums
     DDP       twice the gradients' bytes and no values; U_W = U
 
-Bytes are what a rank sends or receives, whichever is more. Rates are those of one GPU. Of H hosts
-of 8 GPUs, one on its own sends (W - 8) / (W - 1) of its bytes between hosts; in two levels a host
-adds its 8 parts first, and each GPU exchanges an eighth with its like on the other hosts.
+Bytes are what a rank sends or receives, whichever is more. Of tables a rank sends the rows that its
+tokens look up, as many as were counted for so many tokens of text. Rates are those of one GPU. Of H
+hosts of 8 GPUs, one on its own sends (W - 8) / (W - 1) of its bytes between hosts; in two levels a
+host adds its 8 parts first, and each GPU exchanges an eighth with its like on the other hosts.
 """
 
+import math
 import re
 import sys
 from collections import Counter
@@ -32,7 +34,15 @@ from functools import cache
 from pathlib import Path
 
 from nanofuse.bench.roofline import COPY_RATE, floor_ms
-from nanofuse.bench.traffic import buckets, busiest, kinds, operand_bytes, owned_bytes, value_bytes
+from nanofuse.bench.traffic import (
+    buckets,
+    busiest,
+    gradient_bytes,
+    kinds,
+    number_bytes,
+    operand_bytes,
+    value_bytes,
+)
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
@@ -52,6 +62,27 @@ RECORD = "records/2026-11-29-loss-products"
 MEASURED = {4: 81.8, 8: 242.5, 16: 1037.8}  # its ms of a step of 524,288 tokens, FP8, by depth
 OPTIMIZER_MS = 10.9  # of a step of d16 (records/2026-11-28-house), from which Muon's rate follows
 ADAMW_PASSES = 8  # of a table's bytes: value, gradient and moments read, and written or cleared
+ROWS_RECORD = "records/2026-11-29-rows"
+FIRST_POWER = 9
+LOOKED_UP = {  # its distinct rows of 2^9, 2^10, … tokens, by look-up
+    "token": (229, 392, 684, 1205, 2126, 3626, 5911, 9214, 13667, 18990, 24346, 28552, 30960),
+    "bigram": (
+        392,
+        736,
+        1400,
+        2669,
+        5163,
+        9871,
+        18161,
+        32288,
+        54622,
+        85350,
+        119680,
+        147162,
+        160382,
+    ),
+}
+OWNERS_DIFFER = 1.02  # the rows of the owner with most, in times of the mean (ROWS_RECORD)
 MIN_TOKENS = 2**19
 DEPTHS = (4, 8, 12, 16, 20, 24, 32, 40)
 WORLDS = (2, 4, 8)
@@ -77,6 +108,28 @@ def alone_ms(depth):
     share = (depth - low) / (high - low) if high > low else 0.0
     factor = excess[low] + share * (excess[high] - excess[low])
     return micro_steps * floor_ms(config, ROWS) * factor
+
+
+def rows_looked_up(lookup, tokens):
+    """Distinct rows that so many tokens look up, between the counted numbers."""
+    counted = LOOKED_UP[lookup]
+    place = min(max(math.log2(tokens) - FIRST_POWER, 0), len(counted) - 1)
+    low = min(int(place), len(counted) - 2)
+    share = place - low
+    return counted[low] ** (1 - share) * counted[low + 1] ** share
+
+
+@cache
+def seen(depth, world, ranks=1):
+    """`seen` of bench.traffic, of every rank's tokens of a step, or of the tokens of as many ranks
+    together."""
+    config = GPTConfig.from_depth(depth)
+    tokens = ranks * batch_tokens(depth) / world
+    found = []
+    for lookup in ("token", *config.table_rows):
+        rows = math.ceil(OWNERS_DIFFER * rows_looked_up(lookup, tokens) / world)
+        found.append((lookup, (rows,) * world))
+    return tuple(found)
 
 
 def _muon_flops(config):
@@ -121,11 +174,16 @@ def chunks(config, world):
 
 def sums_ms(bucket):
     """Our own sums of the parts of W ranks, at the copy bandwidth: two are read and added in one
-    pass. More go through an fp32 sum, into which bf16 is copied first, and out of it."""
+    pass, of which rows are first picked and then put back. More go through an fp32 sum, into which
+    bf16 is copied first, and out of it."""
     world = len(bucket.owned)
+    share = sum(bucket.moved) / sum(bucket.owned)  # of the elements
 
     def moved(width):  # bytes of an element
         widened = width + 4 if width < 4 else 0
+        if share < 1:
+            many = 4 + (width + 8) + share * (world - 1) * (width + 16) + 4 + width
+            return share * 7 * width if world == 2 else many
         many = widened + (world - 1) * (width + 8) + 4 + width
         return 3 * width if world == 2 else many
 
@@ -133,48 +191,75 @@ def sums_ms(bucket):
     return 1e3 * parts / COPY_RATE
 
 
-def pipeline_ms(found, operands):
+def packing_ms(bucket):
+    """A rank's copies of rows of tables: of the gradients that it sends; of the values that it
+    sends; of those that come."""
+    if not bucket.packed:
+        return 0.0, 0.0, 0.0
+    mine = 1 / len(bucket.owned)
+    sent = (1 - mine) * sum(bucket.moved), mine * sum(bucket.returned)
+    return [1e3 * 2 * x / COPY_RATE for x in (*sent, (1 - mine) * sum(bucket.returned))]
+
+
+def pipeline_ms(found, operands, numbers):
     """Buckets one after the other, as MuonAdamW.step takes them: while one is added and updated,
     the next one's gradients travel, then its own values. The links carry one transfer at a time.
-    Then the operands travel, FP8, and are transposed where they arrive.
+    Rows of tables are packed before they travel; values are put in their places at the end. Then
+    the operands travel, FP8, and are transposed where they arrive.
 
     Args:
         found: Buckets of bench.traffic.
         operands: bytes that each rank makes of them, by rank.
+        numbers: bytes of the numbers of rows, which travel first.
 
     Returns:
         ms from the end of the backward pass until everything is there.
     """
     world = len(operands)
-    links = [transfer_ms(busiest(b.owned), world) for b in found]
+    links = [transfer_ms(busiest(b.moved), world) for b in found]
     back = [transfer_ms(busiest(b.returned), world) if any(b.returned) else 0.0 for b in found]
-    computed, ahead, carried = 0.0, links[0], links[0]
+    packing = [packing_ms(bucket) for bucket in found]
+    computed = packing[0][0] + (transfer_ms(busiest(numbers), world) if any(numbers) else 0.0)
+    ahead = carried = computed + links[0]
+    returned = []  # when its values are there, and how long they take to be put in place
     for index, bucket in enumerate(found):
         arrived = ahead
         if index + 1 < len(found):
+            computed += packing[index + 1][0]
             ahead = carried = max(carried, computed) + links[index + 1]
-        computed = max(computed, arrived) + sums_ms(bucket) + update_ms(bucket)
+        computed = max(computed, arrived) + sums_ms(bucket) + update_ms(bucket) + packing[index][1]
         carried = max(carried, computed) + back[index]
-    arrived = max(carried, computed) + transfer_ms(busiest(operands), world)
+        returned.append((carried, packing[index][2]))
+    for arrived, placed in returned:
+        computed = max(computed, arrived) + placed
+    arrived = computed + transfer_ms(busiest(operands), world)
     return arrived + 1e3 * 2 * (sum(operands) - min(operands)) / COPY_RATE
 
 
-def transfer_ms(nbytes, world, two_levels=False):
-    """Of bytes that the busiest rank sends or receives.
-
-    Args:
-        nbytes: of the rank, or in two levels of the whole.
-    """
+def transfer_ms(nbytes, world):
+    """Of bytes that the busiest rank sends or receives."""
     if world <= HOST_GPUS:
         return LATENCY_MS + 1e3 * nbytes / HOST_RATE
-    if two_levels:
-        hosts = world / HOST_GPUS
-        inside = (HOST_GPUS - 1) / HOST_GPUS * nbytes / HOST_RATE
-        return 2 * LATENCY_MS + 1e3 * (
-            inside + (hosts - 1) / hosts * nbytes / HOST_GPUS / BETWEEN_RATE
-        )
     away = (world - HOST_GPUS) / (world - 1)
     return LATENCY_MS + 1e3 * max((1 - away) * nbytes / HOST_RATE, away * nbytes / BETWEEN_RATE)
+
+
+def two_levels_ms(inside, between, world):
+    """Of all bytes that a rank has for the others of its host, and a host for the other ones."""
+    hosts = world / HOST_GPUS
+    seconds = (HOST_GPUS - 1) / HOST_GPUS * inside / HOST_RATE
+    seconds += (hosts - 1) / hosts * between / HOST_GPUS / BETWEEN_RATE
+    return 2 * LATENCY_MS + 1e3 * seconds
+
+
+def levels_ms(depth, world):
+    """Of gradients, of rows that a rank's tokens look up and that those of its host do; and of
+    values."""
+    config = GPTConfig.from_depth(depth)
+    looked_up = (seen(depth, world, ranks) for ranks in (1, HOST_GPUS))
+    grads = [sum(gradient_bytes(config, world, rows)) for rows in looked_up]
+    values = sum(map(_returned, kinds(config)))
+    return two_levels_ms(*grads, world), two_levels_ms(values, values, world)
 
 
 def nanochat_ms(config, world):
@@ -207,16 +292,21 @@ def exposed_ms(depth, world, scheme):
     config = GPTConfig.from_depth(depth)
     whole, share = sum(kind.nbytes for kind in kinds(config)), (world - 1) / world
     if scheme == "today":
-        end = pipeline_ms(buckets(config, world), operand_bytes(config, world))
+        rows = seen(depth, world)
+        moved = buckets(config, world, seen=rows), operand_bytes(config, world)
+        end = pipeline_ms(*moved, number_bytes(config, world, rows))
         return end - optimizer_ms(config, world)
     if scheme == "DDP":
         return transfer_ms(2 * share * whole, world)
     if scheme == "nanochat":
         end, updates = nanochat_ms(config, world)
         return end - updates
-    values = sum(map(_returned, kinds(config)))
-    far = world > HOST_GPUS
-    moved = [transfer_ms(x if far else share * x, world, far) for x in (whole, values)]
+    if world > HOST_GPUS:
+        moved = levels_ms(depth, world)
+    else:
+        values = sum(map(_returned, kinds(config)))
+        grads = sum(gradient_bytes(config, world, seen(depth, world)))
+        moved = [transfer_ms(share * x, world) for x in (grads, values)]
     micro_step = alone_ms(depth) * ROWS * config.sequence_len / batch_tokens(depth)
     micro_step = min(micro_step, alone_ms(depth) / world)
     spans = (1 - FORWARD) * micro_step, FORWARD * micro_step
@@ -273,17 +363,17 @@ def _step(depth, world, scheme, alone):
 def host_table():
     """Steps on the GPUs of one host."""
     text = _head(
-        "depth", "GPUs", "sent, MB", "exposed today", "today", "hidden", "nanochat's", "DDP"
+        *("depth", "GPUs", "sent, MB", "if all rows", "exposed today"),
+        *("today", "hidden", "nanochat's", "DDP"),
     )
     for depth in DEPTHS:
         config, alone = GPTConfig.from_depth(depth), alone_ms(depth)
-        text += _row([f"d{depth}", "1", "", "", f"{alone:,.1f}", "", "", ""])
+        text += _row([f"d{depth}", "1", "", "", "", f"{alone:,.1f}", "", "", ""])
         for world in WORLDS:
-            cells = [
-                f"d{depth}",
-                str(world),
-                f"{sum(busiest(f(config, world)) for f in (owned_bytes, value_bytes)) / 1e6:,.0f}",
-            ]
+            cells = [f"d{depth}", str(world)]
+            for rows in (seen(depth, world), ()):
+                moved = gradient_bytes(config, world, rows), value_bytes(config, world)
+                cells.append(f"{sum(map(busiest, moved)) / 1e6:,.0f}")
             cells.append(f"{exposed_ms(depth, world, 'today'):.1f}")
             schemes = "today", "hidden", "nanochat", "DDP"
             text += _row(cells + [_step(depth, world, scheme, alone) for scheme in schemes])
@@ -300,11 +390,9 @@ def hosts_table():
         for world in HOSTS:
             rows = tokens / config.sequence_len / world
             own = f"{alone_ms(depth) / world:,.1f}" if rows >= 1 else "–"
-            moved = owned_bytes(config, world), value_bytes(config, world)
+            moved = gradient_bytes(config, world, seen(depth, world)), value_bytes(config, world)
             flat = sum(transfer_ms(busiest(x), world) for x in moved)
-            whole = sum(kind.nbytes for kind in kinds(config))
-            values = sum(map(_returned, kinds(config)))
-            levels = sum(transfer_ms(x, world, True) for x in (whole, values))
+            levels = sum(levels_ms(depth, world))
             cells = f"2^{tokens.bit_length() - 1}", str(world), f"{rows:g}", own
             text += _row([f"d{depth}", *cells, f"{flat:,.0f}", f"{levels:,.0f}"])
     return text

@@ -8,10 +8,10 @@ Arithmetic is fp32 or wider whatever the storage dtype. Bytes, n elements of s b
 
 `adamw` updates a whole list of tensors with one launch per pair of parameter and gradient dtype.
 The launch reads a table, built once, with a row per block of elements that holds the addresses of
-the block's p, g, m and v. A tensor may be rows apart from each other, such as every second one of a
-table; its blocks then end with each row. What changes from step to step (learning-rate multiplier and step count)
-is read from device memory, so that a CUDA graph can be replayed with new values: a launch of a
-single program first computes the step's scalars of every tensor from it, with 1 - b^t in fp64,
+the block's p, g, m and v. A tensor may be rows that lie apart, such as every second one of a table:
+blocks then end with the rows. What changes from step to step (learning-rate multiplier and step
+count) is read from device memory, so that a CUDA graph can be replayed with new values: a launch of
+a single program first computes the step's scalars of every tensor from it, with 1 - b^t in fp64,
 where the subtraction does not cancel.
 """
 

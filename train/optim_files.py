@@ -1,9 +1,9 @@
 """The optimiser's state of a checkpoint, in one file or in one of each rank that trained.
 
 A rank's file holds rows of tensors. Which, and of what shape the whole is, stands in the file's
-own metadata under "rows", as JSON: {name: [shape, [[first row, rows, step], ...]]}, where step, from
-one row to the next, may be missing and is 1 then; a name that is not there is whole. So any number
-of ranks reads what any other wrote.
+own metadata under "rows", as JSON: {name: [shape, [[first row, rows, step], ...]]}. Without a step
+from one row to the next it is 1; a name that is not there is whole. So any number of ranks reads
+what any other wrote.
 """
 
 import json

@@ -8,6 +8,7 @@ import pytest
 from nanofuse.bench import scaling_model as model
 from nanofuse.bench.scaling_model import PAGE, page
 from nanofuse.bench.schemes import Nanochat
+from nanofuse.bench.traffic import Bucket
 from nanofuse.model.config import VALUE_GATE_CHANNELS, GPTConfig
 from nanofuse.model.gpt import GPT
 from nanofuse.train.errors import UserError
@@ -39,8 +40,46 @@ def test_a_transfer_between_hosts_goes_at_their_rate():
     flat = model.transfer_ms(63e6, 64)  # 56 of 63 parts leave the host
     assert flat == pytest.approx(0.03 + 1e3 * 56e6 / 45e9)
     # 7/8 inside, and an eighth of 7/8 of it to the seven other hosts
-    levels = model.transfer_ms(64e6, 64, two_levels=True)
-    assert levels == pytest.approx(0.06 + 1e3 * (56e6 / 320e9 + 7e6 / 45e9))
+    levels = model.two_levels_ms(64e6, 128e6, 64)
+    assert levels == pytest.approx(0.06 + 1e3 * (56e6 / 320e9 + 14e6 / 45e9))
+
+
+def test_rows_are_those_that_were_counted():
+    text = (PAGE.parents[1] / model.ROWS_RECORD / "counts.txt").read_text(encoding="utf-8")
+    counted = [line.replace(",", "").split()[:3] for line in text.splitlines()]
+    for lookup, rows in model.LOOKED_UP.items():
+        found = [(int(tokens), int(n)) for name, tokens, n in counted if name == lookup]
+        assert found == [(2 ** (model.FIRST_POWER + i), n) for i, n in enumerate(rows)]
+        for tokens, n in found:
+            assert model.rows_looked_up(lookup, tokens) == pytest.approx(n)
+        between = model.rows_looked_up(lookup, 3 * 2**17)
+        assert rows[9] < between < rows[10]  # of 2^18 and 2^19 tokens
+        assert model.rows_looked_up(lookup, 2**30) == pytest.approx(rows[-1])
+
+
+def test_owners_get_their_part_of_the_rows():
+    for world in (2, 8):
+        ((_, counts), _) = model.seen(16, world)
+        assert len(counts) == world
+        assert sum(counts) == pytest.approx(
+            model.OWNERS_DIFFER * model.rows_looked_up("token", 2**19 / world), rel=1e-3
+        )
+        fewer = model.gradient_bytes(GPTConfig.from_depth(16), world, model.seen(16, world))
+        assert sum(fewer) < 0.8 * sum(model.gradient_bytes(GPTConfig.from_depth(16), world))
+
+
+def test_what_the_links_carry_delays_what_is_computed():
+    """Two buckets by hand: stack, then a table of which half the rows travel, packed."""
+    stack = Bucket([100, 100], [100, 100], [0, 0], [0.0, 0.0], {4: 50})
+    table = Bucket([200, 200], [100, 100], [200, 200], [0.0, 0.0], {2: 200}, packed=True)
+    assert model.packing_ms(stack) == (0, 0, 0)
+    per_byte = 1e3 / model.COPY_RATE
+    assert model.packing_ms(table) == pytest.approx([2 * x * per_byte for x in (100, 200, 200)])
+    assert model.sums_ms(stack) == pytest.approx(3 * 4 * 25 * per_byte)
+    assert model.sums_ms(table) == pytest.approx(7 * 2 * 100 / 2 * per_byte)
+    # small as they are, each of five transfers waits for the one before
+    took = model.pipeline_ms([stack, table], [0, 0], [4, 4])
+    assert took == pytest.approx(5 * model.LATENCY_MS, rel=1e-3)
 
 
 def test_more_gpus_take_less_time_and_never_less_than_their_part():

@@ -57,8 +57,11 @@ def add_in_rank_order(
         out.index_copy_(0, places.long(), out.index_select(0, places) + part)
         return
     wide = torch.promote_types(out.dtype, torch.float32)
-    total = torch.zeros(out.shape, dtype=wide, device=out.device)
-    for part, places in zip(parts, rows, strict=True):
+    if rows[0] is rows[1] is None:
+        total, first = parts[0].to(wide) + parts[1], 2
+    else:
+        total, first = torch.zeros(out.shape, dtype=wide, device=out.device), 0
+    for part, places in zip(parts[first:], rows[first:], strict=True):
         if places is None:
             total += part
         else:
