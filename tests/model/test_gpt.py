@@ -10,7 +10,7 @@ from nanofuse.model.config import GPTConfig
 from nanofuse.model.engine import KVCache
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import ATTENTION, find
-from tests.helpers import random_model, small_config
+from tests.helpers import not_looked_up, random_model, small_config
 from tests.model.reference import reference_logits
 
 
@@ -123,6 +123,17 @@ def test_every_parameter_gets_a_gradient():
     tokens, targets = torch.randint(config.vocab_size, (2, 3, 30))
     model(tokens, targets).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_rows_that_tokens_do_not_look_up_get_no_gradient():
+    config = small_config()
+    model = random_model(config).train()
+    tokens, targets = torch.randint(config.vocab_size, (2, 3, 30))
+    model(tokens, targets).backward()
+    absent = not_looked_up(model, tokens)
+    assert absent.keys() == {embedding.weight for embedding in model.tables()}
+    for table, mask in absent.items():
+        assert torch.equal(table.grad.any(dim=1), ~mask[:, 0])
 
 
 def test_at_the_start_the_scales_of_the_stream_have_no_gradient():

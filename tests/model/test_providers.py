@@ -18,6 +18,7 @@ from nanofuse.train.assemble import assemble
 from nanofuse.train.device import Machine, select_fp8, select_machine
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import OptimConfig
+from tests.train.thread_ranks import run_ranks
 
 CONFIG = GPTConfig.from_depth(1, aspect_ratio=128, head_dim=64, sequence_len=32, vocab_size=256)
 made = []
@@ -100,6 +101,21 @@ def test_new_attention_is_chosen_refused_and_made_once(add):
         assemble(CONFIG, machine("compile"), OptimConfig(), off, "new")
     assert str(caught.value) == "--attention new serves eager, not compile; or use --attention auto"
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_ranks_know_which_rows_of_tables_to_send(backend):
+    if backend == "fused" and not kernels_are_interpreted():
+        pytest.skip("the fused pass on a CPU needs the interpreter")
+
+    def tables(ranks):
+        off = select_fp8("off", machine(backend), CONFIG, 1)
+        built = assemble(CONFIG, machine(backend), OptimConfig(), off, ranks=ranks)
+        built.optimizer.note(torch.zeros(1, 4, dtype=torch.int64))
+        found = built.optimizer.sharing.lookups.routes()
+        return found.keys() == {embedding.weight for embedding in built.raw_model.tables()}
+
+    assert run_ranks(2, tables) == [True, True]
 
 
 def test_a_new_record_is_a_choice_of_its_flag_without_torch():

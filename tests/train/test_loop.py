@@ -109,9 +109,11 @@ def test_a_step_accumulates_the_mean_gradient_and_follows_the_schedules(make_tra
         steps.append(args)
         gradients.update((n, p.grad.clone()) for n, p in trainer.raw_model.named_parameters())
 
-    trainer.optimizer.step = record
+    noted = []
+    trainer.optimizer.step, trainer.optimizer.note = record, noted.append
     loss = trainer.train_step()
     batches = [next(twin.loader) for _ in range(trainer.plan.micro_steps)]
+    assert all(torch.equal(a, b) for a, (b, _) in zip(noted, batches, strict=True))
     inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     expected = twin.raw_model(inputs, targets)
     expected.backward()

@@ -182,6 +182,7 @@ def fused(ranks, gemm, **fields):
     called = FusedGPT(model, gemm(), peers=peers_of(ranks))
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
     take_steps(model, optimizer, ranks, 1)
+    assert ranks.world == 1 or len(optimizer.sharing.routes) == len(model.tables())
     assert all(not p.grad.any() for p in model.parameters())
     called.operands.recorded = True
     follow(called)
