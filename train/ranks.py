@@ -82,7 +82,7 @@ class Alone:
 
         Args:
             sends, receives: [(rank, tensor)], contiguous; what two ranks move between each other
-                stands in one order on both sides.
+                stands in one order on both sides, and has its size; what is empty stays.
 
         Returns:
             Pending; until it was waited for the tensors must stay as they are.
@@ -223,8 +223,8 @@ class Ranks(Alone):
                 ) from None
 
     def swap(self, sends, receives):
-        ops = [dist.P2POp(dist.isend, x, peer, self.fabric) for peer, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, peer, self.fabric) for peer, x in receives]
+        ops = [dist.P2POp(dist.isend, x, peer, self.fabric) for peer, x in sends if x.numel()]
+        ops += [dist.P2POp(dist.irecv, x, peer, self.fabric) for peer, x in receives if x.numel()]
         with self._among_others():
             works = dist.batch_isend_irecv(ops) if ops else ()
         return Pending(works, self._exposed)

@@ -23,6 +23,8 @@ from nanofuse.train.optim.updates import EagerUpdate, Numbers
 from nanofuse.train.optim.watch import GradientWatch
 from nanofuse.train.ranks import ALONE
 
+DENSE = ("lm_head",)  # roles of tables that have a gradient in every row
+
 
 class _Held(NamedTuple):
     """State of a name: the shape of the whole, whether every rank keeps it, and what this one
@@ -85,7 +87,7 @@ class MuonAdamW:
         for role, group in groups.items():
             lr = group.lr_at(width, lr_scale)
             hyper = AdamWHyper(lr, *group.betas, ADAMW_EPS, group.weight_decay)
-            tables += [(name, p, hyper) for name, p in roles.get(role, [])]
+            tables += [(name, p, hyper, role in DENSE) for name, p in roles.get(role, [])]
         self.matrices = [p for _, p in roles["matrices"]]
         stored = stored or stacks_of_a_shape(self.matrices, ranks.world)
         self.buckets = make_buckets(tables, stored, masters or {}, ranks, beside.hides)

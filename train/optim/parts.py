@@ -138,12 +138,13 @@ class Bucket:
         return [table.share for table in self.tables] + matrices
 
 
-def _rows_of_table(name, p, hyper, ranks, master):
-    """The Table of the rows that this rank owns, and the Owned of all ranks: blocks of values that
-    lie with their owner alone, in `master`, and are not returned; else every W-th row."""
+def _rows_of_table(name, p, hyper, dense, ranks, master):
+    """The Table of the rows that this rank owns, and the Owned of all ranks: blocks where all rows
+    have a gradient, else every W-th row. Values that lie with their owner alone, in `master`, are
+    not returned."""
     owned = []
     parts = row_slices(ranks.world)
-    if master is not None:
+    if dense:
         parts = [slice(x.start, x.stop) for x in row_blocks(p.size(0), ranks.world)]
     for owner, rows in enumerate(parts):
         own = owner == ranks.rank
@@ -187,7 +188,7 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
     a stack follows the other, then tables, so that matrices are updated while tables travel.
 
     Args:
-        tables: [(name, parameter, AdamWHyper)].
+        tables: [(name, parameter, AdamWHyper, whether all rows have a gradient)].
         stored: [(parameters, this rank's matrices (n, R, C) or None, gradients (N, R, C) or None,
             owners)].
         masters: {parameter: this rank's rows} of tables whose rows lie with their owners alone.
@@ -202,7 +203,7 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
         else:
             parts = _matrices_of_stack(params, values, grads, owners, ranks, apart=hides)
             stacked.append(Bucket([], *parts))
-    for name, p, hyper in tables:
+    for name, p, hyper, dense in tables:
         if ranks.world == 1 or is_small(p.shape):
             common.tables.append(new_table(name, Share(p), hyper))
             continue
@@ -210,7 +211,7 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
             of_tables.append(Bucket([], [], []))
             room = BUCKET_BYTES
         room -= p.nbytes
-        mine, owned = _rows_of_table(name, p, hyper, ranks, masters.get(p))
+        mine, owned = _rows_of_table(name, p, hyper, dense, ranks, masters.get(p))
         of_tables[-1].tables.append(mine)
         of_tables[-1].owned += owned
     return [common, *of_tables, *stacked] if hides else [common, *stacked, *of_tables]

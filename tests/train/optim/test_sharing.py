@@ -114,6 +114,12 @@ def test_moments_are_kept_once(world):
                 seen[name][at::step][:count] += 1
                 start += count
     assert all((count == 1).all() for count in seen.values())
+    for rank, optimizer in enumerate(found):
+        rows = optimizer.rows()
+        ((first, _, step),) = rows["transformer.wte.weight.exp_avg"][1]
+        ((start, count, by_one),) = rows["lm_head.weight.exp_avg"][1]
+        assert (first, step, by_one) == (rank, world, 1)
+        assert start == rank * 320 // world and start + count == (rank + 1) * 320 // world
     sizes = [sum(x.numel() for x in tensors.values()) for tensors in states]
     assert max(sizes) < 1.3 * sum(sizes) / world
 
