@@ -49,12 +49,12 @@ def add_in_rank_order(
     """Write the sum of W tensors, added one after another in fp32 or wider and rounded once. One of
     them at least has all rows, and is `out` where there are two."""
     rows = rows or [None] * len(parts)
-    if len(parts) == 2 and rows == [None, None]:
-        torch.add(*parts, out=out)  # one pass; adds in fp32 what is narrower
-        return
-    if len(parts) == 2:
-        ((part, places),) = [pair for pair in zip(parts, rows, strict=True) if pair[1] is not None]
-        out.index_copy_(0, places.long(), out.index_select(0, places) + part)
+    some = [pair for pair in zip(parts, rows, strict=True) if pair[1] is not None]
+    if len(parts) == 2:  # one pass; adds in fp32 what is narrower
+        if not some:
+            torch.add(*parts, out=out)
+        for part, places in some:
+            out.index_copy_(0, places.long(), out.index_select(0, places) + part)
         return
     wide = torch.promote_types(out.dtype, torch.float32)
     if rows[0] is rows[1] is None:
