@@ -43,6 +43,8 @@ def batches(
 
 def finetune(directory, text, name, steps=20, rows=4):
     """Import, tune and save; returns the losses of the steps, in nats per token."""
+    if not text:
+        raise UserError("TEXT is empty; there is nothing to learn")
     convert(["from-nanochat", str(directory), "--run", name])
     folder = find_checkpoint(run_dir(name), None)
     meta = load_meta(folder)
@@ -59,8 +61,6 @@ def finetune(directory, text, name, steps=20, rows=4):
         set_weights=lambda model: load_weights(model, load_tensors(folder / MODEL), folder),
     )
     ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text)])  # (n,)
-    if len(ids) < 2:
-        raise UserError("TEXT is empty; there is nothing to learn")
     source = batches(ids, rows, min(config.sequence_len, len(ids) - 1))
     losses = []
     for step in range(steps):
@@ -83,7 +83,8 @@ def main():
     try:
         text = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"TEXT {text} cannot be read ({error}); name a file of UTF-8") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"TEXT {text} cannot be read ({reason}); name a file of UTF-8") from None
     finetune(directory, text, name)
 
 

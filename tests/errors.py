@@ -70,6 +70,7 @@ RUN_FLAGS = (
     "--compile-mode max-autotune", "--kernel-cache a.zip", "--device-type tpu", "--run a",
     "--run a/b", "--data nowhere", "--data=", "--text-column body",
     "--val-shard none.parquet", "--core-every 5", "--core-every 5 --core-bundle nowhere",
+    "--batch-size 4", "--data data/tokenizer.json", "--cache data/tokenizer.json",
     "--wandb maybe", "--wandb", "--trackio", "--tensorboard", "--gpus 0", "--gpus many",
 )  # fmt: skip
 RESUME_FLAGS = (
@@ -104,7 +105,8 @@ SWEEP_FLAGS = (
 )  # fmt: skip
 SWEEP_FILES = (
     "seeds = [1", "seeds = []", "seeds = [1, 1]", "seeds = [-1]", 'seeds = ["a"]',
-    "seeds = [1]; about = 3", "seeds = [1]; sedes = [2]", "seeds = [1]",
+    "seeds = [1]; about = 3", "seeds = [1]; sedes = [2]", "seeds = [1]; depth = 4", "seeds = [1]",
+    "[grid]; depth = [1]",
     "seeds = [1]; [grid]; depth = []", "seeds = [1]; [grid]; depth = [1, 1]",
     "seeds = [1]; [grid]; depth = [1, 0]", 'seeds = [1]; [grid]; data = ["a/b"]',
     "seeds = [1]; [grid]; dept = [1]", "seeds = [1]; [grid]; matrix_lr = [1]",

@@ -42,9 +42,11 @@ def test_a_nanochat_checkpoint_learns_a_text_and_both_can_be_read(
 
 def test_what_cannot_be_tuned_is_told(work_dir, monkeypatch):
     (work_dir / "text").write_text("some text")
+    (work_dir / "empty").touch()
     for given, match in (
         ([], "usage"),
-        (["base", "gone", "x"], "TEXT gone cannot be read"),
+        (["base", "gone", "x"], "TEXT gone cannot be read .No such file or directory.; name"),
+        (["base", "empty", "x"], "TEXT is empty"),
         (["base", "text", "x"], "base holds no model_"),
     ):
         monkeypatch.setattr("sys.argv", ["finetune_nanochat", *given])

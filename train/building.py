@@ -18,6 +18,7 @@ from nanofuse.train.checkpoint import (
     load_weights,
 )
 from nanofuse.train.clock import Phases, process_seconds
+from nanofuse.train.command import command_module
 from nanofuse.train.data.corpus import StdlibCorpus
 from nanofuse.train.data.device_loader import DeviceLoader, restore_state
 from nanofuse.train.data.tokenizer import FILE_NAME
@@ -255,4 +256,6 @@ def train_as(ranks, given, phases, ahead, signals):
             gc.unfreeze()
     facts = summary(trainer)
     if ranks.main:
+        name, package = trainer.directory.name, command_module().removesuffix("run")
+        print(f'done: python -m {package}generate --run {name} --prompt "..." continues a text')
         print(json.dumps(facts))

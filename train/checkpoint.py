@@ -24,6 +24,7 @@ from nanofuse.train.files import (
     remove_leftovers,
     sha256_of,
     sync,
+    way_out,
     write_text_atomically,
 )
 from nanofuse.train.optim_files import OptimFiles, Rows, rows_text
@@ -186,7 +187,7 @@ def load_tensors(path: Path | str) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or cut short; {_hint(path)}") from None
+        raise UserError(f"{path} is missing or cut short; {way_out(path.parent)}") from None
 
 
 def check_digest(path: Path) -> None:
@@ -199,13 +200,11 @@ def check_digest(path: Path) -> None:
     try:
         same = digest is None or sha256_of(path) == digest
     except OSError:
-        raise UserError(f"{path} is missing or cut short; {_hint(path)}") from None
+        raise UserError(f"{path} is missing or cut short; {way_out(path.parent)}") from None
     if not same:
-        raise UserError(f"{path} is damaged, or of another checkpoint (its SHA-256); {_hint(path)}")
-
-
-def _hint(path: Path) -> str:
-    return f"delete {path.parent} to use the checkpoint before it"
+        raise UserError(
+            f"{path} is damaged, or of another checkpoint (its SHA-256); {way_out(path.parent)}"
+        )
 
 
 def load_optim(folder: Path) -> Mapping[str, torch.Tensor]:
@@ -251,8 +250,8 @@ def load_tokenizer(
         UserError: missing, of another vocabulary than the model, or not the checkpoint's.
     """
     path = Path(directory) / FILE_NAME
-    tokenizer = Tokenizer.load(path)
     hint = "put the tokenizer it was trained with there"
+    tokenizer = Tokenizer.load(path, hint)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; {hint}"

@@ -1,6 +1,7 @@
 """What the commands share: one-line errors with exit code 2, and the --data flag."""
 
 import argparse
+import difflib
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from nanofuse.train.errors import RunEnded, UserError
 from nanofuse.train.signals import Interrupted
 
 LOADED = time.perf_counter()  # close to the start of the process
+UNKNOWN = "unrecognized arguments: "  # as argparse says it
 DEBUG_ENV = "NANOFUSE_DEBUG"
 
 
@@ -29,7 +31,16 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (--\S+): (?=must )", r"\1 ", message)
+        if message.startswith(UNKNOWN):
+            message += f"; {self.way_out(message.removeprefix(UNKNOWN).split()[0])}"
         self.exit(2, f"error: {' '.join(message.split())}\n")
+
+    def way_out(self, given):
+        """Words on what may have been meant by a flag that is not known."""
+        flags = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+        name = given.partition("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
+        return f"did you mean {flags[near[0]]}?" if near else "--help lists the flags"
 
 
 def is_out_of_memory(error):

@@ -73,7 +73,7 @@ def main(argv=None):
     parser = CommandParser(
         prog="python -m train.convert", description="Checkpoints from and to nanochat."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    commands = parser.add_subparsers(required=True, parser_class=CommandParser)
     into = commands.add_parser("from-nanochat", help="make a run of a nanochat checkpoint")
     into.add_argument(
         "--tokenizer",

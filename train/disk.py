@@ -88,6 +88,19 @@ def _cannot(path, reason, needed, free):
 
 
 @contextmanager
+def saving(path, tensors):
+    """Within the context {name: tensor} are written as `path`, with errors of one line.
+
+    Raises:
+        SaveError: there is no room for them, or a write fails.
+    """
+    needed = size_of(tensors)
+    check_room(path, needed)
+    with naming_save_errors(path, needed):
+        yield
+
+
+@contextmanager
 def naming_save_errors(path, needed):
     """Within the context a failing write becomes a SaveError of one line about `path`.
 

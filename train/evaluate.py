@@ -36,7 +36,7 @@ def parse(argv):
     add("--split", choices=("val", "train"), default="val", help="what of the data [val]")
     add("--val-shard", metavar="FILE", type=not_empty, help="shard that is the split val")
     add("--text-column", metavar="NAME", type=not_empty, help="column with the text")
-    add("--eval-tokens", type=whole(1, 2**48), metavar="N", help="tokens of BPB, at most")
+    add("--eval-tokens", type=whole(1, 2**48), metavar="N", help="tokens of BPB")
     add("--device-batch-size", type=whole(1, 2**24), metavar="N", help="rows at a time")
     add("--skip-bpb", action="store_true", help="CORE alone")
     add("--core-bundle", metavar="DIR", type=not_empty, help="folder with CORE's tasks")

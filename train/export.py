@@ -17,7 +17,7 @@ def main(argv=None):
     parser = CommandParser(
         prog="python -m train.export", description="A trained model for other programs."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    commands = parser.add_subparsers(required=True, parser_class=CommandParser)
     hub = commands.add_parser("hf", help="for Hugging Face's transformers, lm-eval and the like")
     hub.add_argument(
         "--dtype",
@@ -26,7 +26,8 @@ def main(argv=None):
         help="of the weights; the lambdas stay float32 [float32]",
     )
     nanochat = commands.add_parser("nanochat", help="in nanochat's format")
-    for command in (hub, nanochat):
+    for name, command in (("hf", hub), ("nanochat", nanochat)):
+        command.set_defaults(format=name)
         command.add_argument("run", metavar="RUN", type=not_empty, help="run or checkpoint")
         command.add_argument("dir", metavar="DIR", type=not_empty, help="folder to make")
         command.add_argument("--step", type=STEP, metavar="N", help="step (default: the latest)")
@@ -35,7 +36,7 @@ def main(argv=None):
     from nanofuse.train.run_folder import find_run
 
     directory, folder = find_run(args.run, args.step)
-    if args.command == "hf":
+    if args.format == "hf":
         export_hugging_face(directory, folder, Path(args.dir), args.dtype)
     else:
         export_nanochat(directory, folder, Path(args.dir))

@@ -39,6 +39,7 @@ def export_hugging_face(directory, folder, target, dtype):
     meta, config, tensors, tokenizer = _read(directory, folder)
     to_hugging_face(target, config, tensors, tokenizer, dtype)
     print(
-        f"{target}: step {meta['step']} for transformers, {dtype}; load it with trust_remote_code"
+        f"{target}: step {meta['step']} for transformers, {dtype}; load it with "
+        "trust_remote_code=True"
     )
     print(f"tokenizer: {target if tokenizer else 'none, as the run has none'}")

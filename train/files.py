@@ -75,8 +75,9 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # the temporary name says nothing to the user
             error.filename = str(path)
         raise
 
@@ -90,7 +91,11 @@ def atomic_folder(path):
     path = Path(path)
     make_folder(path.parent)
     temporary = temporary_name(path)
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         yield temporary
         sync(temporary)
@@ -108,6 +113,15 @@ def remove_folder(path):
     doomed = temporary_name(Path(path))
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def way_out(folder):
+    """Words on what to do about a checkpoint's folder that is damaged."""
+    folder = Path(folder)
+    others = [path.name for path in folder.parent.glob("step_*") if path.name != folder.name]
+    if any((len(name), name) < (len(folder.name), folder.name) for name in others):
+        return f"delete {folder} to use the checkpoint before it"
+    return "no checkpoint is before it: put a copy back, or train anew as another --run"
 
 
 def portable(value):

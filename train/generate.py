@@ -144,9 +144,10 @@ def fitting(tokenizer, prompt, room, max_tokens):
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     left = room - len(ids)
     if left < max_tokens:
+        lower = " or lower --max-tokens" if left > 0 else ""
         raise UserError(
-            f"--prompt has {len(ids)} tokens, which leaves room for {max(left, 0)}; "
-            "shorten it or lower --max-tokens"
+            f"--prompt has {len(ids):,} tokens, which leaves room for {max(left, 0)} of {room:,}; "
+            f"shorten it{lower}"
         )
     return ids
 

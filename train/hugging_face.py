@@ -18,6 +18,7 @@ import torch
 
 from nanofuse.train.checkpoint import write_tensors
 from nanofuse.train.data.tokenizer import BOS, NUM_BYTES, PROBE, SPECIAL_TOKENS
+from nanofuse.train.disk import saving
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder
 
@@ -156,7 +157,7 @@ def to_hugging_face(target, config, tensors, tokenizer=None, dtype="float32"):
         dtype: of the weights, a name of DTYPES. What scales the stream is always float32.
 
     Raises:
-        UserError: the folder exists, or transformers is not installed.
+        UserError: the folder exists, or cannot be written, or transformers is not installed.
     """
     target = Path(target)
     if os.path.lexists(target):
@@ -171,7 +172,7 @@ def to_hugging_face(target, config, tensors, tokenizer=None, dtype="float32"):
         name: tensor.to(torch.float32 if name in exact else DTYPES[dtype]).contiguous()
         for name, tensor in tensors.items()
     }
-    with atomic_folder(target) as folder:
+    with saving(target, weights), atomic_folder(target) as folder:
         write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
         (folder / "config.json").write_text(config_text(config, bos, dtype), encoding="utf-8")
         ids = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos}

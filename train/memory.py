@@ -8,6 +8,7 @@ import torch
 from nanofuse.model.config import ROTARY_LENGTHS
 from nanofuse.model.providers import in_fp8
 from nanofuse.train.device import device_name
+from nanofuse.train.disk import in_units
 from nanofuse.train.errors import UserError
 
 try:
@@ -66,13 +67,13 @@ def check_memory(needed, device, what, hint):
         UserError: it does not fit.
     """
     memory = memory_of(device)
-    of = "" if memory is None else f" of {memory / GIB:.1f} GiB"
+    of = "" if memory is None else f" of {in_units(memory)}"
     if memory is not None and needed > memory:
         raise UserError(
             f"{what} needs about {needed / GIB:,.1f} GiB of memory, and there are "
             f"{memory / GIB:.1f}; lower {hint}"
         )
-    return f"about {needed / GIB:.1f} GiB{of}"
+    return f"about {in_units(needed)}{of}"
 
 
 def free_memory(device):

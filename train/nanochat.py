@@ -25,6 +25,7 @@ from nanofuse.model.config import BIGRAM_FIELDS, NANOCHAT_FIELDS, ROTARY_BASE, G
 from nanofuse.model.gpt import GPT
 from nanofuse.train.checkpoint import load_weights
 from nanofuse.train.data.pickled import PICKLE, load_pickled, pickled
+from nanofuse.train.disk import saving
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import atomic_folder
 from nanofuse.train.memory import check_inference_memory
@@ -218,7 +219,8 @@ def to_nanochat(target, config, step, val_bpb, tensors, tokenizer=None):
         tokenizer: of the model; None: none is written.
 
     Raises:
-        UserError: the folder exists, or another tokenizer is there, or the hash would overflow.
+        UserError: the folder exists or cannot be written, or another tokenizer is there, or the
+            hash would overflow.
     """
     check_hash(config, target)
     if os.path.lexists(target):
@@ -232,9 +234,9 @@ def to_nanochat(target, config, step, val_bpb, tensors, tokenizer=None):
     place = tokenizer_folder(target) if tokenizer else None
     inside = place == Path(os.path.abspath(target), "tokenizer")
     write = tokenizer and (inside or not _is_there(place, tokenizer))
-    with ExitStack() as stack:
+    with saving(target, tensors), ExitStack() as stack:
         temporary = stack.enter_context(atomic_folder(target))
-        torch.save(tensors, temporary / f"model_{step:06d}.pt")
+        _save(tensors, temporary / f"model_{step:06d}.pt")
         text = json.dumps(facts, indent=2, allow_nan=False)
         (temporary / f"meta_{step:06d}.json").write_text(text, encoding="utf-8")
         if write:
@@ -243,6 +245,17 @@ def to_nanochat(target, config, step, val_bpb, tensors, tokenizer=None):
                 folder = stack.enter_context(atomic_folder(place))
             _write_tokenizer(folder, tokenizer)
     return place
+
+
+def _save(tensors, path):
+    """torch.save, whose failing writes are an OSError."""
+    try:
+        with open(path, "xb") as file:  # torch's own file says nothing about a full disk
+            torch.save(tensors, file)
+    except RuntimeError as error:  # of the end of the archive, which torch writes all the same
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _is_there(place, tokenizer):

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanofuse.train.errors import UserError
+from nanofuse.train.files import way_out
 
 Rows = Mapping[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]]  # (first, count, step)
 
@@ -52,7 +53,7 @@ class OptimFiles(Mapping[str, torch.Tensor]):
 
     @property
     def _hint(self) -> str:
-        return f"delete {self.paths[0].parent} to use the checkpoint before it"
+        return way_out(self.paths[0].parent)
 
     def _add(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:

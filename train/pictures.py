@@ -79,13 +79,15 @@ def figure_of(groups, axis):
         for field in PANELS
     }
     shown = [f for f in PANELS if any(xs for runs in lines[f] for xs, _ in runs)]
-    count = 2 + len(shown)
+    gaps = len(groups) > 1
+    count = 1 + gaps + len(shown)
     rows = -(-count // COLUMNS)
     figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * rows), layout="constrained")
     grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
     draw_bpb(grid[0], groups, axis, colours)
-    draw_gaps(grid[1], groups, axis, colours)
-    for axes, field in zip(grid[2:count], shown, strict=True):
+    if gaps:
+        draw_gaps(grid[1], groups, axis, colours)
+    for axes, field in zip(grid[1 + gaps : count], shown, strict=True):
         for runs, colour in zip(lines[field], colours, strict=True):
             for xs, ys in runs:
                 axes.plot(xs, ys, color=colour, linewidth=1, marker="." if len(xs) == 1 else None)

@@ -5,7 +5,7 @@ python -m train.plot runs/fused runs/compiled runs/bf16 [--x time] [--out curves
 Every RUN is a folder that train.run wrote, its name under runs/, or a metrics.jsonl. Runs whose
 settings differ in seed and name only are one configuration, and shown as mean ± sd; the first one
 is what the others are compared with. Prints BPB at equal steps, tokens and time, and the compute
-multipliers. With --out a picture is drawn, FILE.png and FILE.svg.
+multipliers. With --out a picture is drawn, as FILE or, without a suffix, FILE.png and FILE.svg.
 """
 
 import json
@@ -19,6 +19,7 @@ from nanofuse.train.metrics import read_run
 from nanofuse.train.settings import flag_name
 from nanofuse.train.tables import aligned_lines
 
+MILLIONS = 100_000  # tokens from which on they are counted in millions
 SUFFIXES = (".png", ".svg")
 NOTE = """\
 Multipliers: what the first needs over what this one needs, to the lowest BPB that both reached;
@@ -51,7 +52,14 @@ def position(axis, x):
     """A position in words, such as "52.4 M tokens"."""
     if axis == "steps":
         return f"step {x:,}"
-    return f"{x / 1e6:,.1f} M tokens" if axis == "tokens" else f"{x:,.1f} s"
+    if axis == "time":
+        return f"{x:,.1f} s"
+    return f"{x / 1e6:,.1f} M tokens" if x >= MILLIONS else f"{x:,.0f} tokens"
+
+
+def said(value):
+    """A setting's value in words."""
+    return "''" if value == "" else value
 
 
 def cell(found):
@@ -75,8 +83,9 @@ def report(groups):
         if axis == "tokens" and one_size:
             continue  # the table of steps
         at = columns(groups, axis)
-        title = "equal steps and tokens" if axis == "steps" and one_size else f"equal {axis}"
-        yield f"at {title}:" if at else f"at {title}: the runs have none in common"
+        title = "steps and tokens" if axis == "steps" and one_size else axis
+        title = f"at equal {title}" if len(groups) > 1 else f"by {title}"
+        yield f"{title}:" if at else f"{title}: the runs have none in common"
         if at:
             head = ["run", *(f"BPB at {position(axis, x)}" for x in at)]
             rows = [[group.name, *(cell(bpb_at(group, axis, x)) for x in at)] for group in groups]
@@ -97,8 +106,11 @@ def report(groups):
                 number(found.bpb, ".6f"),
             ]
         )
-    yield from aligned_lines(head, rows)
-    yield NOTE
+    if len(groups) > 1:
+        yield from aligned_lines(head, rows)
+        yield NOTE
+    else:
+        yield f"{first.name}: {number(first.ms_per_step, '.1f')} ms/step"
     for group in groups:
         commits = sorted({str(run.commit) for run in group.runs})
         if len(commits) > 1:
@@ -112,7 +124,9 @@ def differences(group, first):
     found = changes(group, first)
     if found is None:
         return "settings not known, as there is no checkpoint beside the metrics"
-    shown = (f"{flag_name(name)} {new} (first: {old})" for name, (new, old) in found.items())
+    shown = (
+        f"{flag_name(name)} {said(new)} (first: {said(old)})" for name, (new, old) in found.items()
+    )
     return ", ".join(shown) or "the first one's settings"
 
 
@@ -162,7 +176,9 @@ def main(argv=None):
     parser = CommandParser(prog="python -m train.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=not_empty, help="the first leads")
     parser.add_argument("--x", choices=list(AXES), default="steps", help="axis of the picture")
-    parser.add_argument("--out", type=not_empty, metavar="FILE", help="picture, .png and .svg")
+    parser.add_argument(
+        "--out", type=not_empty, metavar="FILE", help="picture, .png or .svg (no suffix: both)"
+    )
     parser.add_argument("--apart", action="store_true", help="do not group seeds")
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")
     args = parser.parse_args(argv)
@@ -179,6 +195,8 @@ def main(argv=None):
         print(json.dumps(as_json(groups), indent=1))
     else:
         print("\n".join(report(groups)))
+        if paths:
+            print(f"written: {', '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ Where several ranks trained, each wrote what it owns of optim.safetensors into a
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import remove_folder, write_text_atomically
+from nanofuse.train.files import remove_folder, way_out, write_text_atomically
 from nanofuse.train.schemas import read_meta
 
 META, MODEL, OPTIM, LOADER = (
@@ -24,6 +25,7 @@ META, MODEL, OPTIM, LOADER = (
     "loader.safetensors",
 )
 RUNS_DIR = Path("runs")
+MOST_NAME = 200  # bytes; file systems take 255, with what is added while a file is written
 OPTIM_PART = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors")
 STEP_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
 
@@ -36,6 +38,8 @@ def run_dir(name: str) -> Path:
     """
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise UserError(f"--run {name!r} must be letters, digits and . _ + - only")
+    if (size := len(os.fsencode(name))) > MOST_NAME:
+        raise UserError(f"--run {name:.20}… has {size} bytes, {MOST_NAME} are the most; shorten it")
     return RUNS_DIR / name
 
 
@@ -160,6 +164,5 @@ def load_meta(folder: Path | str) -> dict[str, Any]:
         return read_meta(path)
     except ValueError as error:
         raise UserError(
-            f"{path} is missing, damaged or of another format ({error}); delete {folder} to use "
-            "the checkpoint before it"
+            f"{path} is missing, damaged or of another format ({error}); {way_out(folder)}"
         ) from None

@@ -30,6 +30,7 @@ from nanofuse.model.config import (
 )
 from nanofuse.model.option import options
 from nanofuse.train.errors import UserError
+from nanofuse.train.files import way_out
 
 FORMAT = 1
 MAX_FILE_BYTES = 2**26
@@ -227,8 +228,7 @@ def tensor_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError):
-        hint = f"delete {Path(path).parent} to use the checkpoint before it"
-        raise UserError(f"{path} is missing or cut short; {hint}") from None
+        raise UserError(f"{path} is missing or cut short; {way_out(Path(path).parent)}") from None
 
 
 def check_size(config: GPTConfig, shapes: dict[str, tuple[int, ...]], source: Path | str) -> None:

@@ -68,7 +68,10 @@ class Reports:
         250, "steps between evaluations (-1: only at the ends)", least=-1, most=MAX_STEPS
     )
     eval_tokens: int = option(
-        80 * 524288, "validation tokens per evaluation, at most", least=1, most=2**48
+        80 * 524288,
+        "validation tokens per evaluation; fewer are gone over again",
+        least=1,
+        most=2**48,
     )
     skip_initial_eval: bool = option(False, "no evaluation before the first step")
     core_every: int = option(

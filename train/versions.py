@@ -53,7 +53,9 @@ def code():
     try:
         if not (top := _git("rev-parse", "--show-toplevel")) or Path(top).resolve() != ROOT:
             return None
-        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+        # what git does not know, such as a user's own files, is no change of the code
+        tracked = "status", "--porcelain", "--untracked-files=no"
+        commit, changes = _git("rev-parse", "HEAD"), _git(*tracked)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
     return {"commit": commit, "changed": changes != ""} if commit else None

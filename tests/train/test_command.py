@@ -51,6 +51,25 @@ def test_faults_are_not_hidden(capsys, monkeypatch):
     assert "Traceback" in err and err.endswith("error: --depth is odd\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--dept", "4"], "did you mean --depth?"),
+        (["depth=4"], "did you mean --depth?"),
+        (["--device_batch_size=4"], "did you mean --device-batch-size?"),
+        (["--depth", "4", "--zzz"], "--help lists the flags"),
+    ],
+)
+def test_a_flag_that_is_not_known_has_a_neighbour(given, meant, capsys):
+    parser = command.CommandParser()
+    parser.add_argument("--depth")
+    parser.add_argument("--device-batch-size")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(given)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.endswith(f"; {meant}\n") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("lossy", [False, True])
 def test_output_is_dropped_if_asked_to(lossy, monkeypatch):
     calls = []

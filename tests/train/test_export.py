@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def test_hf_writes_weights_config_code_and_tokenizer(run, dtype, capsys):
     said = capsys.readouterr().out
     modes = {path.stat().st_mode for path in Path("out").iterdir()}
     assert len(modes) == 1, "who may read config.json may read the weights"
-    assert f"out: step 6 for transformers, {dtype}" in said and "tokenizer: out" in said
+    assert f"out: step 6 for transformers, {dtype}; load it with trust_remote_code=True\n" in said
+    assert "tokenizer: out" in said
     assert sorted(os.listdir("out")) == [
         "config.json", "generation_config.json", "model.safetensors", "modeling_nanofuse.py",
         "tokenizer.json", "tokenizer_config.json",
@@ -94,6 +96,22 @@ def test_a_folder_that_is_there_stays(run, kind):
     with pytest.raises(UserError, match="out exists"):
         main([kind, "a", "out"])
     assert os.listdir("out") == []
+
+
+@pytest.mark.parametrize("kind", [pytest.param("hf", marks=needs_transformers), "nanochat"])
+def test_a_disk_that_is_full_is_one_line_and_nothing_stays(run, kind, monkeypatch):
+    there = set(Path().rglob("*"))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="^out .* the disk is full"):
+        patch.setattr("nanofuse.train.disk.free_bytes", lambda path: 1000)
+        main([kind, "a", "out"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # on the way, as others write
+    try:
+        with pytest.raises(UserError, match="^out cannot be saved: File too large; it takes"):
+            main([kind, "a", "out"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(Path().rglob("*")) == there
 
 
 def test_without_transformers_one_line_says_what_to_install(run, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from nanofuse.train.files import (
     native,
     portable,
     remove_leftovers,
+    way_out,
     write_text_atomically,
 )
 
@@ -94,3 +96,26 @@ def test_names_of_files_travel_between_locales():
     for name in ("data", "δεδομένα"):
         assert native(portable(name)) == name
     assert portable(os.fsdecode(b"a\xff")) == "a\ufffd" and portable(7) == native(7) == 7
+
+
+def test_an_error_names_what_was_to_be_written(tmp_path, monkeypatch):
+    """Not the temporary name beside it, nor what the disk was full with."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as error, atomic_folder(tmp_path / ("a" * 254)):
+        pass
+    assert error.value.filename == str(tmp_path / ("a" * 254))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write_text_atomically(tmp_path / "file", "x")
+    assert error.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+
+
+def test_the_way_out_of_a_damaged_checkpoint_is_one_that_is_there(tmp_path):
+    """The only checkpoint, or the first one, is not to be deleted for the one before it."""
+    for step in (999999, 1000000):
+        (tmp_path / f"step_{step}").mkdir()
+    assert way_out(tmp_path / "step_1000000").startswith("delete")
+    assert way_out(tmp_path / "step_999999").startswith("no checkpoint is before it")

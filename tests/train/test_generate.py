@@ -231,3 +231,9 @@ def test_the_kernels_write_the_same(run, capsys):
     plain = capsys.readouterr().out
     code, err = run("--prompt", "the cat", "--backend", "fused")
     assert code == 0 and capsys.readouterr().out == plain and "(kernels)" in err
+
+
+def test_a_prompt_that_is_too_long_is_to_be_shortened(run):
+    """--max-tokens is no way out where the prompt alone takes all positions."""
+    code, err = run("--prompt", "the cat " * 5000)
+    assert code == 2 and err.endswith("; shorten it\n") and "room for 0 of" in err

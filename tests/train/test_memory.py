@@ -7,6 +7,7 @@ import torch
 
 from nanofuse.model.config import GPTConfig
 from nanofuse.train import memory
+from nanofuse.train.disk import in_units
 from nanofuse.train.errors import UserError
 from nanofuse.train.memory import (
     cgroup_limits,
@@ -72,9 +73,9 @@ def test_a_model_that_generates(rows, positions, has):
         needed += 2 * 2 * (rows * positions * 4 * 16) * 2 + 4 * 4 * rows * 64
     arguments = config, 2, CPU, rows, positions, "this"
     has(needed)
-    assert check_inference_memory(*arguments) == "about 0.0 GiB of 0.0 GiB"
+    assert check_inference_memory(*arguments) == f"about {in_units(needed)} of {in_units(needed)}"
     has(None)
-    assert check_inference_memory(*arguments) == "about 0.0 GiB"
+    assert check_inference_memory(*arguments) == f"about {in_units(needed)}"
     has(needed - 1)
     with pytest.raises(UserError, match="needs about 0.0 GiB .* are 0.0; lower this") as error:
         check_inference_memory(*arguments)
@@ -101,7 +102,7 @@ def test_a_run_and_the_flags_to_lower(flags, hint, backend, fp8, has):
     machine = SimpleNamespace(dtype=torch.bfloat16, backend=backend, device=CPU)
     needed = config.memory_estimate(rows, 2, fp8=fp8 == "te", backend=backend)
     has(needed)
-    words = f"about {needed / 2**30:.1f} GiB of {needed / 2**30:.1f} GiB"
+    words = f"about {in_units(needed)} of {in_units(needed)}"
     assert check_training_memory(settings, config, machine, fp8) == words
     has(needed - 1)
     with pytest.raises(UserError, match=f"with {rows} rows of .*lower {hint}"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.plot import SUFFIXES, main
+from nanofuse.train.plot import SUFFIXES, main, position
 from tests.train.logs import TOKENS, add_checkpoint, metrics, write_run
 
 FAST = {0: 3.2, 100: 1.5, 200: 1.25}
@@ -46,6 +46,15 @@ def test_other_batches_get_a_table_of_tokens(tmp_path, capsys):
     assert found["equal"]["tokens"][1]["bpb"] == [1.25, 1.5]
     main([a, str(b)])
     assert "BPB at 0.2 M tokens" in capsys.readouterr().out
+    assert position("tokens", 5120) == "5,120 tokens"
+
+
+def test_a_run_alone_is_compared_with_nothing(tmp_path, capsys):
+    a = write_run(tmp_path / "a", FAST)
+    main([a])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "by steps and tokens:" and lines[-1] == "a: 10.0 ms/step"
+    assert not any("equal" in line or "first" in line for line in lines)
 
 
 def test_columns_are_the_evaluations_of_the_first(tmp_path, capsys):
@@ -198,7 +207,8 @@ def test_the_picture(tmp_path, capsys):
     assert list(core.get_ydata()) == [0.1, 0.25]
     assert list(core.get_xdata()) == pytest.approx([0.5, 1.0])
     assert len(panels) == 7
-    assert len(figure_of(groups[:1], "steps").axes) == 5  # and no sixth of the grid
+    alone = figure_of(groups[:1], "steps").axes  # compared with nothing, and no more of the grid
+    assert len(alone) == 4 and not any("minus" in axes.get_title() for axes in alone)
 
 
 def test_a_picture_has_the_same_bits_again(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def digest(args):
 
 def main(argv=None):
     parser = CommandParser(prog="python -m train.data", description="The data command.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    commands = parser.add_subparsers(required=True, parser_class=CommandParser)
     fetch = commands.add_parser("download", help="fetch ClimbMix shards from the hub")
     fetch.add_argument("-n", "--num-shards", type=int, default=8, help="training shards to fetch")
     fetch.add_argument("--workers", type=int, default=4, help="shards fetched at a time")

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from nanofuse.train.data.library import StdlibCorpus
 from nanofuse.train.data.shards import (
+    HINT,
+    SPLIT_NAMES,
     SPLITS,
     choose_validation,
     decode_texts,
@@ -31,7 +33,6 @@ DATA_ENV = "NANOFUSE_DIR"
 DEFAULT_DIR = Path("~/.cache/nanofuse")
 STDLIB = "stdlib"
 TEXT_COLUMN = "text"
-SPLIT_NAMES = {"train": "training", "val": "validation"}
 FETCH_HINT = "fetch some with python -m train.data download -n 8, or name another --data"
 READ_DOCUMENTS = 256  # row groups are read together up to about this many documents
 READ_BYTES = 8 << 20  # and this many bytes of the file
@@ -75,10 +76,12 @@ class ParquetCorpus:
             raise UserError(f"--val-shard needs a folder of shards, and --data {path} is one file")
         self.shards = [path] if self.one_file else find_shards(path)
         if not self.one_file and len(self.shards) < 2:
-            one = f"name it as --data {self.shards[0]}" if self.shards else FETCH_HINT
+            found, way_out = "0 parquet shards", FETCH_HINT
+            if self.shards:
+                found, way_out = "1 parquet shard", f"name it as --data {self.shards[0]}"
             raise UserError(
-                f"data directory {path} holds {len(self.shards)} parquet shards, at least 2 are "
-                f"needed (one validates); {one}"
+                f"data directory {path} holds {found}, at least 2 are needed (one validates); "
+                f"{way_out}"
             )
         names = [shard.name for shard in self.shards]
         self.reordered = names != sorted(names)
@@ -124,7 +127,11 @@ class ParquetCorpus:
     def _split_file(self, units, rows):
         """Share the units of the only file out among the splits."""
         if rows < 2:
-            raise UserError(f"--data {self.path} holds {rows} documents; {FETCH_HINT}")
+            found = f"{rows} document{'s' * (rows != 1)}"
+            raise UserError(
+                f"--data {self.path} holds {found}, at least 2 are needed (one validates); "
+                "name another --data"
+            )
         if len(units) == 1:
             cut = rows - max(1, round(self.VAL_FRACTION * rows))
             units = [(0, 0, 0, cut), (0, 0, cut, None)]
@@ -285,7 +292,9 @@ class ParquetCorpus:
                     if rows == high:
                         break
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"shard {self.shards[index]}: {first_line(error)}") from None
+                raise UserError(
+                    f"shard {self.shards[index]} is damaged ({first_line(error)}); {HINT}"
+                ) from None
 
     def tell_replaced(self):
         """A line on documents that were not UTF-8 where a split's have not been told of, or None.
@@ -330,7 +339,12 @@ def open_corpus(flag=None, text_column=TEXT_COLUMN, val_shard=""):
     """
     named = flag or os.environ.get(DATA_ENV)
     if flag != STDLIB and (named or default_has_shards()):
-        return ParquetCorpus(data_directory(flag), text_column, val_shard)
+        try:
+            return ParquetCorpus(data_directory(flag), text_column, val_shard)
+        except UserError as error:
+            if flag or not named:
+                raise
+            raise UserError(f"${DATA_ENV}: {error}") from None  # nobody has said --data
     for name, value, default in (
         ("--val-shard", val_shard, ""),
         ("--text-column", text_column, TEXT_COLUMN),

@@ -11,9 +11,11 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.files import portable
 
 SPLITS = ("train", "val")
+SPLIT_NAMES = {"train": "training", "val": "validation"}
 SUFFIX = ".parquet"
 MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 HINT = "copy it anew from where it came, or name another --data"
+TEXT_HINT = "name one as --data; docs/quickstart.md makes one of texts"
 VIEWED = 5  # names listed in a message
 
 
@@ -27,6 +29,13 @@ def listed(names):
     names = list(names)
     more = f" and {len(names) - VIEWED} more" if len(names) > VIEWED else ""
     return ", ".join(names[:VIEWED]) + more
+
+
+def without_text(name, split):
+    """The UserError for data of which no document of a split holds text."""
+    return UserError(
+        f"{name}: no {SPLIT_NAMES[split]} document holds text; name another --data or --text-column"
+    )
 
 
 def natural_key(name):
@@ -110,7 +119,7 @@ def open_shard(path, column, buffer_size=0):
         if stat.S_ISDIR(mode):
             raise UserError(f"shard {path} is a folder; move it away, or name another --data")
         if not stat.S_ISREG(mode):
-            raise UserError(f"shard {path} is not a regular file; move it away")
+            raise UserError(f"shard {path} is not a regular file; name another --data")
         with open(path, "rb") as file:
             head = file.read(len(MAGIC))
             size = file.seek(0, os.SEEK_END)
@@ -126,7 +135,8 @@ def open_shard(path, column, buffer_size=0):
     if head == ENCRYPTED_MAGIC:
         raise UserError(f"shard {path} is encrypted; name another --data")
     if head != MAGIC:
-        raise UserError(f"shard {path} is not a parquet file (it begins with {head!r}); {HINT}")
+        way_out = HINT if path.name.endswith(SUFFIX) else TEXT_HINT
+        raise UserError(f"shard {path} is not a parquet file (it begins with {head!r}); {way_out}")
     if tail != MAGIC or size < 3 * len(MAGIC):
         raise UserError(f"shard {path} is truncated or damaged (its end is missing); {HINT}")
     try:

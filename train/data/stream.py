@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from nanofuse.train.data.encode import encoded_groups, num_cores
 from nanofuse.train.data.packing import SLICE_DOCUMENTS, Slice
+from nanofuse.train.data.shards import without_text
 from nanofuse.train.errors import UserError
 
 OTHER_DATA = "the saved state of the data loader is of other data ({})"
@@ -181,8 +182,7 @@ class DocumentStream:
                         yield piece
                     row = 0
             if whole and not text:
-                name = self.tokens.corpus.name
-                raise UserError(f"{self.split} documents of {name} hold no text")
+                raise without_text(self.tokens.corpus.name, self.split)
             first, whole = 0, True
 
     def _groups(self, first):

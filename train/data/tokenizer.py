@@ -23,6 +23,7 @@ import rustbpe
 import tiktoken
 from pydantic import BaseModel, ConfigDict, Field
 
+from nanofuse.train.data.shards import without_text
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 from nanofuse.train.schemas import read_validated
@@ -49,6 +50,7 @@ FORMAT = "nanofuse-bpe-1"
 FILE_NAME = "tokenizer.json"
 MAX_TRAINING_CHARS = 2_000_000_000  # of all documents, once each is cut at DOC_CAP
 DOC_CAP = 10_000
+TRAIN_HINT = "train one with python -m train.data train-tokenizer --data DIR"
 MAX_VOCAB_SIZE = 2**20
 MAX_PATTERN_CHARS = 10_000
 MAX_REPEATS = 10_000  # of all counted repetitions of a pattern together, which are unrolled
@@ -83,7 +85,9 @@ def naming_failures(what):
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, ValueError) and type(error).__module__ != "pyo3_runtime":
+        ours = isinstance(error, UserError)  # of the data that is read meanwhile
+        known = isinstance(error, ValueError) or type(error).__module__ == "pyo3_runtime"
+        if ours or not known:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"the tokenizer's library failed on {what} ({reason})") from None
@@ -191,14 +195,16 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, hint=TRAIN_HINT):
         """Read a tokenizer saved by `save`.
+
+        Args:
+            hint: the way out, for the message.
 
         Raises:
             UserError: the file is missing or is not one.
         """
         path = os.fspath(path)
-        hint = "train one with python -m train.data train-tokenizer --data DIR"
         try:
             return cls._read(path)
         except FileNotFoundError:
@@ -333,6 +339,9 @@ def train_on_corpus(
         max_chars: the document that takes the sum of characters beyond it is the last one.
         doc_cap: characters of a document that are read.
         note: called with the characters of each document, before it is read.
+
+    Raises:
+        UserError: they hold no text, or cannot be read.
     """
 
     def texts():
@@ -344,5 +353,7 @@ def train_on_corpus(
             yield start
             if total > max_chars:
                 return
+        if not total:
+            raise without_text(corpus.name, "train")
 
     return Tokenizer.train(texts(), vocab_size)

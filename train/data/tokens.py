@@ -62,7 +62,7 @@ def open_cache(corpus, tokenizer, folder=""):
     "off" or a corpus without shards.
 
     Raises:
-        UserError: `~` stands for no folder that the system knows.
+        UserError: `~` stands for no folder that the system knows, or the name is a file's.
     """
     if folder == "off" or corpus.shard_path(0) is None:
         return None
@@ -70,6 +70,8 @@ def open_cache(corpus, tokenizer, folder=""):
         directory = Path(folder).expanduser() if folder else None
     except RuntimeError:
         raise UserError(f"--cache {folder}: no home folder is known for it") from None
+    if directory and os.path.exists(directory) and not os.path.isdir(directory):
+        raise UserError(f"--cache {folder} is not a folder; name another, or give --cache off")
     return TokenCache(corpus, tokenizer, directory)
 
 

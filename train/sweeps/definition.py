@@ -24,6 +24,7 @@ The name of a sweep is that of its file. Nothing here loads torch.
 
 import difflib
 import itertools
+import math
 import re
 import sys
 from argparse import ArgumentTypeError
@@ -168,13 +169,40 @@ def read_content(path: Path) -> Content:
         UserError: names the file and the key.
     """
     try:
-        return Content.model_validate(tomllib.loads(read_bounded(path, MAX_BYTES).decode()))
+        written = tomllib.loads(read_bounded(path, MAX_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_reason(error)}") from None
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, or too long
         raise UserError(f"{path} is no TOML file ({str(error).splitlines()[0]:.150})") from None
+    for key in written:
+        if key in Content.model_fields:
+            continue
+        if key.replace("-", "_") in FLAGS:
+            raise UserError(f"{path}: {key!r:.50} is a flag of train.run; put it under [flags]")
+        near = difflib.get_close_matches(key, Content.model_fields, 1)
+        mend = (
+            f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(Content.model_fields)}"
+        )
+        raise UserError(f"{path}: {key!r:.50} is not known; {mend}")
+    if "seeds" not in written:
+        raise UserError(f"{path} has no seeds; give it some, such as seeds = [1, 2, 3]")
+    try:
+        return Content.model_validate(written)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_reason(error)}") from None
+
+
+def check_number(content: Content, path: Path) -> None:
+    """Refuse a file that makes too many runs, before anything is made of them.
+
+    Raises:
+        UserError: with their number.
+    """
+    variants = math.prod(map(len, content.grid.values())) if content.grid else len(content.variants)
+    if (count := variants * len(content.seeds)) > MOST_RUNS:
+        raise UserError(
+            f"{path} makes {count:,} runs, {MOST_RUNS:,} are the most; take fewer seeds or values"
+        )
 
 
 def checked_flags(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -315,6 +343,7 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
             f"{path}: the name of a sweep's file must be letters, digits and _ + - only"
         )
     content = read_content(path)
+    check_number(content, path)
     seeds = content.seeds
     for seed in seeds:
         if not SEEDS[0] <= seed <= SEEDS[1]:
@@ -323,8 +352,6 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
             raise UserError(f"{path}: seeds: {seed} is there twice; give each seed once")
     shared = checked_flags(content.flags, f"{path}, [flags]")
     variants = variants_of(content, path)
-    if len(variants) * len(seeds) > MOST_RUNS:
-        raise UserError(f"{path} makes {len(variants) * len(seeds):,} runs; {MOST_RUNS:,} are most")
     baseline = content.baseline or next(iter(variants))
     if baseline not in variants:
         raise UserError(f"{path}: baseline {baseline!r:.50} is none of {', '.join(variants)}")

@@ -18,6 +18,11 @@ def in_words(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
+def counted(things, name):
+    """How many there are, such as "1 seed" or "2 seeds"."""
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
 class Clock:
     """What a run is expected to take: as long as those of its variant did, else as was measured on
     such a GPU, else it is not known.
@@ -82,8 +87,8 @@ def headline(sweep, states, clock, places, gpus):
     if places > used:
         where += f", {places} at a time"
     text = (
-        f"sweep: {sweep.name}, {len(sweep.varied)} variants x {len(sweep.seeds)} seeds on {where}; "
-        + ", ".join(words)
+        f"sweep: {sweep.name}, {counted(sweep.varied, 'variant')} x "
+        f"{counted(sweep.seeds, 'seed')} on {where}; " + ", ".join(words)
     )
     seconds = clock.total(todo, places) if todo else None
     return text + ("" if seconds is None else f"; expected: {in_words(seconds)}")

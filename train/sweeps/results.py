@@ -139,7 +139,7 @@ def shown(value, form):
 def table_lines(sweep, results):
     """The table in Markdown."""
     head = ["variant", "runs", "BPB", f"minus {sweep.baseline}", "95 % interval", "p", "ms/step",
-            "step", "tokens/s"]  # fmt: skip
+            "slower by", "tokens/s"]  # fmt: skip
     rows = []
     for row in results.rows:
         bpb = f"{row.bpb:.6f}" + ("" if row.sd is None else f" ± {row.sd:.6f}")
@@ -156,7 +156,7 @@ def table_lines(sweep, results):
                 interval,
                 p,
                 shown(row.ms_per_step, ".1f") + (" (shared)" if row.shared else ""),
-                shown(row.slower, "+.2%"),
+                shown(row.slower and 100 * row.slower, "+.2f") + " %" * (row.slower is not None),
                 shown(row.tok_per_s, ",.0f"),
             ]
         )
@@ -176,7 +176,8 @@ def report(sweep, results):
     yield (
         f"BPB of validation after the last step, mean ± standard deviation over seeds {seeds}; "
         f"differences from {sweep.baseline} seed by seed, with Student's paired t test. ms/step: "
-        "median over a run's log without its first window, mean over runs."
+        "median over a run's log without its first window, mean over runs; slower by: over "
+        f"{sweep.baseline}'s."
     )
     if any(row.shared for row in results.rows):
         yield (

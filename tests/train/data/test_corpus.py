@@ -59,7 +59,7 @@ def test_missing_and_empty_directories(tmp_path, data_dir):
         ParquetCorpus(tmp_path / "empty")
     for index in (1, 2):
         (data_dir / f"shard_{index:05d}.parquet").unlink()
-    with pytest.raises(UserError, match="holds 1 parquet shards, at least 2"):
+    with pytest.raises(UserError, match="holds 1 parquet shard, at least 2"):
         ParquetCorpus(data_dir)
 
 
@@ -116,8 +116,10 @@ def test_choice_of_corpus(data_dir, work_dir, monkeypatch):
     assert open_corpus().directory == data_dir
     assert isinstance(open_corpus("stdlib"), StdlibCorpus)
     monkeypatch.setenv("NANOFUSE_DIR", str(work_dir))
-    with pytest.raises(UserError, match="holds 0 parquet shards"):
+    with pytest.raises(UserError, match=r"^\$NANOFUSE_DIR: .* holds 0 parquet shards"):
         open_corpus()  # a folder that was named must serve
+    with pytest.raises(UserError, match="^data directory .* holds 0 parquet shards"):
+        open_corpus(str(work_dir))
     monkeypatch.delenv("NANOFUSE_DIR")
     cache = work_dir.parent / ".cache"
     cache.mkdir()
@@ -171,7 +173,7 @@ def test_last_rows_of_a_single_row_group_validate(tmp_path, count):
 
 def test_one_file_too_small_or_damaged_is_refused(tmp_path):
     write(tmp_path / "one.parquet", ["alone"])
-    with pytest.raises(UserError, match=r"one\.parquet holds 1 documents"):
+    with pytest.raises(UserError, match=r"one\.parquet holds 1 document, at least 2"):
         ParquetCorpus(tmp_path / "one.parquet")
     (tmp_path / "texts.csv").write_text("text\na\nb\n")
     with pytest.raises(UserError, match=r"texts\.csv is not a parquet file"):

@@ -346,3 +346,9 @@ def test_a_flipped_bit_is_found_where_pages_have_checksums(tmp_path):
     write(tmp_path / "a.parquet", texts, **plain)
     corpus = ParquetCorpus(tmp_path)  # without checksums, as before
     assert corpus.read_groups(0, 0, 1) == [texts[:50]]
+
+
+def test_a_text_file_is_told_how_to_become_data(tmp_path):
+    (tmp_path / "mine.txt").write_text("some text")
+    with pytest.raises(UserError, match=r"mine\.txt is not a parquet .*quickstart\.md makes one"):
+        ParquetCorpus(tmp_path / "mine.txt")

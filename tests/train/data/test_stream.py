@@ -208,7 +208,7 @@ def test_damage_comes_after_what_lies_before_it(tmp_path, tokenizer):
 def test_a_split_without_text_is_refused(tmp_path, tokenizer):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", ["", None] * 9)
-    with pytest.raises(UserError, match="train documents of .* hold no text"):
+    with pytest.raises(UserError, match="no training document holds text"):
         list(streamed(tmp_path, tokenizer, 3))
 
 

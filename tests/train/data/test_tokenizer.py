@@ -119,6 +119,27 @@ def test_damaged_files_are_refused(tmp_path, content):
         Tokenizer.load(tmp_path / "absent.json")
 
 
+def test_damaged_data_is_not_the_tokenizers_fault(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [" ".join(documents(9, seed=seed)) for seed in range(40)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10)
+    content = bytearray(path.read_bytes())
+    content[200:900] = os.urandom(700)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^shard .*a\.parquet is damaged .*; copy it anew"):
+        train_on_corpus(ParquetCorpus(path), 300)
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_no_tokenizer_is_made_of_no_text(tmp_path, text):
+    """It would stay beside the data, and serve it once the data is mended."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([text] * 40, pa.string())}), path)
+    with pytest.raises(UserError, match="no training document holds text; name another --data"):
+        main(["train-tokenizer", "--data", str(path), "--vocab-size", "300"])
+    assert os.listdir(tmp_path) == ["a.parquet"]
+
+
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(UserError, match="--vocab-size 264 is below the minimum of 265"):
         Tokenizer.train(["text"], 264)

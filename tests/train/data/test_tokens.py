@@ -211,6 +211,9 @@ def test_where_the_flag_has_it(corpus, tokenizer, work_dir):
     assert open_cache(corpus, tokenizer).where(0) == corpus.directory / ".tokens"
     assert open_cache(corpus, tokenizer, "here").where(0).parts[0] == "here"
     assert open_cache(corpus, tokenizer, "~/x").where(0).parent == work_dir.parent / "x"
+    (work_dir / "file").touch()
+    with pytest.raises(UserError, match="--cache file is not a folder"):
+        open_cache(corpus, tokenizer, "file")
     with pytest.raises(UserError, match="--cache ~nobody-here/x: no home"):
         open_cache(corpus, tokenizer, "~nobody-here/x")
 

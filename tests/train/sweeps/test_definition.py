@@ -54,7 +54,10 @@ REFUSED = [
     ("seeds = [1]\n[flags\n", "s.toml is no TOML file"),
     ('seeds = "1"\n', "s.toml: seeds: Input should be a valid list"),
     ("seeds = []\n", "s.toml: seeds: List should have at least 1 item"),
-    ("seeds = [1]\nsedes = 1\n", "s.toml: sedes: Extra inputs are not permitted"),
+    ("seeds = [1]\nsedes = 1\n", "s.toml: 'sedes' is not known; did you mean 'seeds'"),
+    ("seeds = [1]\nqqqq = 1\n", "s.toml: 'qqqq' is not known; keys are about, seeds, "),
+    ("seeds = [1]\nmatrix-lr = 1\n", r"'matrix-lr' is a flag of train.run; put it under \[flags"),
+    ("[grid]\ndepth = [1]\n", r"s.toml has no seeds; give it some, such as seeds = \[1, 2, 3\]"),
     ("seeds = [-1]\n[grid]\ndepth=[1]\n", "seeds: -1 must be from 0"),
     ("seeds = [1, 1]\n[grid]\ndepth=[1]\n", "seeds: 1 is there twice"),
     (f"seeds = {list(range(101))}\n[grid]\ndepth = {list(range(1, 101))}", "makes 10,100 runs"),
@@ -104,6 +107,19 @@ def test_what_cannot_be_is_one_line(tmp_path, text, message):
 def test_flags_of_the_command_line(tmp_path, extra, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, LIST + "scalar-lr = 0.25\n", extra)
+
+
+def test_too_many_runs_are_refused_before_they_are_made(tmp_path):
+    values = ", ".join(f"0.{i:03}" for i in range(1, 99))
+    grid = "".join(f"{name}-lr = [{values}]\n" for name in ("matrix", "scalar", "embedding"))
+    with pytest.raises(UserError, match="makes 941,192 runs, 10,000 are the most; take fewer"):
+        read(tmp_path, f"seeds = [1]\n[grid]\n{grid}")
+    with pytest.raises(UserError, match="makes 100,000 runs"):
+        read(tmp_path, f"seeds = {list(range(100_000))}\n[grid]\ndepth = [1]\n")
+
+
+def test_a_file_of_windows_begins_with_a_mark(tmp_path):
+    assert len(read(tmp_path, "\ufeff" + LIST).varied) == 2
 
 
 def test_a_file_that_is_not_there(tmp_path):
