@@ -305,7 +305,7 @@ def test_a_tokenizer_travels_if_it_fits(nanochat_dir, data_dir):
 def test_a_command_is_required(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
-    assert stop.value.code == 2 and "command" in capsys.readouterr().err
+    assert stop.value.code == 2 and "{from-nanochat,to-nanochat}" in capsys.readouterr().err
 
 
 def test_a_converted_run_does_not_resume(nanochat_dir, data_dir):

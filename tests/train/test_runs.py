@@ -116,7 +116,7 @@ def test_without_locks_the_file_is_believed(runs, monkeypatch):
     [
         (lambda run: (run / "step_000100" / META).unlink(), "meta.json is missing, damaged"),
         (lambda run: (run / "step_000100" / META).write_text("{"), "meta.json is missing, damaged"),
-        (lambda run: (run / "step_000100" / MODEL).unlink(), "missing or cut short; delete"),
+        (lambda run: (run / "step_000100" / MODEL).unlink(), "missing or cut short; no checkpoint"),
         (lambda run: (run / "step_000100" / MODEL).write_bytes(b"x" * 9), "missing or cut short"),
         (lambda run: (run / "metrics.jsonl").write_text("?\n"), "line 1 is not of a run's log"),
         (lambda run: (run / "step_000300").mkdir(), "step_000300/meta.json is missing"),

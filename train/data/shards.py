@@ -15,7 +15,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation"}
 SUFFIX = ".parquet"
 MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 HINT = "copy it anew from where it came, or name another --data"
-TEXT_HINT = "name one as --data; docs/quickstart.md makes one of texts"
+TEXT_HINT = "name one as --data; docs/quickstart.md says how to make one"
 VIEWED = 5  # names listed in a message
 
 

@@ -350,5 +350,5 @@ def test_a_flipped_bit_is_found_where_pages_have_checksums(tmp_path):
 
 def test_a_text_file_is_told_how_to_become_data(tmp_path):
     (tmp_path / "mine.txt").write_text("some text")
-    with pytest.raises(UserError, match=r"mine\.txt is not a parquet .*quickstart\.md makes one"):
+    with pytest.raises(UserError, match=r"mine\.txt is not a parquet .*quickstart\.md says how"):
         ParquetCorpus(tmp_path / "mine.txt")
