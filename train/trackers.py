@@ -159,6 +159,7 @@ def _refusal(kind, error):
     if isinstance(error, ImportError):
         name = kind.name
         return (
-            f"--{name} needs {name}; install it with pip install -e .[{name}], or give --no-{name}"
+            f"--{name} needs {name}; install it with pip install -e '.[{name}]', "
+            f"or give --no-{name}"
         )
     return f"--{kind.name} does not start ({first_line(error)}); {kind.mend}"

@@ -91,7 +91,7 @@ def download_shards(directory, num_shards, workers=4, hub=None):
             import huggingface_hub as hub
         except ImportError:
             raise UserError(
-                "download needs huggingface_hub; install it with pip install -e .[hub]"
+                "download needs huggingface_hub; install it with pip install -e '.[hub]'"
             ) from None
     make_folder(directory)
     indices = [*range(min(num_shards, LAST_SHARD)), LAST_SHARD]
