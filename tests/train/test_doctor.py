@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 import warnings
 
@@ -11,7 +12,7 @@ import torch
 from nanofuse.model import providers
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.providers import Provider
-from nanofuse.train import checkup, device, doctor, gpu
+from nanofuse.train import checkup, device, doctor, gpu, versions
 from nanofuse.train.checkup import check_products, tried
 from nanofuse.train.device import select_machine
 from nanofuse.train.doctor import main
@@ -213,6 +214,19 @@ def test_a_provider_that_is_wrong_does_not_work():
     expected = {"name": "sdpa", "works": False, "why": "sdpa: y is off"}
     found = tried(record, need, check, False)
     assert found.pop("seconds") >= 0 and found == expected
+
+
+def test_files_that_git_does_not_know_are_no_change_of_the_code(tmp_path, monkeypatch):
+    """Such as a sweep's file, a text, a picture that the user keeps in the clone."""
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    (tmp_path / "code.py").touch()
+    who = "-c user.name=a -c user.email=a@b"
+    for command in ("init -q", "add .", f"{who} commit -qm one"):
+        subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
+    (tmp_path / "mine.toml").touch()
+    assert versions.code()["changed"] is False
+    (tmp_path / "code.py").write_text("changed")
+    assert versions.code()["changed"] is True
 
 
 def test_steps_are_of_the_providers_that_were_measured():

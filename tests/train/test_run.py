@@ -74,7 +74,9 @@ def test_trains_evaluates_samples_and_saves(data_dir, work_dir, capsys):
     for fact in ("device: CPU", "backend: eager (auto on cpu)", "attention: sdpa", "fp8: off",
                  "parameters:", "plan: 20 steps", "memory: about"):  # fmt: skip
         assert fact in out
-    summary = json.loads(out.splitlines()[-1])
+    told, last = out.splitlines()[-2:]
+    assert told == 'done: python -m train.generate --run a --prompt "..." continues a text'
+    summary = json.loads(last)
     assert summary["steps"] == 20 and summary["val_bpb"] == bpbs[-1]
     assert re.search(
         r"first step after \d+\.\d s: imports \d+\.\d, data .*, evaluation \d+\.\d, step \d", out

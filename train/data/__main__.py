@@ -10,6 +10,7 @@ torch is loaded once the flags are parsed.
 """
 
 import contextlib
+import os
 import time
 
 from tqdm import tqdm
@@ -105,6 +106,8 @@ def train_tokenizer(args):
     path = corpus.tokenizer_path
     if path is None:
         raise UserError("--data names no folder to keep a tokenizer in; pass --data DIR")
+    if not os.access(path.parent, os.W_OK):  # before minutes of training
+        raise UserError(f"{path} cannot be written; copy or link the data to a folder that can be")
     with tqdm(unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
         tokenizer = train_on_corpus(
             corpus, args.vocab_size, args.max_chars, args.doc_cap, bar.update

@@ -140,6 +140,14 @@ def test_no_tokenizer_is_made_of_no_text(tmp_path, text):
     assert os.listdir(tmp_path) == ["a.parquet"]
 
 
+def test_a_tokenizer_that_could_not_be_kept_is_not_trained(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": documents(40)}), path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
+    with pytest.raises(UserError, match=r"a\.parquet\.tokenizer\.json cannot be written; copy"):
+        main(["train-tokenizer", "--data", str(path), "--vocab-size", "300"])
+
+
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(UserError, match="--vocab-size 264 is below the minimum of 265"):
         Tokenizer.train(["text"], 264)
