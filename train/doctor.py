@@ -111,7 +111,9 @@ def data_line(data):
     if "error" in data:
         return f"data: {data['error']}"
     tokenizer = "no tokenizer yet, the first run trains one"
-    if data["tokenizer"]:
+    if data["shards"] is None:  # nowhere to keep one
+        tokenizer = "each run trains its tokenizer"
+    elif data["tokenizer"]:
         tokenizer = f"tokenizer of {data['tokenizer']:,} tokens"
     cached = ""
     if data["shards"] is not None:
