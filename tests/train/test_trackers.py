@@ -115,7 +115,7 @@ def test_what_is_missing_is_told_before_torch_loads(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "nanofuse.train.building", None)
     with pytest.raises(
-        UserError, match=rf"--{name} needs {name}; install it .*\[{name}\], or give --no-{name}$"
+        UserError, match=rf"--{name} needs {name}; install it .*'.\[{name}\]', or give --no-{name}$"
     ):
         main([f"--{name}"])
     check_installed({})

@@ -71,7 +71,7 @@ def open_cache(corpus, tokenizer, folder=""):
     except RuntimeError:
         raise UserError(f"--cache {folder}: no home folder is known for it") from None
     if directory and os.path.exists(directory) and not os.path.isdir(directory):
-        raise UserError(f"--cache {folder} is not a folder; name another, or give --cache off")
+        raise UserError(f"--cache {folder} is not a folder; name one, or drop the flag")
     return TokenCache(corpus, tokenizer, directory)
 
 
