@@ -36,7 +36,10 @@ class AllReduced:
     def __init__(self, optimizer, collectives, phase):
         self.optimizer, self.collectives, self.phase = optimizer, collectives, phase
 
-    def note(self, tokens):
+    def note(
+        self,
+        tokens,  # (B, T) integer
+    ):
         """All rows of tables travel, whatever the tokens."""
 
     def step(self, *rates):
@@ -161,7 +164,10 @@ class Nanochat:
         self.updates = [update([], [chunk], self.tables, config) for chunk in self.chunks]
         self.always = torch.ones(1, device=self.parameters[0].device)
 
-    def note(self, tokens):
+    def note(
+        self,
+        tokens,  # (B, T) integer
+    ):
         """All rows of tables travel, whatever the tokens."""
 
     @torch.no_grad()

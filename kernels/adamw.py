@@ -160,7 +160,7 @@ def _adamw_kernel(
 
 def in_rows(x):
     """Whether a tensor is contiguous, or a matrix (R, C) of contiguous rows that lie apart."""
-    return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) > 0)
+    return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1))
 
 
 @dataclass(frozen=True)

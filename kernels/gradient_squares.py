@@ -97,7 +97,7 @@ class GradientSquares:
                 )
         self.grads, device = list(grads), grads[0].device
         self.config = tuned("gradient_squares", SquaresConfig())
-        self.launches, counts = [], [0] * len(grads)  # blocks of each tensor
+        self.launches, counts = [], torch.zeros(len(grads), dtype=torch.int64)  # blocks of each
         order = []  # tensors as their blocks lie
         groups = {}
         for index, g in enumerate(grads):
@@ -107,10 +107,9 @@ class GradientSquares:
             members = [(index, tensors) for index, tensors in members if tensors[0].numel()]
             if members:
                 table = block_table(members, blocks.elements)
-                for index, _ in members:
-                    counts[index] = int((table[:, -1] == index).sum())
+                counts += torch.bincount(table[:, -1], minlength=len(grads))
                 self.launches.append((table.to(device), STORAGE[dtype], blocks))
-        ends = torch.tensor([0] + [counts[index] for index in order]).cumsum(0)
+        ends = torch.cat([counts.new_zeros(1), counts[order]]).cumsum(0)
         self.starts = ends.to(torch.int32).to(device)  # (T + 1,)
         self.position = torch.tensor(order, device=device).argsort()  # of a tensor in that order
         self.partial = torch.empty(max(int(ends[-1]), 1), dtype=torch.float32, device=device)

@@ -301,7 +301,7 @@ class Trainer:
         return self.accord.together(self.report_window, steps, seconds, loss, found, crew)
 
     def read_window(self):
-        """Loss and Gradients of the latest step; waits for the device, which nothing else does."""
+        """Loss and Gradients of the latest step; waits for all that the device does."""
         loss, found = self.loss.item(), self.optimizer.watch.read()
         self.check_finite(loss, found)
         return loss, found

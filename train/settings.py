@@ -101,7 +101,10 @@ class Reports:
         since="0.2",
     )
     train_log_every: int = option(
-        50, "steps between log lines; others never wait for the GPU", least=1, most=MAX_STEPS
+        50,
+        "steps between log lines; others do not wait for their end on the GPU",
+        least=1,
+        most=MAX_STEPS,
     )
     wandb: bool = option(False, "log to Weights & Biases as well (needs the wandb extra)")
     trackio: bool = option(False, "log to Trackio as well (needs the trackio extra)", since="0.2")

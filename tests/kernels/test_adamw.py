@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_refused(device):
     x = torch.zeros(4, 6, device=device)
     with pytest.raises(ValueError, match="contiguous"):
         build(params=[torch.zeros(6, 4, device=device).t()])
+    with pytest.raises(ValueError, match="contiguous"):  # rows that share elements
+        build(params=[torch.zeros(24, device=device).as_strided((4, 6), (5, 1))])
     with pytest.raises(ValueError, match="another shape"):
         build(grads=[x[:2]])
     with pytest.raises(ValueError, match="parameter's dtype"):

@@ -32,7 +32,7 @@ class Route:
 
     def pack(
         self,
-        grad,  # (n, C), the rows of an owner
+        grad,  # (n, ...), the rows of an owner
         owner,
     ):
         """What goes to the owner, contiguous."""
@@ -41,7 +41,7 @@ class Route:
 
     def room(
         self,
-        grad,  # (n, C), the rows of this rank
+        grad,  # (n, ...), the rows of this rank
         sender,
     ):
         """A tensor for what comes of a sender."""

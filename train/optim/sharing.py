@@ -217,7 +217,10 @@ class Sharing:
 
     @torch.no_grad()
     def clear_sent(self, buckets):
-        """Set the gradients of what others own to zero, where they lie."""
+        """Set the gradients of parameters that others own a part of to zero, where they lie. The
+        update has cleared this rank's rows among them; a whole tensor is written faster than rows
+        that lie apart."""
         owned = (part for bucket in buckets for part in bucket.owned)
-        if sent := [part.grad() for part in owned if part.owner != self.ranks.rank]:
-            torch._foreach_zero_(sent)
+        others = (part.params for part in owned if part.owner != self.ranks.rank)
+        if sent := dict.fromkeys(p for params in others for p in params):
+            torch._foreach_zero_([p.grad for p in sent])

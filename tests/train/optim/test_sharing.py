@@ -225,6 +225,27 @@ def test_kernels_update_as_one(gemm, world, fields, short_muon):
         assert not differ
 
 
+def test_gradients_of_others_are_cleared_in_whole_tensors(monkeypatch):
+    """Rows that lie apart are slow to write; the matrices of this rank stay as they are."""
+    cleared, clear = [], torch._foreach_zero_
+    monkeypatch.setattr(torch, "_foreach_zero_", lambda xs: (cleared.extend(xs), clear(xs)))
+
+    def check(ranks):
+        model, optimizer = eager(ranks, torch.float32, 0)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.sharing.clear_sent(optimizer.buckets)
+        owned = [part for bucket in optimizer.buckets for part in bucket.owned]
+        tables = {e.weight for e in model.tables()} | {model.lm_head.weight}
+        for part in owned:
+            mine = part.owner == ranks.rank and part.params[0] not in tables
+            assert part.grad().any() == mine
+        return len(owned)
+
+    assert min(run_ranks(3, check)) > 10
+    assert cleared and all(x.is_contiguous() for x in cleared)
+
+
 def test_buckets_of_tables_change_nothing(monkeypatch):
     """However few tables travel together, the weights are the same, to the bit."""
     together = run_ranks(3, lambda r: eager(r, torch.float32, 2))
