@@ -66,22 +66,9 @@ ROWS_RECORD = "records/2026-11-29-rows"
 FIRST_POWER = 9
 LOOKED_UP = {  # its distinct rows of 2^9, 2^10, … tokens, by look-up
     "token": (229, 392, 684, 1205, 2126, 3626, 5911, 9214, 13667, 18990, 24346, 28552, 30960),
-    "bigram": (
-        392,
-        736,
-        1400,
-        2669,
-        5163,
-        9871,
-        18161,
-        32288,
-        54622,
-        85350,
-        119680,
-        147162,
-        160382,
-    ),
-}
+    "bigram": (392, 736, 1400, 2669, 5163, 9871, 18161, 32288, 54622,
+               85350, 119680, 147162, 160382),
+}  # fmt: skip
 OWNERS_DIFFER = 1.02  # the rows of the owner with most, in times of the mean (ROWS_RECORD)
 MIN_TOKENS = 2**19
 DEPTHS = (4, 8, 12, 16, 20, 24, 32, 40)

@@ -12,11 +12,7 @@ from nanofuse.model import providers
 from nanofuse.model.backends import flash_ahead, flash_loading
 from nanofuse.train.ahead import Ahead
 from nanofuse.train.assemble import assemble
-from nanofuse.train.checkpoint import (
-    load_optim,
-    load_tensors,
-    load_weights,
-)
+from nanofuse.train.checkpoint import load_optim, load_tensors, load_weights
 from nanofuse.train.clock import Phases, process_seconds
 from nanofuse.train.command import command_module
 from nanofuse.train.data.corpus import StdlibCorpus
@@ -32,10 +28,7 @@ from nanofuse.train.loop import Trainer
 from nanofuse.train.memory import check_training_memory, out_of_memory
 from nanofuse.train.progress import Progress
 from nanofuse.train.ranks import ALONE, join
-from nanofuse.train.run_folder import (
-    LOADER,
-    MODEL,
-)
+from nanofuse.train.run_folder import LOADER, MODEL
 from nanofuse.train.runlog import METRICS_FILE, RunLog, Silent, cut_back
 from nanofuse.train.saving import Saver, run_and_save
 from nanofuse.train.schedules import Schedule

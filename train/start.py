@@ -9,10 +9,7 @@ import torch
 from nanofuse.model import providers
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.ahead import Ahead
-from nanofuse.train.checkpoint import (
-    config_of,
-    load_tokenizer,
-)
+from nanofuse.train.checkpoint import config_of, load_tokenizer
 from nanofuse.train.core_bundle import core_tasks
 from nanofuse.train.data.corpus import ParquetCorpus, StdlibCorpus, open_corpus
 from nanofuse.train.data.loader import Packing

@@ -37,8 +37,6 @@ class Peers:
         sends, receives = [], []
         for parts, x in tensors:
             for owner, rows in parts:
-                if not x[rows].numel():
-                    continue
                 if owner == self.rank:
                     sends += [(peer, x[rows]) for peer in others]
                 else:

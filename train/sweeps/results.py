@@ -156,7 +156,7 @@ def table_lines(sweep, results):
                 interval,
                 p,
                 shown(row.ms_per_step, ".1f") + (" (shared)" if row.shared else ""),
-                shown(row.slower and 100 * row.slower, "+.2f") + " %" * (row.slower is not None),
+                shown(row.slower, "+.2%"),
                 shown(row.tok_per_s, ",.0f"),
             ]
         )

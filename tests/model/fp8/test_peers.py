@@ -21,8 +21,8 @@ def test_a_rank_sends_its_rows_to_all_and_receives_those_of_their_owners():
     peers.spread([([(1, slice(0, 4))], y), (parts, x)])
     sends, receives = ([(peer, z.tolist()) for peer, z in each] for each in moved)
     assert sends == [(1, x[:2].tolist()), (2, x[:2].tolist())]
-    assert receives == [(1, y.tolist()), (2, x[2:].tolist())]  # nothing of no rows
-    moved[1][1][1].zero_()
+    assert receives == [(1, y.tolist()), (1, []), (2, x[2:].tolist())]
+    moved[1][2][1].zero_()
     assert not x[2:].any()  # where they belong
 
 
