@@ -19,7 +19,7 @@ from nanofuse.train.data.tokens import open_cache
 from nanofuse.train.device import Machine, own_machine, select_device, select_products
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import native
-from nanofuse.train.lock import Followed, RunLock, Taken
+from nanofuse.train.lock import Followed, RunLock, Taken, owner_of
 from nanofuse.train.memory import check_training_memory, training_estimate
 from nanofuse.train.plan import Plan, make_plan, make_resumed_plan
 from nanofuse.train.ranks import ALONE, Alone
@@ -286,7 +286,8 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
         raise UserError("--resume needs the run to continue; add --run NAME")
     refuse_empty(given)
     directory = run_dir(given["run"])
-    find_checkpoint(directory)
+    if owner_of(directory) is None:  # else `take` refuses, and says who has it
+        find_checkpoint(directory)
     lock.take(directory)
     checkpoint = find_checkpoint(directory)  # the last owner may have saved another
     meta = load_meta(checkpoint)

@@ -71,8 +71,9 @@ def test_a_live_run_is_not_taken_and_a_killed_one_is(args, work_dir, holder):
 
 def test_a_start_beside_a_live_one(args, work_dir, holder):
     process = holder(work_dir / "runs" / "d1")
-    with pytest.raises(Taken, match=f"process {process.pid}"):
-        main([*args, "--run", "d1"])
+    for flags in ([*args, "--run", "d1"], ["--run", "d1", "--resume"]):  # no checkpoint yet
+        with pytest.raises(Taken, match=f"process {process.pid} on .* is training it"):
+            main(flags)
     main(args)  # without a name: the next one
     assert steps("d1-2") == [3] and not steps("d1")
 

@@ -172,9 +172,15 @@ def test_a_signal_that_was_ignored_stays_so(train, monkeypatch):
     assert steps("a") == [3]
 
 
-def test_a_signal_before_the_first_step_leaves_nothing(train, monkeypatch, work_dir):
+@pytest.mark.parametrize("wrapped", [False, True])  # as torch's compiler does
+def test_a_signal_before_the_first_step_leaves_nothing(train, monkeypatch, work_dir, wrapped):
     def building(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            if wrapped:
+                raise RuntimeError(f"{type(error).__name__}: {error}") from None
+            raise
 
     monkeypatch.setattr("nanofuse.train.building.assemble", building)
     with pytest.raises(RunEnded, match="stopped by SIGTERM before the first step") as stop:

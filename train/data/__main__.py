@@ -112,8 +112,9 @@ def train_tokenizer(args):
         tokenizer = train_on_corpus(
             corpus, args.vocab_size, args.max_chars, args.doc_cap, bar.update
         )
+    place = ", in place of the one that was there (runs keep their own)" if path.exists() else ""
     tokenizer.save(path)
-    print(f"tokenizer of {tokenizer.vocab_size:,} tokens written to {path}")
+    print(f"tokenizer of {tokenizer.vocab_size:,} tokens written to {path}{place}")
     if tokenizer.shortfall:
         print(f"tokenizer: {tokenizer.shortfall}")
     if line := corpus.tell_replaced():

@@ -207,7 +207,10 @@ def test_command_writes_a_tokenizer(data_dir, capsys):
     (data_dir / "tokenizer.json").unlink()
     main(["train-tokenizer", "--data", str(data_dir), "--vocab-size", "300"])
     assert Tokenizer.load(data_dir / "tokenizer.json").vocab_size == 300
-    assert "300 tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "300 tokens" in out and "in place of" not in out
+    main(["train-tokenizer", "--data", str(data_dir), "--vocab-size", "301"])
+    assert "in place of the one that was there" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data"):
         main(["train-tokenizer", "--data", "stdlib"])
 
