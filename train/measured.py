@@ -21,7 +21,7 @@ class Ceilings:
 
 
 CEILINGS = {
-    "NVIDIA H200": Ceilings(4254e9, 792e12, 1296e12, "2026-11-28-watch, 2026-11-22-baseline"),
+    "NVIDIA H200": Ceilings(4254e9, 792e12, 1449e12, "2026-11-28-watch, 2026-11-29-doctor"),
     "NVIDIA H100 80GB HBM3": Ceilings(3000e9, 800e12, None, "2026-11-25-depths"),
 }
 
