@@ -213,7 +213,7 @@ def train(given, compiling=None):
                 train_as(ranks, given, phases, ahead, signals)
             except BaseException as failure:
                 # what the signal interrupts may make its own error of it, as torch's compiler does
-                if (stop := signals.raised) is None:
+                if (stop := signals.raised) is None or signals.deferred:
                     raise
                 text, code = f"stopped by {stop} before the first step", 128 + stop.number
                 raise RunEnded(text, code) from failure
