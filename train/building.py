@@ -32,7 +32,7 @@ from nanofuse.train.run_folder import LOADER, MODEL
 from nanofuse.train.runlog import METRICS_FILE, RunLog, Silent, cut_back
 from nanofuse.train.saving import Saver, run_and_save
 from nanofuse.train.schedules import Schedule
-from nanofuse.train.signals import Signals
+from nanofuse.train.signals import Interrupted, Signals
 from nanofuse.train.start import describe, start_with_rank_0
 from nanofuse.train.state import load_training_state, training_state
 from nanofuse.train.trackers import close_all, start_trackers
@@ -212,9 +212,12 @@ def train(given, compiling=None):
                 ranks = join()
                 train_as(ranks, given, phases, ahead, signals)
             except BaseException as failure:
-                # what the signal interrupts may make its own error of it, as torch's compiler does
-                if (stop := signals.raised) is None or signals.deferred:
-                    raise
+                stop = failure
+                if not isinstance(failure, Interrupted):
+                    if signals.number is None or signals.deferred:
+                        raise
+                    # what a signal interrupts may make an error of it, as torch's compiler does
+                    stop = Interrupted(signals.number)
                 text, code = f"stopped by {stop} before the first step", 128 + stop.number
                 raise RunEnded(text, code) from failure
         ranks.close()

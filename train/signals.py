@@ -25,7 +25,6 @@ class Signals:
 
     def __init__(self):
         self.number, self.deferred = None, False
-        self.raised = None  # the Interrupted of a signal before `defer`
         self.previous = {}
 
     def __enter__(self):
@@ -45,8 +44,7 @@ class Signals:
             os._exit(128 + number)
         self.number = number
         if not self.deferred:
-            self.raised = Interrupted(number)
-            raise self.raised
+            raise Interrupted(number)
 
     def defer(self):
         """From now on note signals; `check` raises."""
