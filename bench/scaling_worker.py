@@ -81,6 +81,7 @@ class Contender:
         workload, optim = task.workload, OptimConfig()
         batches = workload.batches(machine.device)
         self.batches = batches[self.crew.rank :: self.crew.world]
+        self.tokens = [inputs.cpu() for inputs, _ in self.batches]
         hide = name == "hidden"
         owned = self.crew if hide or name == "owned" else ALONE
         fp8 = select_fp8(task.fp8, machine, workload.config, workload.rows)
@@ -126,13 +127,13 @@ class Contender:
 
         sharing.start, sharing.add_gradients, sharing.return_values = begin, add, give_back
         if weights is not None:
-            exchange = weights.exchange
+            arrive = weights.arrive
 
-            def exchange_operands():
+            def operands_arrive():
                 with self.phase("values"):
-                    exchange()
+                    arrive()
 
-            weights.exchange = exchange_operands
+            weights.arrive = operands_arrive
 
     def step(self):
         """Take a step that begins on all ranks at once; {phase: seconds} and the first loss.
@@ -142,7 +143,7 @@ class Contender:
         """
         meet(self.ranks, self.device)
         self.clock = PhaseClock()
-        loss = train_step(self.built, self.batches, self.clock, self.crew.world)
+        loss = train_step(self.built, self.batches, self.clock, self.crew.world, self.tokens)
         return self.clock.seconds(), loss.item()
 
     def checksum(self):

@@ -1,5 +1,6 @@
 """Shared by all that time whole steps: the workload of one training step, and the timed step."""
 
+import itertools
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,20 +96,22 @@ class PhaseClock:
         return totals
 
 
-def train_step(built, batches, phase, ranks=1):
+def train_step(built, batches, phase, ranks=1, tokens=()):
     """One optimiser step; returns the loss () of its first micro-step.
 
     Args:
         built: train.assemble.Assembled.
         batches: [(inputs, targets)] of its micro-steps, (B, T) int64 each.
         ranks: that take a step together, each with as many micro-steps of its own.
+        tokens: the inputs on the CPU, (B, T) each, for the optimiser of several ranks to note.
         phase: phase(name) gives a context manager for "forward", "backward" or "optimizer".
     """
     losses = []
-    for inputs, targets in batches:
+    for (inputs, targets), on_host in itertools.zip_longest(batches, tokens):
         with phase("forward"):
-            built.optimizer.note(inputs)
             loss = built.model(inputs, targets)
+            if on_host is not None:
+                built.optimizer.note(on_host)
         with phase("backward"):
             (loss / (ranks * len(batches))).backward()
         losses.append(loss.detach())

@@ -84,6 +84,8 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
         roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters, *travel
     )
     fused.operands.taken = optimizer.watch.ok
+    if ranks.world > 1:
+        optimizer.operands = fused.operands
     return optimizer
 
 

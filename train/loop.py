@@ -125,8 +125,8 @@ class Trainer:
             for _ in range(self.plan.micro_steps // self.ranks.world):
                 with self.accord.patient():
                     inputs, targets = next(self.loader)
-                self.optimizer.note(inputs)
                 loss = self.model(inputs, targets)
+                self.optimizer.note(self.loader.tokens)  # while the device is at work
                 (loss / self.plan.micro_steps).backward()
                 total += loss.detach()
         return total

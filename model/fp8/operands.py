@@ -36,19 +36,36 @@ class Operands:
         """Whether no scale is calibrated any more, and no kernel runs twice for one."""
         return self.steps >= CALIBRATED_STEPS or not self.scaling.state_dict()
 
-    @torch.no_grad()
     def follow(self):
         """Make what is older than the weights anew, in place; the host waits for nothing. Several
         ranks make what is theirs, all at once, and get the rest from its owners."""
-        version = self.weights.version()
-        if version == self._version:
-            return
+        self.lead()
+        self.arrive()
+
+    @torch.no_grad()
+    def settle_scales(self):
+        """Update the scales at the end of an optimiser step's passes; what was recorded otherwise
+        is forgotten. Several ranks share a word here."""
         if self.recorded:
             self.scaling.update(self.taken)
             self.steps += 1
         else:
             self.scaling.forget()
-        self._version, self.recorded = version, False
+        self.recorded = False
+
+    @torch.no_grad()
+    def arrive(self):
+        """Have what the device does next wait for the operands that other ranks made."""
+        self.weights.arrive()
+
+    @torch.no_grad()
+    def lead(self):
+        """As follow, but what other ranks have made may still be on its way: until `arrive`."""
+        version = self.weights.version()
+        if version == self._version:
+            return
+        self.settle_scales()
+        self._version = version
         # once each: the weights' operands here, the other tensors in the micro-step that follows
         self.scaling.calibrate(self.steps < CALIBRATED_STEPS)
         for weight in self.weights.all():

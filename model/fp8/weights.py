@@ -10,6 +10,7 @@ travels to the others is that, FP8 row-major or `dtype`: between two updates the
 of the matrix. What wants the values themselves asks for them: `Weights.gathered`.
 """
 
+import collections
 import contextlib
 
 import torch
@@ -149,6 +150,7 @@ class Weights:
         self.weights = [weight for piece in pieces for weight in piece.weights]
         self.peers, self.rank = peers, peers.rank if peers else 0
         self.beside, self.stacks, self.masters = beside, [], {}
+        self.coming = collections.deque()  # of `exchange`: (Pending, [LinearWeight])
         kinds, shapes = {}, {}
         for weight in self.weights:
             weight.dtype, weight.beside = dtype, beside
@@ -265,14 +267,25 @@ class Weights:
         self.stacks.append(([linear.weight for linear in linears], values, grads, owners))
 
     def exchange(self):
-        """Bring every rank what others have made anew of the operands, the first layers' first."""
+        """Start bringing every rank what others have made anew of the operands, the first layers'
+        first; `arrive` waits for it."""
         if self.peers is None:
             return
         size = STRETCH if self.beside.hides else len(self.weights)
-        with self.beside.behind():
-            for first in range(0, len(self.weights), size):
-                stretch = self.weights[first : first + size]
-                self.peers.spread([(weight.parts, weight.wire) for weight in stretch]).wait()
+        for first in range(0, len(self.weights), size):
+            stretch = self.weights[first : first + size]
+            with self.beside.behind():
+                pending = self.peers.spread([(weight.parts, weight.wire) for weight in stretch])
+            self.coming.append((pending, stretch))
+        if self.beside.hides:
+            self.arrive()
+
+    def arrive(self):
+        """Complete the operands that are on their way."""
+        while self.coming:
+            pending, stretch = self.coming.popleft()
+            with self.beside.behind():
+                pending.wait()
                 for weight in stretch:
                     weight.complete()
                     self.beside.arrive(weight.name)

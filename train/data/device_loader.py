@@ -27,7 +27,8 @@ def restore_state(position, tensors):
 class DeviceLoader:
     """Endless iterator of (inputs, targets), (B, T) int64 each, on a device.
 
-    `state` is the LoaderState after the batches handed out so far. On a GPU batches are made in a
+    `state` is the LoaderState after the batches handed out so far, `tokens` the inputs of the
+    latest one on the CPU, (B, T) int32, good until the next one. On a GPU batches are made in a
     process of their own, and copied from pinned memory on a side stream one batch ahead; a pinned
     buffer is written again only after its copy has finished. On a CPU, where nothing is launched, a
     thread makes them.
@@ -58,31 +59,33 @@ class DeviceLoader:
                 ]
             )
             self.staged = None
+        self.tokens = None
 
     def _stage(self):
-        """Start copying the next batch; returns (rows on the device, event, state)."""
+        """Start copying the next batch; returns (rows on the device, pinned ones, event, state)."""
         pinned, copied = next(self.slots)
         copied.synchronize()
         state = self.loader.take(pinned.numpy())
         with torch.cuda.stream(self.stream):
             rows = pinned.to(self.device, non_blocking=True).long()  # (B, T+1)
             copied.record()
-        return rows, copied, state
+        return rows, pinned, copied, state
 
     def __iter__(self):
         return self
 
     def __next__(self):
         if not self.cuda:
-            rows = torch.empty(self.shape, dtype=torch.int32)
-            self.state = self.loader.take(rows.numpy())
-            rows = rows.long()  # (B, T+1)
+            on_host = torch.empty(self.shape, dtype=torch.int32)
+            self.state = self.loader.take(on_host.numpy())
+            rows = on_host.long()  # (B, T+1)
         else:
-            rows, copied, self.state = self.staged or self._stage()
+            rows, on_host, copied, self.state = self.staged or self._stage()
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             rows.record_stream(current)
             self.staged = self._stage()
+        self.tokens = on_host[:, :-1]
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def close(self):

@@ -1,18 +1,15 @@
 """Which rows of tables have a gradient in a step: those that its tokens have looked up.
 
-Only these need to travel to their owners. Tokens are noted on the device before each micro-step's
-passes, in a mask of the rows of every owner:
-
-    mask[i mod W, i div W] = 1        row i, W ranks
-
-Counts of the masks come to the host behind the last note: it waits for what was launched before the
-last micro-step, while that one runs. All ranks then tell each other their counts, from which each
-pair of ranks knows, by train.placement.go_as_rows, whether rows go with their numbers or all go.
-Numbers travel once for all tables that are looked up alike.
+Only these need to travel to their owners. The host notes each micro-step's tokens, of which it has
+the batch that the device gets, in a mask of every table's rows: so it knows the rows without
+waiting for the device, and goes on launching. All ranks tell each other how many there are, from
+which each pair of ranks knows, by train.placement.go_as_rows, whether rows go with their numbers or
+all go. Numbers travel once for all tables that are looked up alike.
 """
 
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 
 from nanofuse.model.beside import IN_ORDER
@@ -63,77 +60,71 @@ class Lookups:
 
     def __init__(self, ranks, lookups, beside=IN_ORDER):
         self.ranks, self.lookups, self.beside = ranks, lookups, beside
-        self.masks, self.tables = [], []  # of what is looked up alike: (W, n) uint8, [table]
+        self.masks, self.tables = [], []  # of what is looked up alike: array (R,) bool, [table]
         self.noted = False  # whether there were tokens in this step
-        self.counts = self.copied = None  # (masks, W) on the host, and when they are there
 
     @torch.no_grad()
     def note(
         self,
-        tokens,  # (B, T) integer
+        tokens,  # (B, T) integer on the CPU; elsewhere this waits for them
     ):
         """Take note of a micro-step's tokens. Those that are outside of a table count as its first
         or last row."""
-        found, world = self.lookups(tokens), self.ranks.world
+        found = self.lookups(tokens.cpu())
         if not self.masks:
             self.tables = [tables for _, tables in found]
-            self.masks = [
-                torch.zeros(world, -(-len(tables[0]) // world), dtype=torch.uint8, device=x.device)
-                for x, tables in found
-            ]
-            pinned = tokens.is_cuda
-            self.counts = torch.empty(len(found), world, dtype=torch.int64, pin_memory=pinned)
-            self.copied = torch.cuda.Event() if pinned else None
-        for mask, (rows, tables) in zip(self.masks, found, strict=True):
-            rows = rows.reshape(-1).long().clamp(0, len(tables[0]) - 1)
-            mask.view(-1).index_fill_(0, rows % world * mask.size(1) + rows // world, 1)
-        counts = torch.stack([mask.sum(1) for mask in self.masks])
-        self.counts.copy_(counts, non_blocking=True)
-        if self.copied is not None:
-            self.copied.record()
+            self.masks = [numpy.zeros(len(tables[0]), dtype=bool) for tables in self.tables]
+        for mask, (rows, _) in zip(self.masks, found, strict=True):
+            mask[rows.clamp(0, len(mask) - 1).numpy()] = True
         self.beside.mark(NOTED)
         self.noted = True
-
-    def _counted(self):
-        """Rows that this rank has looked up, by table and owner; None if no tokens were noted."""
-        if not self.noted:
-            return None
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.counts.tolist()
 
     @torch.no_grad()
     def routes(self):
         """{table: Route} of the step, of those that do not travel whole; tokens are noted anew
         after it. Called by all ranks."""
-        counts = self.ranks.collect(self._counted())
-        if not self.noted:
-            return {}
+        rows, counts = [], None
+        if self.noted:
+            slices = row_slices(self.ranks.world)
+            # of each table, the rows of each owner, counted among its own
+            rows = [[numpy.flatnonzero(mask[owned]) for owned in slices] for mask in self.masks]
+            counts = [[len(x) for x in of_owners] for of_owners in rows]
+        every = self.ranks.collect(counts)
         self.noted = False
+        for mask in self.masks:
+            mask.fill(False)
+        if None in every:
+            return {}
         with self.beside.behind(NOTED):
-            routes = {} if None in counts else self._swap_numbers(counts)
-            for mask in self.masks:
-                mask.zero_()
-        return routes
+            return self._swap_numbers(rows, every)
 
-    def _swap_numbers(self, counts):
-        """As `routes`, of rows looked up by rank, table and owner."""
+    def _swap_numbers(self, rows, counts):
+        """As `routes`, of this rank's rows by table and owner, and of how many every rank has."""
         world, me = self.ranks.world, self.ranks.rank
         sends, receives, routes = [], [], {}
         for index, (mask, tables) in enumerate(zip(self.masks, self.tables, strict=True)):
-            row_bytes = sum(table[0].nbytes for table in tables)
-            own = [len(range(len(tables[0]))[rows]) for rows in row_slices(world)]
-            # the numbers of the rows with a 1 come first, in ascending order
-            numbers = mask.argsort(dim=1, descending=True, stable=True).int()
+            row_bytes, device = sum(table[0].nbytes for table in tables), tables[0].device
+            own = [len(range(len(mask))[owned]) for owned in row_slices(world)]
             route = Route()
             for peer in (rank for rank in range(world) if rank != me):
                 out, come = counts[me][index][peer], counts[peer][index][me]
                 if go_as_rows(out, own[peer], row_bytes):
-                    route.sent[peer] = numbers[peer, :out]
+                    route.sent[peer] = _on_device(rows[index][peer], device)
                     sends.append((peer, route.sent[peer]))
                 if go_as_rows(come, own[me], row_bytes):
-                    route.landed[peer] = numbers.new_empty(come)
+                    route.landed[peer] = torch.empty(come, dtype=torch.int32, device=device)
                     receives.append((peer, route.landed[peer]))
             routes |= dict.fromkeys(tables, route)
         self.ranks.swap(sends, receives).wait()
         return routes
+
+
+def _on_device(
+    numbers,  # array (n,) of integers
+    device,
+):
+    """A tensor (n,) int32, for which the host does not wait."""
+    numbers = torch.from_numpy(numbers).int()
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)

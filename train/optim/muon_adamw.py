@@ -6,7 +6,6 @@ update's business (updates.py), which sees `Table`s and `Stack`s and no model.
 """
 
 import collections
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from nanofuse.train.optim.watch import GradientWatch
 from nanofuse.train.ranks import ALONE
 
 DENSE = ("lm_head",)  # roles of tables that have a gradient in every row
+AHEAD_BYTES = 2**31  # of buckets whose gradients are on their way together
 
 
 class _Held(NamedTuple):
@@ -61,6 +61,8 @@ class MuonAdamW:
         watch: GradientWatch of every step's gradients.
         buckets: what is updated together, train.optim.parts.Bucket; alone there is one.
         tables, stacks: the Tables and Stacks that this rank updates, of all buckets.
+        operands: model.fp8.operands.Operands of a model that several ranks train, which follow the
+            matrices within a step; None: they follow after it, or there are none.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MuonAdamW:
         lookups=None,
     ):
         self.config, self.lr_scale, self.ranks = config, lr_scale, ranks
+        self.operands = None
         self.step_count = 0
         named = dict(member for members in roles.values() for member in members)
         self.parameters = list(named.values())
@@ -95,6 +98,7 @@ class MuonAdamW:
             if shares := bucket.shares:
                 bucket.update = update(bucket.tables, bucket.stacks, shares, config)
                 bucket.squares = bucket.update.squares_of(shares)
+        self.last_of_matrices = [b for b in self.buckets if b.matrices][-1]
         self.sharing = Sharing(ranks, beside, marks, lookups) if ranks.world > 1 else None
         self.watch = GradientWatch(named, self.parameters[0].device)
         self.update = self.buckets[0].update
@@ -110,10 +114,10 @@ class MuonAdamW:
 
     def note(
         self,
-        tokens,  # (B, T) integer
+        tokens,  # (B, T) integer on the CPU
     ):
-        """Take note of a micro-step's tokens, before its passes: rows of tables that no noted token
-        has looked up have no gradient. Where a rank notes none in a step, all rows travel."""
+        """Take note of a micro-step's tokens: rows of tables that no noted token has looked up have
+        no gradient in the step. Where a rank notes none, all rows travel."""
         if self.sharing:
             self.sharing.note(tokens)
 
@@ -139,22 +143,36 @@ class MuonAdamW:
             self._step_together(numbers)
         else:
             self.update(numbers, self.watch.ok)
-        # kernels and views have written the parameters, which torch has not seen
+            self._changed()
+
+    def _changed(self):
+        """Kernels and views have written the parameters, which torch has not seen."""
         torch.autograd.graph.increment_version(self.parameters)
 
     def _step_together(self, numbers):
-        """While a bucket is updated, the next one's gradients and the last one's values travel."""
+        """While a bucket is updated, gradients of those to come and values of those before travel;
+        behind the matrices what the next forward pass takes of them, under the tables' update."""
+        if self.operands:
+            self.operands.settle_scales()  # a word of all ranks, before what takes long
         squares = torch.zeros_like(self.watch.norm)
-        returns = []
-        ahead = self.sharing.send_gradients(self.buckets[0])
-        for bucket, following in itertools.zip_longest(self.buckets, self.buckets[1:]):
-            arriving, ahead = ahead, following and self.sharing.send_gradients(following)
-            self.sharing.add_gradients(bucket, arriving)
+        returns, arriving, waiting = [], collections.deque(), collections.deque(self.buckets)
+        for bucket in self.buckets:
+            ahead = sum(sent.nbytes for sent, _ in arriving)
+            while waiting and (not arriving or ahead + waiting[0].nbytes <= AHEAD_BYTES):
+                ahead += waiting[0].nbytes
+                arriving.append((waiting[0], self.sharing.send_gradients(waiting.popleft())))
+            self.sharing.add_gradients(*arriving.popleft())
             if bucket.update:
                 if bucket.owned or self.ranks.main:  # what is everybody's counts once
                     squares += bucket.squares().sum()
                 bucket.update(numbers, self.watch.ok)
             returns.append(self.sharing.return_values(bucket))
+            if bucket is self.last_of_matrices:
+                self._changed()
+                if self.operands:
+                    self.operands.lead()
+        if self.operands:
+            self.operands.arrive()
         for pending in returns:
             pending.wait()
         self.watch.norm.copy_(self.ranks.total(squares).sqrt())

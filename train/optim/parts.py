@@ -122,6 +122,7 @@ class Bucket:
         tables, stacks: what this rank updates.
         owned: where several ranks train, all that has an owner, alike on every rank; empty where
             every rank updates all of it.
+        matrices: whether there is a factor of the forward pass's products in it, of any rank.
         update: of updates.py; None where this rank has nothing to update.
         squares: called for the sums of squares of this rank's gradients.
     """
@@ -129,8 +130,14 @@ class Bucket:
     tables: list[Table]
     stacks: list[Stack]
     owned: list[Owned]
+    matrices: bool = False
     update: Any = None
     squares: Any = None
+
+    @property
+    def nbytes(self):
+        """Of the gradients of all that has an owner."""
+        return sum(part.grad().nbytes for part in self.owned)
 
     @property
     def shares(self):
@@ -185,7 +192,8 @@ def _matrices_of_stack(params, values, grads, owners, ranks, apart):
 
 def make_buckets(tables, stored, masters, ranks, hides=False):
     """[Bucket] without updates: alone one of everything. Else what every rank updates comes first,
-    a stack follows the other, then tables, so that matrices are updated while tables travel.
+    a stack follows the other, then tables, so that matrices are updated while tables travel: those
+    of which every row has a gradient, and then the largest, so that little is left to return last.
 
     Args:
         tables: [(name, parameter, AdamWHyper, whether all rows have a gradient)].
@@ -196,14 +204,14 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
         hides: whether gradients travel beside the backward pass: matrix by matrix then, and tables
             come before stacks, so that their values return while matrices are updated.
     """
-    common, stacked, of_tables, room = Bucket([], [], []), [], [], 0
+    common, stacked, of_tables, room = Bucket([], [], [], matrices=True), [], [], 0
     for params, values, grads, owners in stored:
         if ranks.world == 1 or owners[0] is None:
             common.stacks.append(Stack(params, values, grads))
         else:
             parts = _matrices_of_stack(params, values, grads, owners, ranks, apart=hides)
-            stacked.append(Bucket([], *parts))
-    for name, p, hyper, dense in tables:
+            stacked.append(Bucket([], *parts, matrices=True))
+    for name, p, hyper, dense in sorted(tables, key=lambda table: (not table[3], -table[1].nbytes)):
         if ranks.world == 1 or is_small(p.shape):
             common.tables.append(new_table(name, Share(p), hyper))
             continue
@@ -212,6 +220,7 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
             room = BUCKET_BYTES
         room -= p.nbytes
         mine, owned = _rows_of_table(name, p, hyper, dense, ranks, masters.get(p))
+        of_tables[-1].matrices |= dense
         of_tables[-1].tables.append(mine)
         of_tables[-1].owned += owned
     return [common, *of_tables, *stacked] if hides else [common, *stacked, *of_tables]

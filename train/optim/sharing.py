@@ -117,7 +117,7 @@ class Sharing:
 
     def note(
         self,
-        tokens,  # (B, T) integer
+        tokens,  # (B, T) integer on the CPU
     ):
         """Take note of a micro-step's tokens."""
         if self.lookups:

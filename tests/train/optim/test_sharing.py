@@ -187,10 +187,10 @@ def fused(ranks, gemm, **fields):
     model = random_model(GPTConfig.from_depth(head_dim=16, **sizes), torch.float32)
     called = FusedGPT(model, gemm(), peers=peers_of(ranks))
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
+    called.operands.recorded = True
     take_steps(model, optimizer, ranks, 1)
     assert ranks.world == 1 or len(optimizer.sharing.routes) == len(model.tables())
     assert all(not p.grad.any() for p in model.parameters())
-    called.operands.recorded = True
     follow(called)
     state = {name: x.clone() for name, x in called.operands.state_dict().items()}
     with gathered(called):  # as a run that goes on with an evaluation
