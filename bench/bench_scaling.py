@@ -7,9 +7,8 @@ For every --depth and every number of ranks that the machine has GPUs for (--wor
 2. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
    values', on GPUs that do nothing else.
 3. The schemes take turns, a step each on the same batches, till every one has --rounds steps:
-   "owned" is the product (train/optim/sharing.py), "hidden" the same with transfers beside the
-   passes (model/beside.py; where --schemes names it), "nanochat" and "all-reduce" are written for
-   the bench (bench/schemes.py) on the same model and kernels. A scheme that memory has no room for
+   "owned" is the product (train/optim/sharing.py), "nanochat" and "all-reduce" are written for the
+   bench (bench/schemes.py) on the same model and kernels. A scheme that memory has no room for
    beside the others is left out, and that is said; --schemes chooses.
 
 Before a number counts, losses are compared, and weights of all ranks. Steps begin on all ranks at

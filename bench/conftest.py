@@ -8,7 +8,7 @@ import torch
 
 from nanofuse.bench.harness import MAX_ROUNDS, ON_GPU, listed
 from nanofuse.bench.report import step_table, table_lines
-from nanofuse.bench.scaling import SCHEMES, USUAL, WORLDS, scaling_table
+from nanofuse.bench.scaling import SCHEMES, WORLDS, scaling_table
 from nanofuse.bench.training import STEP_ROWS
 from nanofuse.model.providers import PRODUCTS, choices
 from nanofuse.train.device import device_name, select_device
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     )
     group = parser.getgroup("bench_scaling")
     group.addoption("--worlds", default="", help="numbers of ranks; default 1,2,4,8 as GPUs allow")
-    group.addoption("--schemes", default=",".join(USUAL), help="ways to share a step")
+    group.addoption("--schemes", default=",".join(SCHEMES), help="ways to share a step")
 
 
 def pytest_configure(config):

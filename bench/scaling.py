@@ -8,8 +8,7 @@ from multiprocessing.connection import wait
 
 from nanofuse.bench.scaling_worker import work
 
-SCHEMES = ("owned", "hidden", "nanochat", "all-reduce")
-USUAL = ("owned", "nanochat", "all-reduce")  # "hidden" has not run on two GPUs yet
+SCHEMES = ("owned", "nanochat", "all-reduce")
 WORLDS = (1, 2, 4, 8)
 WAITING = ("gradients", "values")  # phases of a step in which it waits for other ranks
 CLOSE_SECONDS = 60

@@ -82,11 +82,10 @@ class Contender:
         batches = workload.batches(machine.device)
         self.batches = batches[self.crew.rank :: self.crew.world]
         self.tokens = [inputs.cpu() for inputs, _ in self.batches]
-        hide = name == "hidden"
-        owned = self.crew if hide or name == "owned" else ALONE
+        owned = self.crew if name == "owned" else ALONE
         fp8 = select_fp8(task.fp8, machine, workload.config, workload.rows)
         self.built = built = assemble(
-            workload.config, machine, optim, fp8, rows=workload.rows, ranks=owned, hide=hide
+            workload.config, machine, optim, fp8, rows=workload.rows, ranks=owned
         )
         if name == "nanochat":
             built.optimizer = self._nanochat(machine, optim)
@@ -114,9 +113,9 @@ class Contender:
         start, add_gradients = sharing.start, sharing.add_gradients
         return_values = sharing.return_values
 
-        def begin(buckets):
+        def begin():
             with self.phase("gradients"):
-                start(buckets)
+                start()
 
         def add(bucket, arriving):
             with self.phase("gradients"):

@@ -128,7 +128,8 @@ def number_bytes(config, world, seen, fused=True):
 
 @cache
 def buckets(config, world, fused=True, seen=()):
-    """The Buckets of a step, but for what is everybody's: stacks of a shape, then tables."""
+    """The Buckets of a step, but for what is everybody's: stacks of a shape, then lm_head and the
+    tables, the largest first."""
     matrices = [kind for kind in kinds(config, fused) if not kind.table]
     dealt = matrix_owners([(kind.units, kind.shapes) for kind in matrices], world)
     stacks, room = {}, 0
@@ -141,8 +142,10 @@ def buckets(config, world, fused=True, seen=()):
                 bucket.count(kind, owner, *shape)
     found = list(stacks.values())
     by_number = rows_by_number(config, world, seen, fused)
-    for kind in kinds(config, fused):
-        for _ in range(kind.units if kind.table else 0):
+    tables = [kind for kind in kinds(config, fused) if kind.table]
+    tables.sort(key=lambda kind: (bool(kind.lookup), -kind.nbytes // kind.units))
+    for kind in tables:
+        for _ in range(kind.units):
             ((rows, columns),) = kind.shapes
             moved = by_number.get(kind.lookup, [None] * world)
             nbytes = rows * columns * kind.width

@@ -18,7 +18,6 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, MULTIPLE, Scaling
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.embedding_grad import sort_rows
 from nanofuse.kernels.softcap_cross_entropy import IGNORE_INDEX
-from nanofuse.model.beside import IN_ORDER
 from nanofuse.model.fp8.operands import Operands
 from nanofuse.model.fp8.precision import Precision
 from nanofuse.model.fp8.products import PlainGemm
@@ -119,13 +118,12 @@ class FusedGPT(nn.Module):
         peers: model.fp8.peers.Peers, where several ranks share the optimiser. Every rank then makes
             its FusedGPT at once, and what is not a rank's own leaves its memory: evaluation in FP8,
             and what else reads the parameters, goes within `gathered`.
-        beside: model.beside.InOrder, the order of what travels between them.
 
     Raises:
         ValueError: a width that the MLP's kernel does not take.
     """
 
-    def __init__(self, model, gemm, graphs=False, peers=None, beside=IN_ORDER):
+    def __init__(self, model, gemm, graphs=False, peers=None):
         super().__init__()
         config = model.config
         if config.n_embd % MULTIPLE:
@@ -137,8 +135,8 @@ class FusedGPT(nn.Module):
         self.graphs, self.graphed = graphs, None
         self.ran = False  # whether a whole training pass has run in this process
         pieces = fused_pieces(model)
-        self.model, self.beside = model, beside
-        self.weights = Weights(pieces, model.dtype, peers, beside)
+        self.model = model
+        self.weights = Weights(pieces, model.dtype, peers)
         *self.pieces, self.head = pieces
         for p in model.parameters():
             if p.grad is None:
@@ -155,18 +153,6 @@ class FusedGPT(nn.Module):
         self.precision = Precision(gemm, scaling, norm_scaling)
         self.operands = Operands(self.weights, scaling)
         self.operands.follow()
-
-    def final_marks(self):
-        """{parameter: number of the mark (model.beside) behind which a backward pass no longer
-        changes its gradient}."""
-        order = [self.head, *reversed(self.pieces)]
-        marks = dict.fromkeys(self.model.parameters(), len(order) - 1)
-        for number, piece in enumerate(order):
-            linears = [linear for weight in piece.weights for linear in weight.linears]
-            marks |= {linear.weight: number for linear in (*linears, *piece.matrices)}
-            if isinstance(piece, FusedAttention) and piece.value_table is not None:
-                marks[piece.value_table] = number
-        return marks
 
     def describe(self):
         """One line for the log: which kernels run, and which do not and why."""
@@ -278,8 +264,6 @@ class FusedGPT(nn.Module):
         """
         step.order = sort_rows(step.tokens, self.model.config.padded_vocab_size)
         grad = self.head.backward(step, step.saved.pop(), grad_loss)
-        self.beside.mark(0)
-        for number, piece in enumerate(reversed(self.pieces), 1):
+        for piece in reversed(self.pieces):
             grad = piece.backward(step, step.saved.pop(), grad)
-            self.beside.mark(number)
         self.ran = True

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from nanofuse.model.backends.choice import select_attention
-from nanofuse.model.beside import IN_ORDER, Beside
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.peers import Peers
 from nanofuse.model.fp8.shapes import product_shapes
@@ -79,10 +78,8 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     """
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
     stored, masters = fused.weights.stacks, fused.weights.masters
-    travel = fused.beside, fused.final_marks(), fused.model.lookups
-    optimizer = MuonAdamW(
-        roles, optim, width, lr_scale, KernelUpdate, stored, ranks, masters, *travel
-    )
+    shared = stored, ranks, masters, fused.model.lookups
+    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, *shared)
     fused.operands.taken = optimizer.watch.ok
     if ranks.world > 1:
         optimizer.operands = fused.operands
@@ -104,7 +101,6 @@ def assemble(
     ranks=ALONE,
     ready=lambda: None,
     ended=lambda phase: None,
-    hide=False,
 ):
     """Build model and optimiser.
 
@@ -124,8 +120,6 @@ def assemble(
         ranks: train.ranks.Ranks that share the optimiser.
         ready: called before the first kernel of this project or of an attention backend.
         ended: called with the name of each phase of the work as it ends.
-        hide: have the fused backend's transfers between GPUs beside its passes. bench_scaling
-            measures it; nobody has run it on two GPUs.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -158,8 +152,7 @@ def assemble(
         graphs = cuda_graphs and machine.device.type == "cuda"
         ranks.agree()  # all have compiled what comes before the first word by NCCL
         with naming_flags("--backend fused: "):
-            beside = Beside(machine.device) if hide and ranks.world > 1 else IN_ORDER
-            model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks), beside)
+            model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks))
         optimizer = fused_optimizer(model, optim, lr_scale, ranks)
         products = len(model.weights.all())
         facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")

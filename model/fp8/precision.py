@@ -20,7 +20,6 @@ class Precision:
 
     def weight(self, weight):
         """What the products of a forward pass take of a LinearWeight."""
-        weight.beside.wait(weight.name)
         return weight.operand if self.gemm.fp8 else weight.plain()
 
     def operand(

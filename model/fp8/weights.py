@@ -10,16 +10,12 @@ travels to the others is that, FP8 row-major or `dtype`: between two updates the
 of the matrix. What wants the values themselves asks for them: `Weights.gathered`.
 """
 
-import collections
 import contextlib
 
 import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, FP8Operand, empty_operand
 from nanofuse.kernels.quantize import quantize
-from nanofuse.model.beside import IN_ORDER
-
-STRETCH = 4  # LinearWeights whose operands travel together beside a pass: those of a layer
 
 
 def absent(x):
@@ -42,10 +38,7 @@ class LinearWeight:
         whole: (N, K) fp32, `master` where that is all rows; else None, but for `gathered`.
         operand: what the GEMMs take, of `refresh`: an FP8Operand, or (N, K) in `dtype`.
         dtype: of the operand without FP8, of Weights.
-        beside: model.beside.InOrder, of Weights: the operand may still be on its way.
     """
-
-    beside = IN_ORDER
 
     def __init__(self, name, linears, stacked=True):
         self.name, self.linears, self.stacked = name, linears, stacked
@@ -134,7 +127,6 @@ class Weights:
         dtype: of operands without FP8.
         peers: model.fp8.peers.Peers, where several ranks share the optimiser; None: all is this
             rank's.
-        beside: model.beside.InOrder, the order in which operands travel.
 
     Attributes:
         stacks: [(parameters in the order of the stack, the matrices (n, R, C) of those that this
@@ -146,14 +138,14 @@ class Weights:
         masters: {parameter: rows (n, K) fp32} of other parameters that are here in part.
     """
 
-    def __init__(self, pieces, dtype, peers=None, beside=IN_ORDER):
+    def __init__(self, pieces, dtype, peers=None):
         self.weights = [weight for piece in pieces for weight in piece.weights]
         self.peers, self.rank = peers, peers.rank if peers else 0
-        self.beside, self.stacks, self.masters = beside, [], {}
-        self.coming = collections.deque()  # of `exchange`: (Pending, [LinearWeight])
+        self.stacks, self.masters = [], {}
+        self.coming = None  # Pending of `exchange`
         kinds, shapes = {}, {}
         for weight in self.weights:
-            weight.dtype, weight.beside = dtype, beside
+            weight.dtype = dtype
             if weight.stacked:
                 kinds.setdefault(weight.name.split(".")[0], []).append(weight)
             else:
@@ -267,28 +259,18 @@ class Weights:
         self.stacks.append(([linear.weight for linear in linears], values, grads, owners))
 
     def exchange(self):
-        """Start bringing every rank what others have made anew of the operands, the first layers'
-        first; `arrive` waits for it."""
-        if self.peers is None:
-            return
-        size = STRETCH if self.beside.hides else len(self.weights)
-        for first in range(0, len(self.weights), size):
-            stretch = self.weights[first : first + size]
-            with self.beside.behind():
-                pending = self.peers.spread([(weight.parts, weight.wire) for weight in stretch])
-            self.coming.append((pending, stretch))
-        if self.beside.hides:
-            self.arrive()
+        """Start bringing every rank what others have made anew of the operands; `arrive` waits for
+        it."""
+        if self.peers is not None:
+            self.coming = self.peers.spread([(x.parts, x.wire) for x in self.weights])
 
     def arrive(self):
         """Complete the operands that are on their way."""
-        while self.coming:
-            pending, stretch = self.coming.popleft()
-            with self.beside.behind():
-                pending.wait()
-                for weight in stretch:
-                    weight.complete()
-                    self.beside.arrive(weight.name)
+        if self.coming is not None:
+            self.coming.wait()
+            self.coming = None
+            for weight in self.weights:
+                weight.complete()
 
     @contextlib.contextmanager
     def gathered(self):

@@ -38,7 +38,7 @@ DEFAULTS = {
         ({"--worlds": "1,3"}, "--worlds 3: choose from 1, 2, 4, 8"),
         (
             {"--schemes": "owned,ddp"},
-            "--schemes ddp: choose from owned, hidden, nanochat, all-reduce",
+            "--schemes ddp: choose from owned, nanochat, all-reduce",
         ),
         ({"--device-batch-size": 24}, "--device-batch-size 24: give a divisor of 256"),
         ({"--device-batch-size": 2**63}, "give a divisor of 256"),

@@ -39,7 +39,7 @@ def moved(ranks, config, dtype, fused, tokens=None):
     if tokens is not None:
         optimizer.note(tokens)
     before = ranks.moved
-    optimizer.sharing.start(optimizer.buckets)
+    optimizer.sharing.start()
     numbers = ranks.moved - before
     found = []
     for bucket in optimizer.buckets:

@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 
-from nanofuse.model.beside import IN_ORDER
 from nanofuse.train.placement import go_as_rows, row_slices
-
-NOTED = "rows"  # the mark behind the latest note
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,10 @@ class Lookups:
     Args:
         ranks: train.ranks.Ranks.
         lookups: GPT.lookups.
-        beside: model.beside.InOrder.
     """
 
-    def __init__(self, ranks, lookups, beside=IN_ORDER):
-        self.ranks, self.lookups, self.beside = ranks, lookups, beside
+    def __init__(self, ranks, lookups):
+        self.ranks, self.lookups = ranks, lookups
         self.masks, self.tables = [], []  # of what is looked up alike: array (R,) bool, [table]
         self.noted = False  # whether there were tokens in this step
 
@@ -76,7 +72,6 @@ class Lookups:
             self.masks = [numpy.zeros(len(tables[0]), dtype=bool) for tables in self.tables]
         for mask, (rows, _) in zip(self.masks, found, strict=True):
             mask[rows.clamp(0, len(mask) - 1).numpy()] = True
-        self.beside.mark(NOTED)
         self.noted = True
 
     @torch.no_grad()
@@ -93,10 +88,7 @@ class Lookups:
         self.noted = False
         for mask in self.masks:
             mask.fill(False)
-        if None in every:
-            return {}
-        with self.beside.behind(NOTED):
-            return self._swap_numbers(rows, every)
+        return {} if None in every else self._swap_numbers(rows, every)
 
     def _swap_numbers(self, rows, counts):
         """As `routes`, of this rank's rows by table and owner, and of how many every rank has."""

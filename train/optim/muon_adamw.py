@@ -13,7 +13,6 @@ import torch
 
 from nanofuse.kernels.adamw import AdamWHyper
 from nanofuse.kernels.muon_update import second_moment_shape
-from nanofuse.model.beside import IN_ORDER
 from nanofuse.train.errors import UserError
 from nanofuse.train.optim.config import ADAMW_EPS
 from nanofuse.train.optim.parts import Share, make_buckets, stacks_of_a_shape
@@ -50,7 +49,6 @@ class MuonAdamW:
             together, Weights.stacks; None: those of one shape are stacked for each step.
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
         masters: {parameter: this rank's rows}, Weights.masters; None: none.
-        beside, marks: model.beside.InOrder and FusedGPT.final_marks, for Sharing.
         lookups: GPT.lookups, where gradients of tables are to travel as the rows that occurred.
 
     Raises:
@@ -75,8 +73,6 @@ class MuonAdamW:
         stored=None,
         ranks=ALONE,
         masters=None,
-        beside=IN_ORDER,
-        marks=None,
         lookups=None,
     ):
         self.config, self.lr_scale, self.ranks = config, lr_scale, ranks
@@ -93,13 +89,13 @@ class MuonAdamW:
             tables += [(name, p, hyper, role in DENSE) for name, p in roles.get(role, [])]
         self.matrices = [p for _, p in roles["matrices"]]
         stored = stored or stacks_of_a_shape(self.matrices, ranks.world)
-        self.buckets = make_buckets(tables, stored, masters or {}, ranks, beside.hides)
+        self.buckets = make_buckets(tables, stored, masters or {}, ranks)
         for bucket in self.buckets:
             if shares := bucket.shares:
                 bucket.update = update(bucket.tables, bucket.stacks, shares, config)
                 bucket.squares = bucket.update.squares_of(shares)
         self.last_of_matrices = [b for b in self.buckets if b.matrices][-1]
-        self.sharing = Sharing(ranks, beside, marks, lookups) if ranks.world > 1 else None
+        self.sharing = Sharing(ranks, lookups) if ranks.world > 1 else None
         self.watch = GradientWatch(named, self.parameters[0].device)
         self.update = self.buckets[0].update
         self.squares = self.update.squares_of([Share(p) for p in self.parameters])
@@ -132,7 +128,7 @@ class MuonAdamW:
             weight_decay: Muon's decoupled decay, already scaled and scheduled.
         """
         if self.sharing:
-            self.sharing.start(self.buckets)
+            self.sharing.start()
         self.step_count += 1
         # before anything is summed over ranks: where a sum of finite parts overflows, their squares
         # have done so already

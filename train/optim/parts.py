@@ -170,16 +170,16 @@ def new_table(name, share, hyper):
     return Table(name, share, *moments, hyper)
 
 
-def _matrices_of_stack(params, values, grads, owners, ranks, apart):
+def _matrices_of_stack(params, values, grads, owners, ranks):
     """[the Stack of what this rank owns], empty where it owns nothing, and the Owned of all ranks:
-    a run of matrices where their gradients lie in a row and not `apart`, else each by itself.
+    a run of matrices where their gradients lie in a row, else each by itself.
     Matrices that lie in `values` are with their owner alone, and are not returned."""
     owned, stacks = [], []
     for rank in range(ranks.world):
         first, count = owners.index(rank) if rank in owners else 0, owners.count(rank)
         mine = slice(first, first + count)
         run = None if grads is None else grads[mine]
-        if count and run is not None and run.is_contiguous() and not apart:
+        if count and run is not None and run.is_contiguous():
             owned.append(Owned(rank, None, lambda run=run: run, params[mine]))
         else:
             for p in params[mine]:
@@ -190,7 +190,7 @@ def _matrices_of_stack(params, values, grads, owners, ranks, apart):
     return stacks, owned
 
 
-def make_buckets(tables, stored, masters, ranks, hides=False):
+def make_buckets(tables, stored, masters, ranks):
     """[Bucket] without updates: alone one of everything. Else what every rank updates comes first,
     a stack follows the other, then tables, so that matrices are updated while tables travel: those
     of which every row has a gradient, and then the largest, so that little is left to return last.
@@ -201,15 +201,13 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
             owners)].
         masters: {parameter: this rank's rows} of tables whose rows lie with their owners alone.
         ranks: train.ranks.Ranks.
-        hides: whether gradients travel beside the backward pass: matrix by matrix then, and tables
-            come before stacks, so that their values return while matrices are updated.
     """
     common, stacked, of_tables, room = Bucket([], [], [], matrices=True), [], [], 0
     for params, values, grads, owners in stored:
         if ranks.world == 1 or owners[0] is None:
             common.stacks.append(Stack(params, values, grads))
         else:
-            parts = _matrices_of_stack(params, values, grads, owners, ranks, apart=hides)
+            parts = _matrices_of_stack(params, values, grads, owners, ranks)
             stacked.append(Bucket([], *parts, matrices=True))
     for name, p, hyper, dense in sorted(tables, key=lambda table: (not table[3], -table[1].nbytes)):
         if ranks.world == 1 or is_small(p.shape):
@@ -223,4 +221,4 @@ def make_buckets(tables, stored, masters, ranks, hides=False):
         of_tables[-1].matrices |= dense
         of_tables[-1].tables.append(mine)
         of_tables[-1].owned += owned
-    return [common, *of_tables, *stacked] if hides else [common, *stacked, *of_tables]
+    return [common, *stacked, *of_tables]

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from nanofuse.model.beside import IN_ORDER
 from nanofuse.train.optim.lookups import ALL, Lookups
 from nanofuse.train.ranks import Pending
-
-STRETCH_BYTES = 2**25  # of gradients that leave together beside a backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +100,14 @@ class Sharing:
 
     Args:
         ranks: train.ranks.Ranks.
-        beside: model.beside.InOrder, the order of transfers and of what computes.
-        marks: FusedGPT.final_marks, where `beside` hides transfers.
         lookups: GPT.lookups; None: all rows of tables travel.
     """
 
-    def __init__(self, ranks, beside=IN_ORDER, marks=None, lookups=None):
-        self.ranks, self.beside, self.marks = ranks, beside, marks
+    def __init__(self, ranks, lookups=None):
+        self.ranks = ranks
         self.others = [rank for rank in range(ranks.world) if rank != ranks.rank]
-        self.lookups = lookups and Lookups(ranks, lookups, beside)
+        self.lookups = lookups and Lookups(ranks, lookups)
         self.routes = {}  # {table: Route} of this step, of those that do not travel whole
-        self.early = {}  # {Owned: the Sent of it and others}
 
     def note(
         self,
@@ -123,32 +117,18 @@ class Sharing:
         if self.lookups:
             self.lookups.note(tokens)
 
-    def start(self, buckets):
-        """Find out which rows of tables travel. Where transfers are hidden, start sending all
-        gradients of a backward pass that is still under way, each stretch behind its mark."""
+    def start(self):
+        """Find out which rows of tables travel."""
         if self.lookups:
             self.routes = self.lookups.routes()
-        if not self.beside.hides:
-            return
-        parts = [(max(map(self.marks.get, x.params)), x) for b in buckets for x in b.owned]
-        parts.sort(key=lambda pair: pair[0])
-        stretch, size = [], 0
-        for index, (mark, part) in enumerate(parts):
-            stretch.append(part)
-            size += part.grad().nbytes
-            if size >= STRETCH_BYTES or index == len(parts) - 1:
-                with self.beside.behind(mark):
-                    sent = self._send(stretch)
-                self.early |= dict.fromkeys(stretch, sent)
-                stretch, size = [], 0
 
     def _route(self, part):
         return self.routes.get(part.params[0], ALL)
 
-    def _send(self, parts):
-        """Start sending gradients to their owners; the Sent."""
+    def send_gradients(self, bucket):
+        """Start sending every gradient of a bucket to its owner; the Sent."""
         sends, receives, landed = [], [], {}
-        for part in parts:
+        for part in bucket.owned:
             grad, route = part.grad(), self._route(part)
             if part.owner == self.ranks.rank:
                 landed[part] = {rank: route.room(grad, rank) for rank in self.others}
@@ -157,29 +137,15 @@ class Sharing:
                 sends.append((part.owner, route.pack(grad, part.owner)))
         return Sent(self.ranks.swap(sends, receives), landed, sends)
 
-    def send_gradients(self, bucket):
-        """Start sending every gradient of a bucket to its owner, unless `start` has.
-
-        Returns:
-            what `add_gradients` takes.
-        """
-        if bucket.owned and not self.early:
-            return [self._send(bucket.owned)]
-        found = {id(sent): sent for sent in map(self.early.pop, bucket.owned)}
-        return list(found.values())
-
-    def add_gradients(self, bucket, arriving):
+    def add_gradients(self, bucket, sent):
         """Leave the sums over ranks in the gradients of a bucket that this rank owns, or that are
         everybody's; those of others stay as they are."""
-        landed = {}
-        for sent in arriving:
-            sent.pending.wait()
-            landed |= sent.landed
+        sent.pending.wait()
         with self.ranks.exposed:
             for part in bucket.owned:
                 if part.owner == self.ranks.rank:
                     grad, route = part.grad(), self._route(part)
-                    parts = landed[part] | {self.ranks.rank: grad}
+                    parts = sent.landed[part] | {self.ranks.rank: grad}
                     order = range(self.ranks.world)
                     rows = [route.landed.get(rank) for rank in order]
                     add_in_rank_order([parts[rank] for rank in order], grad, rows)
