@@ -12,11 +12,8 @@ U is the optimiser's part of it; U_W that of the rank with most to update, by it
 FLOPs and of the rows. 0.3 % is for steps that differ between GPUs, 0.3 ms for the small
 collectives. E is the communication that is exposed:
 
-    today     what is left of transfers, of 0.03 ms + bytes / rate each, and of packed rows and our
-              sums of W parts, where each bucket's are beside the others' updates; behind them the
-              operands travel, and are transposed
-    hidden    what passes the last backward and the first forward pass, beside which a transfer
-              takes 1.7 times as long and costs a tenth of its time
+    today     what is left of transfers, of 0.03 ms + bytes / rate each, of packed rows, our sums of
+              W parts and operands that are transposed, where all travels beside the updates
     nanochat  the same for padded stacks, which are copied, and without our sums
     DDP       twice the gradients' bytes and no values; U_W = U
 
@@ -29,7 +26,7 @@ host adds its 8 parts first, and each GPU exchanges an eighth with its like on t
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +43,7 @@ from nanofuse.bench.traffic import (
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.command import CommandParser, run_command
 from nanofuse.train.errors import UserError
+from nanofuse.train.optim.muon_adamw import AHEAD_BYTES
 from nanofuse.train.placement import muon_cost
 from nanofuse.train.plan import REFERENCE_DEPTH
 from nanofuse.train.schedules import auto_batch_size
@@ -55,8 +53,6 @@ LATENCY_MS = 0.03  # of a transfer
 HOST_RATE, BETWEEN_RATE = 320e9, 45e9  # bytes/s of a GPU: in a host, and between hosts
 HOST_GPUS = 8
 JITTER, FIXED_MS = 1.003, 0.3
-HIDDEN_SLOWER, HIDDEN_COST = 1.7, 0.1  # of a transfer beside products
-FORWARD = 1 / 3  # of a micro-step
 ROWS = 32  # of a micro-step
 RECORD = "records/2026-11-29-loss-products"
 MEASURED = {4: 81.8, 8: 242.5, 16: 1037.8}  # its ms of a step of 524,288 tokens, FP8, by depth
@@ -189,10 +185,10 @@ def packing_ms(bucket):
 
 
 def pipeline_ms(found, operands, numbers):
-    """Buckets one after the other, as MuonAdamW.step takes them: while one is added and updated,
-    the next one's gradients travel, then its own values. The links carry one transfer at a time.
-    Rows of tables are packed before they travel; values are put in their places at the end. Then
-    the operands travel, FP8, and are transposed where they arrive.
+    """Buckets one after the other, as MuonAdamW.step takes them: gradients travel ahead of the
+    updates, values behind them, and behind the last matrices the operands, FP8. The links carry one
+    transfer at a time. Rows of tables are packed before they travel. At the end operands are
+    transposed, and values are put in their places.
 
     Args:
         found: Buckets of bench.traffic.
@@ -202,25 +198,30 @@ def pipeline_ms(found, operands, numbers):
     Returns:
         ms from the end of the backward pass until everything is there.
     """
-    world = len(operands)
-    links = [transfer_ms(busiest(b.moved), world) for b in found]
-    back = [transfer_ms(busiest(b.returned), world) if any(b.returned) else 0.0 for b in found]
-    packing = [packing_ms(bucket) for bucket in found]
-    computed = packing[0][0] + (transfer_ms(busiest(numbers), world) if any(numbers) else 0.0)
-    ahead = carried = computed + links[0]
-    returned = []  # when its values are there, and how long they take to be put in place
-    for index, bucket in enumerate(found):
-        arrived = ahead
-        if index + 1 < len(found):
-            computed += packing[index + 1][0]
-            ahead = carried = max(carried, computed) + links[index + 1]
-        computed = max(computed, arrived) + sums_ms(bucket) + update_ms(bucket) + packing[index][1]
-        carried = max(carried, computed) + back[index]
-        returned.append((carried, packing[index][2]))
+    world, waiting, arriving = len(operands), deque(found), deque()
+    computed = carried = transfer_ms(busiest(numbers), world) if any(numbers) else 0.0
+    returned, made = [], carried  # when values are there, and how long they take to be put in place
+    last = [bucket for bucket in found if bucket.matrices][-1]
+    for bucket in found:
+        ahead = sum(size for size, _ in arriving)
+        while waiting and (len(arriving) < 2 or ahead + sum(waiting[0].owned) <= AHEAD_BYTES):
+            following = waiting.popleft()
+            size = sum(following.owned)
+            ahead, computed = ahead + size, computed + packing_ms(following)[0]
+            carried = max(carried, computed) + transfer_ms(busiest(following.moved), world)
+            arriving.append((size, carried))
+        _, arrived = arriving.popleft()
+        _, packed, placed = packing_ms(bucket)
+        computed = max(computed, arrived) + sums_ms(bucket) + update_ms(bucket) + packed
+        if any(bucket.returned):
+            carried = max(carried, computed) + transfer_ms(busiest(bucket.returned), world)
+            returned.append((carried, placed))
+        if bucket is last:
+            carried = made = max(carried, computed) + transfer_ms(busiest(operands), world)
+    computed = max(computed, made) + 1e3 * 2 * (sum(operands) - min(operands)) / COPY_RATE
     for arrived, placed in returned:
         computed = max(computed, arrived) + placed
-    arrived = computed + transfer_ms(busiest(operands), world)
-    return arrived + 1e3 * 2 * (sum(operands) - min(operands)) / COPY_RATE
+    return computed
 
 
 def transfer_ms(nbytes, world):
@@ -285,20 +286,8 @@ def exposed_ms(depth, world, scheme):
         return end - optimizer_ms(config, world)
     if scheme == "DDP":
         return transfer_ms(2 * share * whole, world)
-    if scheme == "nanochat":
-        end, updates = nanochat_ms(config, world)
-        return end - updates
-    if world > HOST_GPUS:
-        moved = levels_ms(depth, world)
-    else:
-        values = sum(map(_returned, kinds(config)))
-        grads = sum(gradient_bytes(config, world, seen(depth, world)))
-        moved = [transfer_ms(share * x, world) for x in (grads, values)]
-    micro_step = alone_ms(depth) * ROWS * config.sequence_len / batch_tokens(depth)
-    micro_step = min(micro_step, alone_ms(depth) / world)
-    spans = (1 - FORWARD) * micro_step, FORWARD * micro_step
-    over = (max(HIDDEN_SLOWER * x - y, 0.0) for x, y in zip(moved, spans, strict=True))
-    return HIDDEN_COST * sum(moved) + sum(over)
+    end, updates = nanochat_ms(config, world)
+    return end - updates
 
 
 def step_ms(depth, world, scheme="today"):
@@ -351,18 +340,18 @@ def host_table():
     """Steps on the GPUs of one host."""
     text = _head(
         *("depth", "GPUs", "sent, MB", "if all rows", "exposed today"),
-        *("today", "hidden", "nanochat's", "DDP"),
+        *("today", "nanochat's", "DDP"),
     )
     for depth in DEPTHS:
         config, alone = GPTConfig.from_depth(depth), alone_ms(depth)
-        text += _row([f"d{depth}", "1", "", "", "", f"{alone:,.1f}", "", "", ""])
+        text += _row([f"d{depth}", "1", "", "", "", f"{alone:,.1f}", "", ""])
         for world in WORLDS:
             cells = [f"d{depth}", str(world)]
             for rows in (seen(depth, world), ()):
                 moved = gradient_bytes(config, world, rows), value_bytes(config, world)
                 cells.append(f"{sum(map(busiest, moved)) / 1e6:,.0f}")
             cells.append(f"{exposed_ms(depth, world, 'today'):.1f}")
-            schemes = "today", "hidden", "nanochat", "DDP"
+            schemes = "today", "nanochat", "DDP"
             text += _row(cells + [_step(depth, world, scheme, alone) for scheme in schemes])
     return text
 

@@ -80,7 +80,8 @@ def kinds(config, fused=True):
 class Bucket:
     """What moves together (train/optim/parts.py), by rank: bytes of the gradients that it owns, of
     those that every other rank sends to it, and of the values that it returns, and FLOPs of an
-    iteration of Muon; and elements by bytes of one. `packed` are those of rows of tables."""
+    iteration of Muon; and elements by bytes of one. `packed` are those of rows of tables,
+    `matrices` those with factors of products."""
 
     owned: list
     moved: list
@@ -88,6 +89,7 @@ class Bucket:
     flops: list
     elements: dict
     packed: bool = False
+    matrices: bool = False
 
     @classmethod
     def empty(cls, world):
@@ -103,6 +105,7 @@ class Bucket:
         self.owned[owner] += size * kind.width
         self.moved[owner] += (rows if moved is None else moved) * columns * kind.width
         self.packed |= bool(kind.lookup)
+        self.matrices |= not kind.lookup
         self.returned[owner] += size * kind.width * (not kind.operand)
         self.elements[kind.width] = self.elements.get(kind.width, 0) + size
         if not kind.table:

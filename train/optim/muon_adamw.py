@@ -22,7 +22,7 @@ from nanofuse.train.optim.watch import GradientWatch
 from nanofuse.train.ranks import ALONE
 
 DENSE = ("lm_head",)  # roles of tables that have a gradient in every row
-AHEAD_BYTES = 2**31  # of buckets whose gradients are on their way together
+AHEAD_BYTES = 2**31  # of buckets whose gradients are on their way together; two always are
 
 
 class _Held(NamedTuple):
@@ -154,7 +154,7 @@ class MuonAdamW:
         returns, arriving, waiting = [], collections.deque(), collections.deque(self.buckets)
         for bucket in self.buckets:
             ahead = sum(sent.nbytes for sent, _ in arriving)
-            while waiting and (not arriving or ahead + waiting[0].nbytes <= AHEAD_BYTES):
+            while waiting and (len(arriving) < 2 or ahead + waiting[0].nbytes <= AHEAD_BYTES):
                 ahead += waiting[0].nbytes
                 arriving.append((waiting[0], self.sharing.send_gradients(waiting.popleft())))
             self.sharing.add_gradients(*arriving.popleft())
