@@ -242,6 +242,7 @@ def work(rank, world, port, pipe, task):
     if ON_GPU:
         torch.cuda.set_device(rank)
         machine = select_machine("cuda", task.backend, rank)
+        torch.set_num_threads(max((os.cpu_count() or 1) // world, 1))  # as train.run --gpus
     else:
         torch.set_num_threads(1)
         machine = select_machine("cpu", task.backend)

@@ -14,6 +14,10 @@ import torch
 
 from nanofuse.train.placement import go_as_rows, row_slices
 
+# elements of a tensor, up to which torch's operations keep to their thread on a CPU: where the
+# ranks of a host have more threads than it has cores, these wait for each other
+ALONE_BELOW = 2**15 - 1
+
 
 @dataclass(frozen=True)
 class Route:
@@ -66,12 +70,14 @@ class Lookups:
     ):
         """Take note of a micro-step's tokens. Those that are outside of a table count as its first
         or last row."""
-        found = self.lookups(tokens.cpu())
-        if not self.masks:
-            self.tables = [tables for _, tables in found]
-            self.masks = [numpy.zeros(len(tables[0]), dtype=bool) for tables in self.tables]
-        for mask, (rows, _) in zip(self.masks, found, strict=True):
-            mask[rows.clamp(0, len(mask) - 1).numpy()] = True
+        tokens = tokens.cpu()
+        for part in tokens.split(max(1, ALONE_BELOW // tokens.size(1))):
+            found = self.lookups(part)
+            if not self.masks:
+                self.tables = [tables for _, tables in found]
+                self.masks = [numpy.zeros(len(tables[0]), dtype=bool) for tables in self.tables]
+            for mask, (rows, _) in zip(self.masks, found, strict=True):
+                mask[rows.clamp(0, len(mask) - 1).numpy()] = True
         self.noted = True
 
     @torch.no_grad()

@@ -66,6 +66,15 @@ def add_in_rank_order(
     out.copy_(total)
 
 
+def _in_words(
+    x,  # (n, C), rows that are contiguous each
+):
+    """A view of x in elements of 8 bytes where its rows have whole ones: torch copies rows that lie
+    apart element by element."""
+    whole = x.size(-1) * x.element_size() % 8 == 0
+    return x.view(torch.int64) if whole else x
+
+
 @dataclass(frozen=True)
 class Sent:
     """Gradients on their way, and {Owned of this rank's: {rank: its part}}. `packed` is kept until
@@ -91,7 +100,7 @@ class Returning:
         if self.apart:
             with self.exposed:
                 for rows, values in self.apart:
-                    rows.copy_(values)
+                    _in_words(rows).copy_(_in_words(values))
 
 
 class Sharing:
@@ -171,14 +180,14 @@ class Sharing:
             if part.value is None:
                 continue
             if part.owner == self.ranks.rank:
-                packed = part.value.contiguous()
+                packed = _in_words(part.value.detach()).contiguous()
                 sends += [(rank, packed) for rank in self.others]
                 continue
             room = part.value
             if not room.is_contiguous():
                 room = room.new_empty(room.shape)
                 apart.append((part.value.detach(), room))
-            receives.append((part.owner, room))
+            receives.append((part.owner, _in_words(room.detach())))
         return Returning(self.ranks.swap(sends, receives), apart, sends, self.ranks.exposed)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanofuse.train.optim import lookups as module
 from nanofuse.train.optim.lookups import ALL, Lookups
 from tests.train.thread_ranks import run_ranks
 
@@ -90,3 +91,20 @@ def test_parts_are_packed_into_the_room_for_them():
 
     (sent, room), (back, landed) = run_ranks(2, check)
     assert (sent, back) == (landed, room) and sent[0] < ROWS // 2
+
+
+def test_tokens_are_noted_in_parts_that_take_one_thread(monkeypatch):
+    monkeypatch.setattr(module, "ALONE_BELOW", 7)
+    sizes = []
+
+    def noted(tokens):
+        sizes.append(tokens.numel())
+        return lookups(tokens)
+
+    def check(ranks):
+        made = Lookups(ranks, noted)
+        made.note(torch.tensor(TOKENS[2][0] * 4))  # (8, 3)
+        return {row for mask in made.masks[:1] for row in mask.nonzero()[0].tolist()}
+
+    assert run_ranks(1, check) == [{0, 1, 2, 3, 4, 5}]
+    assert sizes == [6, 6, 6, 6]
