@@ -29,7 +29,7 @@ RULES = [
             "norm/rotary",
             r"^_?(residual_mix|residual_gradients|resid_lambda_grad|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
         ),
-        ("quantise", r"^_?(quantize|relu_squared)_kernel"),
+        ("quantise", r"^_?(quantize|relu_squared|transpose)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),
         (
             "cross-entropy",

@@ -109,6 +109,7 @@ OPS = (
             Call("of width 4C", ("quantize[4C]", "quantize[(65536, 4096)]")),
         ),
     ),
+    Op("transpose", "out_nm = x_mn, of bytes", (Call("of width C", ("transpose",), "transpose"),)),
     Op("relu_squared", "y = max(x, 0)²", passes("relu_squared")),
     Op(
         "linear_relu_squared",

@@ -25,6 +25,7 @@ from nanofuse.kernels.resid_lambda_grad import resid_lambda_grad
 from nanofuse.kernels.residual_gradients import residual_gradients
 from nanofuse.kernels.residual_mix import residual_mix_bwd, residual_mix_fwd
 from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_bwd, rotary_qk_norm_fwd, rotary_table
+from nanofuse.kernels.transpose import transpose
 
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
@@ -35,6 +36,13 @@ def quantize_case(rows, device, factor=1):
     x = randn(device, rows, factor * sizes(device).width)
     scaling = Scaling.from_bound(x.abs().max().item(), E4M3, device)
     return Case(lambda: quantize(x, scaling), tuple(x.shape), x, args=(x, scaling))
+
+
+def transpose_case(rows, device):
+    x, _ = quantize_case(rows, device).args
+    x = x.to(E4M3)
+    out = torch.empty(x.size(1), x.size(0), dtype=E4M3, device=device)
+    return Case(lambda: transpose(x, out), tuple(x.shape), x, out, returns_new=False, args=(x, out))
 
 
 class Layer:

@@ -100,6 +100,7 @@ HEAD_TILES_BWD = HEAD_TILES[6:] + [
 ]
 CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "quantize": (stream.quantize_case, ELEMENTWISE),
+    "transpose": (stream.transpose_case, ELEMENTWISE),
     "residual_mix_fwd": (stream.residual_mix_fwd_case, NORMS_FORWARD),
     "residual_norm_fwd": (stream.residual_norm_fwd_case, NORMS_FORWARD),
     "residual_mix_bwd": (partial(stream.residual_bwd_case, opening=True), NORMS_BACKWARD),

@@ -16,6 +16,7 @@ import torch
 
 from nanofuse.kernels.common.fp8 import E4M3, FP8Operand, empty_operand
 from nanofuse.kernels.quantize import quantize
+from nanofuse.kernels.transpose import transpose
 
 
 def absent(x):
@@ -104,7 +105,7 @@ class LinearWeight:
     def complete(self):
         """Make the rest of an operand of which other ranks' rows have come."""
         if isinstance(self.operand, FP8Operand) and not self.owned:
-            self.operand.transposed.view(torch.uint8).copy_(self.wire.t())
+            transpose(self.operand.data, self.operand.transposed)
 
     def show(
         self,

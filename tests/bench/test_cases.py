@@ -72,6 +72,7 @@ def test_what_is_counted():
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNITS = {  # bytes of a call over rows * width, by the formulas in the docstrings of the ops
     "quantize": 2 + 2,
+    "transpose": 1 + 1,
     "residual_norm_fwd": 2 * 2 + 2 + 2,
     "residual_norm_bwd": 3 * 2 + 2 + 2,
     "residual_mix_bwd": 3 * 2 + 2 + 2,
