@@ -274,12 +274,18 @@ class ProcessLoader:
         self.packing, self.kept = packing, state.kept if state else []
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe(duplex=False)
+        orders, mine = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=_serve, args=(theirs, packing, state), name="loader", daemon=True
+            target=_serve, args=(theirs, orders), name="loader", daemon=True
         )
         with _holding_signals():
             self.process.start()
-        theirs.close()  # so that the pipe ends when the process does
+        for end in (theirs, orders):  # so that the pipes end when the process does
+            end.close()
+        # not among the arguments: a process that dies at its start would leave `start` writing them
+        # for ever
+        with mine, contextlib.suppress(OSError):  # `take` says how it ended
+            mine.send((packing, state))
         _widen(self.pipe)
         # multiprocessing waits for it at exit, and by then it must have been told
         self.told = Finalize(self, self.pipe.close, exitpriority=0)
@@ -350,10 +356,14 @@ def _holding_signals():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe, packing, state):
+def _serve(pipe, orders):
     """The loader's process: send batches until nobody reads them any more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    try:
+        packing, state = orders.recv()
+    except EOFError:  # the other process is gone
+        return
     lock = threading.Lock()  # lines may come from other threads
     ahead = queue.Queue(BATCHES_AHEAD)
 

@@ -175,6 +175,26 @@ def test_a_process_outlives_signals_and_its_death_is_named(packing):
     loader.close()
 
 
+UNGUARDED = """
+import numpy as np
+from nanofuse.train.data.loader import Packing, ProcessLoader
+if __name__ != "__main__":
+    raise SystemExit(7)
+loader = ProcessLoader(Packing(None, "train", bytes(1_000_000), 1, 64))
+loader.take(np.empty((1, 65), np.int32))
+"""
+
+
+def test_the_death_of_a_process_at_its_start_is_named(tmp_path):
+    """Such as of a script without a main guard; its orders are more than a pipe holds."""
+    path = tmp_path / "script.py"
+    path.write_text(UNGUARDED)
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    command = [sys.executable, path]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert "WorkerError: the data loader's process ended with 7" in done.stderr
+
+
 CHILD = """
 import os, signal, numpy as np
 from nanofuse.train.data.corpus import ParquetCorpus
