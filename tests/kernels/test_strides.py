@@ -35,6 +35,7 @@ from nanofuse.kernels.softcap_cross_entropy import (
     softcap_cross_entropy_fwd,
 )
 from nanofuse.kernels.symmetric_matmul import batched_matmul, symmetric_matmul
+from nanofuse.kernels.transpose import transpose
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -205,6 +206,9 @@ CASES = {
     "relu_squared_fwd": (relu_squared_fwd, lambda: {"x": rand(N, C), "scaling": scaling()}),
     "relu_squared_bwd": (relu_squared_bwd, lambda: {
         "dy": rand(N, C), "x": rand(N, C), "scaling": scaling(),
+    }),
+    "transpose": (transpose, lambda: {
+        "x": rand(N, C).to(E4M3), "out": rand(C, N).to(E4M3),
     }),
     "resid_lambda_grad": (resid_lambda_grad, lambda: {
         "g": rand(N, C), "x": rand(N, C), "a": rand(N, 16), "w": rand(C, 16),
