@@ -110,21 +110,21 @@ class Contender:
     def _watch(self, built):
         """Have the product's exchange within the phases of the step."""
         sharing, weights = built.optimizer.sharing, getattr(built.model, "weights", None)
-        start, add_gradients = sharing.start, sharing.add_gradients
         return_values = sharing.return_values
 
-        def begin():
-            with self.phase("gradients"):
-                start()
+        def in_phase(run):
+            def timed(*args):
+                with self.phase("gradients"):
+                    run(*args)
 
-        def add(bucket, arriving):
-            with self.phase("gradients"):
-                add_gradients(bucket, arriving)
+            return timed
 
         def give_back(bucket):
             return Pending([_InPhase(return_values(bucket), self.phase, "values")])
 
-        sharing.start, sharing.add_gradients, sharing.return_values = begin, add, give_back
+        for name in ("start", "sum_gradients", "add_gradients"):
+            setattr(sharing, name, in_phase(getattr(sharing, name)))
+        sharing.return_values = give_back
         if weights is not None:
             arrive = weights.arrive
 

@@ -148,16 +148,20 @@ class MuonAdamW:
     def _step_together(self, numbers):
         """While a bucket is updated, gradients of those to come and values of those before travel;
         behind the matrices what the next forward pass takes of them, under the tables' update."""
+        # small words of all ranks first: what follows in the queue takes long
         if self.operands:
-            self.operands.settle_scales()  # a word of all ranks, before what takes long
+            self.operands.settle_scales()
+        common, *others = self.buckets
+        self.sharing.sum_gradients(common)
         squares = torch.zeros_like(self.watch.norm)
-        returns, arriving, waiting = [], collections.deque(), collections.deque(self.buckets)
+        returns, arriving, waiting = [], collections.deque(), collections.deque(others)
         for bucket in self.buckets:
             ahead = sum(sent.nbytes for sent, _ in arriving)
             while waiting and (len(arriving) < 2 or ahead + waiting[0].nbytes <= AHEAD_BYTES):
                 ahead += waiting[0].nbytes
                 arriving.append((waiting[0], self.sharing.send_gradients(waiting.popleft())))
-            self.sharing.add_gradients(*arriving.popleft())
+            if bucket is not common:
+                self.sharing.add_gradients(*arriving.popleft())
             if bucket.update:
                 if bucket.owned or self.ranks.main:  # what is everybody's counts once
                     squares += bucket.squares().sum()

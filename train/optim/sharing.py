@@ -147,8 +147,8 @@ class Sharing:
         return Sent(self.ranks.swap(sends, receives), landed, sends)
 
     def add_gradients(self, bucket, sent):
-        """Leave the sums over ranks in the gradients of a bucket that this rank owns, or that are
-        everybody's; those of others stay as they are."""
+        """Leave the sums over ranks in the gradients of a bucket that this rank owns; those that
+        others own stay as they are."""
         sent.pending.wait()
         with self.ranks.exposed:
             for part in bucket.owned:
@@ -158,11 +158,10 @@ class Sharing:
                     order = range(self.ranks.world)
                     rows = [route.landed.get(rank) for rank in order]
                     add_in_rank_order([parts[rank] for rank in order], grad, rows)
-        if not bucket.owned:
-            self._sum([share.grad for share in bucket.shares])
 
-    def _sum(self, grads):
-        """Replace small gradients by their sums over ranks."""
+    def sum_gradients(self, bucket):
+        """Leave the sums over ranks in the small gradients of a bucket that is everybody's."""
+        grads = [share.grad for share in bucket.shares]
         widest = max((g.dtype for g in grads), key=lambda dtype: torch.finfo(dtype).bits)
         wide = torch.promote_types(torch.float32, widest)
         total = self.ranks.total(torch.cat([g.reshape(-1).to(wide) for g in grads]))

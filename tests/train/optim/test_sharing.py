@@ -269,6 +269,28 @@ def test_every_rank_sends_its_part_of_each_gradient_and_value_once():
     assert max(shares) < 1.2 * min(shares)
 
 
+def test_small_words_do_not_queue_behind_what_takes_long():
+    """Transfers of all ranks go one after the other. In turn: numbers of rows; the sums of squares,
+    and of what is everybody's; gradients and values; the norm."""
+
+    def order(ranks):
+        calls = []
+        for name in ("swap", "gather", "maximum_"):
+            run = getattr(ranks, name)
+
+            def noted(*args, name=name, run=run):
+                calls.append(name)
+                return run(*args)
+
+            setattr(ranks, name, noted)
+        eager(ranks, torch.float32, 1)
+        return calls
+
+    for calls in run_ranks(3, order):
+        assert calls[:3] == ["swap", "gather", "gather"] and calls[-1] == "gather"
+        assert len(calls) > 10 and set(calls[3:-1]) == {"swap"}
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])  # each has tokens
 def test_rows_that_occurred_give_the_bits_of_all_rows(world):
     """In fp64, where gradients are no round numbers and sums depend on their order."""
