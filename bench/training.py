@@ -1,6 +1,5 @@
 """Shared by all that time whole steps: the workload of one training step, and the timed step."""
 
-import itertools
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ def train_step(built, batches, phase, ranks=1, tokens=()):
         phase: phase(name) gives a context manager for "forward", "backward" or "optimizer".
     """
     losses = []
-    for (inputs, targets), on_host in itertools.zip_longest(batches, tokens):
+    for (inputs, targets), on_host in zip(batches, tokens or [None] * len(batches), strict=True):
         with phase("forward"):
             loss = built.model(inputs, targets)
             if on_host is not None:

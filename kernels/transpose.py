@@ -2,8 +2,10 @@
 
     out_nm = x_mn
 
-torch copies a transposed matrix byte by byte: 25 us for 4 MB on an H200, at 0.3 TB/s. Bytes for M x
-N: M*N read, M*N written. No FLOPs.
+torch copies a transposed matrix byte by byte: 25 us for 4 MB on an H200, at 0.3 TB/s. Triton 3.6
+has moved bytes wrongly between registers (dev/LOG.md, 2026-11-22); the SASS of this kernel,
+emulated for every tile of bench/cases/tiles.py, puts each at its place. Bytes for M x N: M*N read,
+M*N written. No FLOPs.
 """
 
 import torch

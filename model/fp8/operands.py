@@ -3,7 +3,9 @@
 Whoever changes the weights, an optimiser or a checkpoint, says nothing here. torch counts the
 in-place changes of every tensor, kernels report theirs (torch.autograd.graph.increment_version),
 and `follow`, called before each pass, makes the operands anew where a count has moved. A change
-after a training pass is an optimiser's step, in which the scales are updated first.
+after a training pass is an optimiser's step, in which the scales are updated first. Where several
+ranks train, the optimiser has this happen within its step, so that operands travel under the rest
+of the update: `settle_scales`, `lead` and `arrive`.
 """
 
 import torch

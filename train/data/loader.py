@@ -362,7 +362,7 @@ def _serve(pipe, orders):
         signal.signal(number, signal.SIG_IGN)
     try:
         packing, state = orders.recv()
-    except EOFError:  # the other process is gone
+    except (EOFError, OSError):  # the other process is gone, perhaps in mid-message
         return
     lock = threading.Lock()  # lines may come from other threads
     ahead = queue.Queue(BATCHES_AHEAD)

@@ -156,7 +156,7 @@ class MuonAdamW:
         squares = torch.zeros_like(self.watch.norm)
         returns, arriving, waiting = [], collections.deque(), collections.deque(others)
         for bucket in self.buckets:
-            ahead = sum(sent.nbytes for sent, _ in arriving)
+            ahead = sum(each.nbytes for each, _ in arriving)
             while waiting and (len(arriving) < 2 or ahead + waiting[0].nbytes <= AHEAD_BYTES):
                 ahead += waiting[0].nbytes
                 arriving.append((waiting[0], self.sharing.send_gradients(waiting.popleft())))

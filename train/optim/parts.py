@@ -10,7 +10,7 @@ from nanofuse.kernels.muon_update import second_moment_shape
 from nanofuse.train.optim.sharing import Owned
 from nanofuse.train.placement import is_small, matrix_owners, row_blocks, row_slices
 
-BUCKET_BYTES = 2**27  # of tables, whose gradients are on their way together
+BUCKET_BYTES = 2**27  # of tables that are updated together
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Bucket:
         owned: where several ranks train, all that has an owner, alike on every rank; empty where
             every rank updates all of it.
         matrices: whether there is a factor of the forward pass's products in it, of any rank.
+        nbytes: of the values of all that has an owner.
         update: of updates.py; None where this rank has nothing to update.
         squares: called for the sums of squares of this rank's gradients.
     """
@@ -131,13 +132,9 @@ class Bucket:
     stacks: list[Stack]
     owned: list[Owned]
     matrices: bool = False
+    nbytes: int = 0
     update: Any = None
     squares: Any = None
-
-    @property
-    def nbytes(self):
-        """Of the gradients of all that has an owner."""
-        return sum(part.grad().nbytes for part in self.owned)
 
     @property
     def shares(self):
@@ -208,7 +205,8 @@ def make_buckets(tables, stored, masters, ranks):
             common.stacks.append(Stack(params, values, grads))
         else:
             parts = _matrices_of_stack(params, values, grads, owners, ranks)
-            stacked.append(Bucket([], *parts, matrices=True))
+            nbytes = sum(p.nbytes for p in params)
+            stacked.append(Bucket([], *parts, matrices=True, nbytes=nbytes))
     for name, p, hyper, dense in sorted(tables, key=lambda table: (not table[3], -table[1].nbytes)):
         if ranks.world == 1 or is_small(p.shape):
             common.tables.append(new_table(name, Share(p), hyper))
@@ -217,6 +215,7 @@ def make_buckets(tables, stored, masters, ranks):
             of_tables.append(Bucket([], [], []))
             room = BUCKET_BYTES
         room -= p.nbytes
+        of_tables[-1].nbytes += p.nbytes
         mine, owned = _rows_of_table(name, p, hyper, dense, ranks, masters.get(p))
         of_tables[-1].matrices |= dense
         of_tables[-1].tables.append(mine)

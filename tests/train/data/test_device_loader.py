@@ -30,6 +30,7 @@ def test_targets_are_shifted_and_the_state_is_that_of_the_batch(packing):
         inputs, targets = next(loader)
         assert inputs.dtype == targets.dtype == torch.int64
         assert np.array_equal(inputs, rows[:, :-1]) and np.array_equal(targets, rows[:, 1:])
+        assert np.array_equal(loader.tokens, rows[:, :-1])
         assert loader.state.position() == state.position()
         assert np.array_equal(loader.state.documents, state.documents)
     loader.close()
@@ -44,11 +45,13 @@ def test_copies_to_a_gpu_are_exact(packing, thread):
     found = []
     for _ in range(200):
         busy = (busy @ busy).clamp(-1, 1)
-        found.append((next(loader), loader.state.position()))
+        batch = next(loader)
+        found.append((batch, loader.tokens.clone(), loader.state.position()))
     loader.close()
-    for (rows, state), ((inputs, targets), position) in zip(
+    for (rows, state), ((inputs, targets), tokens, position) in zip(
         batches(packing, 200), found, strict=True
     ):
+        assert np.array_equal(tokens, rows[:, :-1])
         assert np.array_equal(inputs.cpu(), rows[:, :-1])
         assert np.array_equal(targets.cpu(), rows[:, 1:])
         assert position == state.position()

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -193,6 +194,24 @@ def test_the_death_of_a_process_at_its_start_is_named(tmp_path):
     command = [sys.executable, path]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert "WorkerError: the data loader's process ended with 7" in done.stderr
+
+
+def test_orders_that_end_in_the_middle_are_no_error():
+    """As of a run that ends while its loader starts."""
+    for parts in ((), (b"\0\0\1\0", b"half of it")):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        for part in parts:
+            os.write(theirs.fileno(), part)
+        theirs.close()
+        code = (
+            "from multiprocessing.connection import Connection\n"
+            "from nanofuse.train.data.loader import _serve\n"
+            f"_serve(None, Connection({ours.fileno()}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], pass_fds=[ours.fileno()], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 CHILD = """

@@ -6,8 +6,10 @@ import torch
 
 from nanofuse.kernels.common.fp8 import FP8Operand
 from nanofuse.kernels.common.jit import HAS_TRITON
+from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm, TorchGemm
+from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import FusedGPT
 from nanofuse.train.assemble import follow, fused_optimizer, gathered, peers_of
 from nanofuse.train.errors import UserError
@@ -16,6 +18,7 @@ from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.sharing import add_in_rank_order
 from nanofuse.train.optim.updates import EagerUpdate
+from nanofuse.train.ranks import Pending
 from tests.helpers import not_looked_up, random_model, small_config
 from tests.train.thread_ranks import run_ranks
 
@@ -192,11 +195,11 @@ def fused(ranks, gemm, **fields):
     assert ranks.world == 1 or len(optimizer.sharing.routes) == len(model.tables())
     assert all(not p.grad.any() for p in model.parameters())
     follow(called)
+    found = {f"{weight.name} at once": weight.wire.clone() for weight in called.weights.all()}
     state = {name: x.clone() for name, x in called.operands.state_dict().items()}
     with gathered(called):  # as a run that goes on with an evaluation
         called.operands.load_state_dict(state)
         follow(called)
-    found = {}
     for weight in called.weights.all():
         x = weight.operand
         pair = (x.data.float(), x.transposed.t().float()) if isinstance(x, FP8Operand) else (x, x)
@@ -223,6 +226,60 @@ def test_kernels_update_as_one(gemm, world, fields, short_muon):
         assert found.keys() == truth.keys()
         differ = [name for name, x in found.items() if not torch.equal(x, truth[name])]
         assert not differ
+
+
+def trained_on_a_gpu(ranks, gemm, graphs):
+    """Losses and values after some steps of two micro-steps each."""
+    sizes = {"sequence_len": 64, "vocab_size": 128, "bigram_embed_factor": 2}
+    model = random_model(GPTConfig.from_depth(4, 64, 64, **sizes), torch.bfloat16, device="cuda")
+    model.attention = SDPAttention(deterministic=True)
+    called = FusedGPT(model, gemm(), graphs, peers_of(ranks)).train()
+    optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
+    generator, found = torch.Generator().manual_seed(ranks.rank), []
+    for _ in range(CALIBRATED_STEPS + 4):
+        for _ in range(2):
+            tokens, targets = torch.randint(128, (2, 8, 64), generator=generator)
+            found.append(called(tokens.cuda(), targets.cuda()))
+            optimizer.note(tokens)
+            (0.25 * found[-1]).backward()
+        optimizer.step(0.5, 0.9, 0.1)
+        optimizer.zero_grad()
+        follow(called)
+    assert (called.graphed is not None) == graphs
+    with gathered(called):
+        return [x.detach().clone() for x in (*found, *model.parameters())]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
+def test_what_is_under_way_changes_nothing_on_a_gpu(gemm, graphs):
+    """Two ranks share this GPU, where what comes is NaN until it was waited for: bit for bit as
+    where each transfer is waited for at once."""
+
+    def at_once(ranks):
+        swap = ranks.swap
+
+        def waited(sends, receives):
+            swap(sends, receives).wait()
+            return Pending()
+
+        ranks.swap = waited
+        return trained_on_a_gpu(ranks, gemm, graphs)
+
+    def poisoned(ranks):
+        swap = ranks.swap
+
+        def late(sends, receives):
+            for _, x in receives:
+                x.view(torch.uint8).fill_(255)
+            return swap(sends, receives)
+
+        ranks.swap = late
+        return trained_on_a_gpu(ranks, gemm, graphs)
+
+    for found, wanted in zip(run_ranks(2, poisoned), run_ranks(2, at_once), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_gradients_of_others_are_cleared_in_whole_tensors(monkeypatch):
