@@ -16,7 +16,7 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim import parts
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
-from nanofuse.train.optim.sharing import add_in_rank_order
+from nanofuse.train.optim.sharing import _in_words, add_in_rank_order
 from nanofuse.train.optim.updates import EagerUpdate
 from nanofuse.train.ranks import Pending
 from tests.helpers import not_looked_up, random_model, small_config
@@ -361,6 +361,18 @@ def test_rows_that_occurred_give_the_bits_of_all_rows(world):
         assert fewer < 0.85 * bytes_sent  # values return whole either way
         pairs = zip(model.parameters(), dense.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize(
+    "columns, words", [(4, torch.int64), (12, torch.int64), (6, torch.bfloat16)]
+)
+def test_rows_that_lie_apart_are_copied_in_words_where_they_have_whole_ones(columns, words):
+    table = torch.randn(9, columns).bfloat16()
+    rows, values = table[1::2], torch.randn(4, columns).bfloat16()
+    before = table[::2].clone()
+    assert _in_words(rows).dtype == words
+    _in_words(rows).copy_(_in_words(values))
+    assert torch.equal(table[1::2], values) and torch.equal(table[::2], before)
 
 
 def total(*values, dtype=torch.float32, out=None):
