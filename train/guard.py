@@ -240,7 +240,10 @@ class Guard:
                 self.parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             if self.word is None and now - self.contact > SILENT_SECONDS:
-                self._miss(f"rank 0's store gives no sign of life for {SILENT_SECONDS} s")
+                silent = f"gives no sign of life for {SILENT_SECONDS} s"
+                if self.rank == 1:  # one says it for all, as the store cannot
+                    print(f"error: rank 0 {silent}", file=sys.stderr, flush=True)
+                self._miss(f"rank 0's store {silent}")
             if self.word is not None and now - self.heard > DEAF_SECONDS:
                 self._end(self.word.code, self.ends)
             if self.word is None and not self.waits and now - self.since > self.limit + self.grace:

@@ -102,8 +102,8 @@ def test_a_stopped_rank(train, rank):
     """Rank 0 has the store with it, so that nobody can leave a word there."""
     code, lines, saved = train(("SIGSTOP", rank, 3), "--save-every", 2)
     assert code == 1 and saved == [2]
-    said = [line for line in lines if "gives no sign of life for 3 s" in line]
-    assert said and len(lines) <= 3
+    assert lines[0] == f"error: rank {rank} gives no sign of life for 3 s"
+    assert len(lines) <= 3 and not any(line.startswith("error") for line in lines[1:])
 
 
 def test_a_hanging_rank(train):
