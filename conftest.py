@@ -8,14 +8,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import operator
 from functools import cache
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
     from triton.language import block_type, pointer_type, tensor
     from triton.runtime import interpreter
 
@@ -79,3 +80,14 @@ if not torch.cuda.is_available():
     interpreter._get_np_dtype = known_dtype
     semantics.broadcast_impl_value = broadcast_if_needed
     semantics.binary_op_sanitize_overflow_impl = check_overflow
+
+
+def pytest_configure(config):
+    """Refuses versions that do not go together, each test of which would fail."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton = version("triton")
+        if triton.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            raise pytest.UsageError(
+                f"without a GPU Triton {triton} does not work with numpy {np.__version__}; "
+                "pip install 'numpy<2.4', or torch 2.13, which brings a newer Triton"
+            )
