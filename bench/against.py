@@ -1,16 +1,20 @@
 """This tree's training step against another commit's, taking turns on one GPU.
 
     python -m bench.against REVISION [--depth 16] [--rounds 20] [--fp8 auto] [--json FILE]
+    python -m bench.against . --theirs "--rows 64"
 
 REVISION is a commit, which is checked out into a temporary worktree, or a folder that holds another
-tree. Each tree runs its own bench/step_worker.py in a process of its own; both keep their models in
+tree. --theirs gives that one other flags: with REVISION . it tells what they cost in a whole step.
+Each tree runs its own bench/step_worker.py in a process of its own; both keep their models in
 the GPU's memory and take one step each in turn, the first of a round changing from round to round.
 Printed are the medians, and the median of the rounds' differences with a 95 % interval from
 resampled rounds.
 """
 
+import argparse
 import json
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -95,26 +99,48 @@ def difference(ours, theirs, seed=0):
     return statistics.median(ratios), (low, high)
 
 
-def main(argv=None):
-    parser = CommandParser(
-        prog="python -m bench.against", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("revision", metavar="REVISION", help="a commit, or a tree's folder")
+def add_flags(parser):
+    """What a tree's step is made of: flags that the two trees may have apart."""
     parser.add_argument("--depth", type=whole(1, 999), default=16)
     parser.add_argument(
         "--rows", type=whole(1, 2**16), default=32, help="rows of a micro-step [32]"
     )
     parser.add_argument("--backend", default="fused", choices=["fused", "compile", "eager"])
     parser.add_argument("--fp8", default="auto", help="as train.run's; off is bf16")
+    parser.add_argument(
+        "--bigram-factor", type=whole(0, 1000), help="as train.run's; 0 makes a dense model [5]"
+    )
+
+
+def worker_options(args):
+    """The flags as step_worker takes them; one that is not given is left to the tree."""
+    names = ("depth", "rows", "backend", "fp8", "bigram_factor")
+    given = {name.replace("_", "-"): getattr(args, name) for name in names}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+def main(argv=None):
+    parser = CommandParser(
+        prog="python -m bench.against", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("revision", metavar="REVISION", help="a commit, or a tree's folder")
+    add_flags(parser)
+    parser.add_argument("--theirs", default="", metavar="FLAGS", help="for the other tree alone")
     parser.add_argument("--rounds", type=whole(2, 10**6), default=20)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round's times")
     args = parser.parse_args(argv)
-    options = [f"--{n}={getattr(args, n)}" for n in ("depth", "rows", "backend", "fp8")]
+    other = CommandParser(prog="--theirs")
+    add_flags(other)
+    try:
+        theirs = other.parse_args(shlex.split(args.theirs), argparse.Namespace(**vars(args)))
+    except ValueError as error:  # of a quote that is not closed
+        parser.error(f"--theirs {args.theirs}: {error}")
+    options = {"ours": worker_options(args), "theirs": worker_options(theirs)}
     times = {"ours": [], "theirs": []}
     with checked_out(args.revision) as tree, ExitStack() as stack:
         workers = {}
         for name, folder in (("ours", ROOT), ("theirs", tree)):
-            workers[name] = Worker(folder, options)
+            workers[name] = Worker(folder, options[name])
             stack.callback(workers[name].close)
             print(f"{name}: {'; '.join(workers[name].facts)}", flush=True)
         for index in range(args.rounds):
@@ -123,10 +149,11 @@ def main(argv=None):
     middle, (low, high) = difference(times["ours"], times["theirs"])
     for name, values in times.items():
         print(f"{name}: {statistics.median(values):.1f} ms, {min(values):.1f} to {max(values):.1f}")
-    print(f"ours against {args.revision}: {middle:+.2%} ({low:+.2%} to {high:+.2%})")
+    against = f"{args.revision} {args.theirs}".strip()
+    print(f"ours against {against}: {middle:+.2%} ({low:+.2%} to {high:+.2%})")
     if args.json:
         facts = {name: worker.facts for name, worker in workers.items()}
-        result = {"against": args.revision, "options": options, "facts": facts, "ms": times}
+        result = {"against": against, "options": options, "facts": facts, "ms": times}
         write_text_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
 

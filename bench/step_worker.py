@@ -18,7 +18,8 @@ from nanofuse.train.optim.config import OptimConfig
 
 def make_step(args):
     """A function that takes one optimiser step and returns its milliseconds, and facts to print."""
-    workload = gpu_workload(args.depth, rows=args.rows) if ON_GPU else tiny_workload(args.depth)
+    sizes = args.depth, args.bigram_factor
+    workload = gpu_workload(*sizes, args.rows) if ON_GPU else tiny_workload(*sizes)
     machine = select_machine(select_device("auto").type, args.backend)
     fp8 = select_fp8(args.fp8, machine, workload.config, workload.rows)
     built = assemble(workload.config, machine, OptimConfig(), fp8, rows=workload.rows)
@@ -38,6 +39,7 @@ def main():
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--fp8", required=True)
+    parser.add_argument("--bigram-factor", type=int, default=5)
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is no answer
     step, facts = make_step(parser.parse_args())

@@ -21,6 +21,28 @@ def test_a_tree_against_itself(tmp_path, capsys):
     assert [len(result["ms"][name]) for name in ("ours", "theirs")] == [3, 3]
     assert result["facts"]["ours"] == result["facts"]["theirs"]
     assert f"ours against {ROOT}: " in capsys.readouterr().out
+    assert result["options"]["ours"] == result["options"]["theirs"]
+
+
+@pytest.mark.cpu
+def test_other_flags_for_the_other_tree(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    main([str(ROOT), *TINY, "--theirs", "--depth 2 --bigram-factor 0", "--json", str(out)])
+    options = json.loads(out.read_text())["options"]
+    assert options["ours"] == ["--depth=1", "--rows=32", "--backend=eager", "--fp8=auto"]
+    changed = set(options["theirs"]) - set(options["ours"])
+    assert changed == {"--depth=2", "--bigram-factor=0"}
+    assert f"ours against {ROOT} --depth 2 --bigram-factor 0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said", [("--rows 0", "--rows must be"), ("--round 3", "--round"), ("'", "--theirs '")]
+)
+def test_other_flags_are_checked(flags, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([".", "--theirs", flags])
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
 def test_the_first_of_a_round_changes(monkeypatch):
