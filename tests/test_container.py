@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 LINES = (ROOT / "dev/constraints.txt").read_text(encoding="utf-8").splitlines()
-PINS = dict(line.split("==") for line in LINES if line and not line.startswith("#"))
+PINS = dict(
+    line.partition(";")[0].split("==") for line in LINES if line and not line.startswith("#")
+)
 TOOLS = {"setuptools", "wheel"}  # of the build, which has no isolation
 
 
@@ -42,6 +45,12 @@ def test_every_requirement_is_pinned_within_its_bounds_and_nothing_else():
     assert pins.keys() - TOOLS == requirements().keys()
     for name, requirement in requirements().items():
         assert requirement.specifier.contains(pins[name], prereleases=True), requirement
+
+
+def test_the_build_tools_are_those_that_torch_takes():
+    """torch 2.11 requires setuptools<82; this project's own table of packages needs 77."""
+    assert PINS["torch"].startswith("2.11.")
+    assert SpecifierSet(">=77,<82").contains(PINS["setuptools"])
 
 
 def test_what_the_dockerfile_names_is_what_pyproject_says():
