@@ -4,7 +4,7 @@
 #     dev/gpu_queue.sh OUT SECONDS ARCHIVE < JOBS
 #
 # JOBS has one job a line: the least seconds worth starting it with, the most it may take, a name, and a command, which
-# sees one GPU. Empty lines and lines that begin with # are skipped. Run it in the root of the clone: a job's training
+# sees one GPU, and OUT as $QUEUE. Empty lines and lines that begin with # are skipped. Run it in the root of the clone: a job's training
 # runs are looked for in runs/.
 #
 # OUT/NAME.txt     what job NAME printed
@@ -21,6 +21,7 @@ if [ $# != 3 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
 fi
 out=$1 limit=$2 archive=$3 lock=$1/.lock
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader) || { echo "error: nvidia-smi finds no GPU" >&2; exit 2; }
+export QUEUE=$out
 mkdir -p "$out" && grep -v -e '^#' -e '^ *$' > "$out/left.txt"
 
 take() { # the first line whose least time is left, out of left.txt
