@@ -17,6 +17,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
     from triton.language import block_type, pointer_type, tensor
     from triton.runtime import interpreter
 

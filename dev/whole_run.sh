@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Trains runs to their end on several GPUs, in as many calls as it takes, then loses a rank and goes on with half.
+# Trains runs to their end on several GPUs, in as many calls as it takes; then one loses a rank and
+# goes on with half.
 #
 #     dev/whole_run.sh OUT GPUS SECONDS [flags of train.run]
 #
-# Run in the clone's root, again and again where one call's time is short: a run that SIGTERM stopped is saved, and
-# goes on with the next call. Flags hold for all runs, such as --data FOLDER --depth 16 --long-documents split. There are
-# three: `dense` (nanochat's recipe), `bigram` (ours), and `killed`, of 100 steps that are saved every 20, which loses its last rank
-# behind step 40 and is resumed by half of the GPUs. OUT gets what they print and their metrics.
+# Run in the clone's root, again and again where one call's time is short: a run that SIGTERM stopped
+# is saved, and goes on with the next call. Flags hold for all runs, such as --data FOLDER --depth 16
+# --long-documents split. There are three: `dense` (nanochat's recipe), `bigram` (ours), and `killed`,
+# of 100 steps that are saved every 20, which loses its last rank behind step 40 and is resumed by half
+# of the GPUs. OUT gets what they print and their metrics.
 set -u
 if [ $# -lt 3 ] || ! [[ $2 =~ ^[1-9][0-9]*$ && $3 =~ ^[1-9][0-9]*$ ]]; then
   echo "error: usage: dev/whole_run.sh OUT GPUS SECONDS [flags of train.run]" >&2

@@ -139,3 +139,21 @@ def test_training_generation_and_export(tmp_path, data_dir):
     assert list(tmp_path.glob("out/model_*.pt"))
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "error: --backend fused needs Triton" in run.stderr
+
+
+def test_versions_that_do_not_go_together_are_refused(pytestconfig, monkeypatch):
+    """Every test of a kernel would fail in the interpreter of Triton 3.6 with numpy 2.4."""
+    hooks = pytestconfig.pluginmanager.get_plugins()
+    root = next(x for x in hooks if getattr(x, "__file__", "") == str(ROOT / "conftest.py"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for triton, numpy, fits in (("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True),
+                                ("3.7.1", "2.4.6", True)):  # fmt: skip
+        monkeypatch.setattr(root, "version", lambda name, triton=triton: triton)
+        monkeypatch.setattr(root.np, "__version__", numpy)
+        if fits:
+            root.pytest_configure(pytestconfig)
+        else:
+            with pytest.raises(
+                pytest.UsageError, match=r"3\.6\.0 does not work with numpy 2\.4\.6"
+            ):
+                root.pytest_configure(pytestconfig)
