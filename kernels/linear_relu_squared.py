@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import (
     MULTIPLE,
     amax_bits,
@@ -44,6 +45,7 @@ from nanofuse.kernels.common.fp8 import (
 from nanofuse.kernels.common.jit import TensorDescriptor, tl, triton
 from nanofuse.kernels.common.ptx import INTERPRETED, fast_sqrt
 from nanofuse.kernels.common.tuning import sm_count, tuned
+from nanofuse.kernels.linear_relu_squared_panel_kernels import linear_relu_squared_panel
 from nanofuse.kernels.relu_squared import relu_squared_ref
 
 
@@ -232,6 +234,10 @@ def _launch(op, factors, y, inverse_scales, scaling):
         config = tuned(op, TILE, min(terms, cols))
         result = empty_operand(rows, cols, scaling, a.device)
         data, transposed, scale, amax = operand_args(result, scaling)
+        if panel.takes(op, a.device, rows, cols, terms):
+            results = data, transposed, scale, amax
+            linear_relu_squared_panel(a, b, y, inverse_scales, *results)
+            return result
     depth = config.depth // a.element_size()
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
     programs = min(tiles, config.programs * sm_count(a.device))

@@ -48,6 +48,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.checks import check_scalars, check_tensor
 from nanofuse.kernels.common.fp8 import (
     E5M2,
@@ -65,6 +66,7 @@ from nanofuse.kernels.linear_softcap_cross_entropy_kernels import (
     rows_kernel,
     weighted_kernel,
 )
+from nanofuse.kernels.linear_softcap_cross_entropy_panel_kernels import product_panel
 from nanofuse.kernels.softcap_cross_entropy import (
     IGNORE_INDEX,
     LOGIT_SOFTCAP,
@@ -177,38 +179,43 @@ def linear_softcap_cross_entropy_fwd(
     losses, lse, weights, at_target, tanh = (
         torch.empty(rows, dtype=torch.float32, device=device) for _ in range(5)
     )
-    blocks = triton.cdiv(cols, config.cols)
+    on_panel = train and fp8 and panel.takes(OP, device, rows, cols, width)
+    blocks = triton.cdiv(cols, panel.BN if on_panel else config.cols)
     sums = torch.empty(blocks, rows, dtype=torch.float32, device=device)
     largest = torch.zeros(1, dtype=torch.float32, device=device)
     depth = config.depth // x.element_size()
     shift, exact = exponent_shift(softcap), x.dtype == torch.float32
-    product_kernel[(min(triton.cdiv(rows, config.rows) * blocks,
-                        config.programs * sm_count(device)),)](
-        x_desc=TensorDescriptor.from_tensor(x, [config.rows, depth]),
-        w_desc=TensorDescriptor.from_tensor(w, [config.cols, depth]),
-        x_inverse_ptr=inverses[0],
-        w_inverse_ptr=inverses[1],
-        targets_ptr=targets,
-        u_ptr=u,
-        transposed_ptr=transposed,
-        sums_ptr=sums,
-        tanh_ptr=tanh,
-        N=rows,
-        vocab=vocab_size,
-        V=cols,
-        C=width,
-        CAP=softcap,
-        SHIFT=shift,
-        EXACT=exact,
-        PADDED=vocab_size < blocks * config.cols,
-        BM=config.rows,
-        BN=config.cols,
-        BK=depth,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=config.registers,
-    )  # fmt: skip
+    if on_panel:
+        results = u, transposed, sums, tanh
+        product_panel(x, w, inverses, targets, *results, vocab_size, softcap, shift)
+    else:
+        product_kernel[(min(triton.cdiv(rows, config.rows) * blocks,
+                            config.programs * sm_count(device)),)](
+            x_desc=TensorDescriptor.from_tensor(x, [config.rows, depth]),
+            w_desc=TensorDescriptor.from_tensor(w, [config.cols, depth]),
+            x_inverse_ptr=inverses[0],
+            w_inverse_ptr=inverses[1],
+            targets_ptr=targets,
+            u_ptr=u,
+            transposed_ptr=transposed,
+            sums_ptr=sums,
+            tanh_ptr=tanh,
+            N=rows,
+            vocab=vocab_size,
+            V=cols,
+            C=width,
+            CAP=softcap,
+            SHIFT=shift,
+            EXACT=exact,
+            PADDED=vocab_size < blocks * config.cols,
+            BM=config.rows,
+            BN=config.cols,
+            BK=depth,
+            GROUP=config.group,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            maxnreg=config.registers,
+        )  # fmt: skip
     config = tuned("linear_softcap_cross_entropy_rows", ROWS_TILE, width)
     rows_kernel[(triton.cdiv(rows, config.rows),)](
         sums_ptr=sums,

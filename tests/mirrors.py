@@ -8,6 +8,7 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "kernels/common/fp8": "kernels/test_quantize",
     "kernels/common/jit": "test_without_triton",
     "kernels/common/lanes": "kernels/test_residual_mix",
+    "kernels/common/panel": "kernels/test_linear_relu_squared",
     "kernels/common/ptx": "kernels/test_softcap_cross_entropy",
     "kernels/common/rms_norm": "kernels/test_elementwise",
     "kernels/muon_momentum": "kernels/test_muon_update",
@@ -55,6 +56,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
 def mirror(file):
     """The test file of a file; both relative to the root."""
     path = Path(file).with_suffix("")
-    path = path.with_name(path.name.removesuffix("_kernels"))
+    path = path.with_name(path.name.removesuffix("_kernels").removesuffix("_panel"))
     name = MIRRORS.get(path.as_posix(), f"{path.parent.as_posix()}/test_{path.name}")
     return f"tests/{name}.py"

@@ -2,12 +2,16 @@
 
 Triton exists on Linux only. Elsewhere (macOS, Windows) an op's file still gives its reference in
 plain PyTorch; a launch of its kernel raises a RuntimeError of one line. Every file of kernels/
-takes `triton` and `tl` from here, and TensorDescriptor where it needs it.
+takes `triton` and `tl` from here, and TensorDescriptor where it needs it; `gluon`, `gl`, `hopper`
+and GluonDescriptor likewise.
 """
 
 import functools
 
-__all__ = ["HAS_TRITON", "MISSING", "TensorDescriptor", "tl", "triton"]
+__all__ = [
+    "HAS_GLUON", "HAS_TRITON", "MISSING", "GluonDescriptor", "TensorDescriptor", "gl", "gluon",
+    "hopper", "tl", "triton",
+]  # fmt: skip
 
 MISSING = "Triton is not installed, and this op's kernel needs it (Linux: pip install triton)"
 
@@ -72,3 +76,14 @@ try:
 except ImportError:
     triton, tl, TensorDescriptor = _Triton, _Language, _TensorDescriptor
     HAS_TRITON = False
+
+try:  # Triton's lower language, in which warps have roles; experimental, so it may change
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    HAS_GLUON = True
+except ImportError:
+    gluon, gl, hopper, GluonDescriptor = _Triton, _Language, None, _TensorDescriptor
+    HAS_GLUON = False

@@ -70,6 +70,13 @@ def sm_count(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capability(device):
+    """Compute capability of a CUDA device, or of what is aimed at; (0, 0) of another device."""
+    if _aims:
+        return _aims[-1].capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 @functools.cache
 def _nearest(gpu, op, cols):
     """The configuration of the entry with the nearest columns, by their ratio; None without any."""
@@ -97,6 +104,11 @@ def tuned(op, default, cols=None, gpu=None):
         return config
     found = _nearest(gpu or gpu_name(), op, cols)
     return default if found is None else replace(default, **found)
+
+
+def is_forced(op):
+    """Whether a configuration of `op` is being measured, or tested."""
+    return op in _forced
 
 
 @contextlib.contextmanager

@@ -1,0 +1,173 @@
+"""FP8 products of a short inner dimension with an epilogue, for Hopper, in Gluon.
+
+    a b^T          a (M, K), b (N, K), both FP8 and row-major, K at most 1,024
+
+Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
+program keeps a panel of BM rows of a, all K of it, in shared memory, and walks along b's rows, so
+that of each tile b's part alone is loaded: half of what a tile of another product reads. One warp
+loads. Two groups of four or eight warps take tiles in turn: one multiplies while the other is in
+its epilogue (kernels/common/pairs.py).
+
+Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
+one, so who waits may not be two phases away:
+
+    a_full, a_empty    of each of the panel's K / BK parts; emptied, part by part, by the group that
+                       has the panel's last tile: by then the other one has read its own
+    b_full, b_empty    of the stages of b's parts, in the order of tiles; as many as parts at most
+    y_full, y_empty    of each group's tile of what the epilogue reads; its room is the epilogue's
+    turns              of each group, to wait for b's parts: the other one has all of its own
+"""
+
+from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
+from nanofuse.kernels.common.pairs import BM, BN
+from nanofuse.kernels.common.ptx import INTERPRETED
+from nanofuse.kernels.common.tuning import capability, is_forced, sm_count
+
+if HAS_GLUON:
+    mbarrier, tma = hopper.mbarrier, hopper.tma
+    warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+    # names before and in Triton 3.9
+    load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    KINDS = {"torch.float8_e4m3fn": gl.float8e4nv, "torch.float8_e5m2": gl.float8e5}
+
+BK = 128  # of a part of the inner dimension
+MOST_TERMS = 1024  # what fits into shared memory beside the stages
+# of a thread, by a group's warps: before the groups take what the warp that loads gives back, after
+REGISTERS = {4: (168, 232), 8: (96, 112)}
+
+
+def takes(op, device, rows, cols, terms):
+    """Whether a product of rows x cols with so many terms runs here: not where a configuration of
+    `op`, which is of its other kernel, is forced."""
+    return (
+        HAS_GLUON
+        and not INTERPRETED.value
+        and not is_forced(op)
+        and capability(device) == (9, 0)
+        and not (rows % BM or cols % BN or terms % BK)
+        and cols > BN
+        and BK < terms <= MOST_TERMS
+    )
+
+
+def described(
+    x,  # FP8 matrix
+    block,
+):
+    """The descriptor of x in blocks, laid out as the tensor cores read them."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, KINDS[str(x.dtype)])
+    return GluonDescriptor.from_tensor(x, block, layout)
+
+
+def grid(device, rows, cols):
+    """Programs of a product, and its tiles."""
+    tiles = (rows // BM) * (cols // BN)
+    return (min(sm_count(device), tiles),), tiles
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """COUNT barriers, each for one arrival."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=1)
+    return made
+
+
+@gluon.jit
+def share_of(tiles):
+    """First tile of this program, and the one after its last: adjacent ones, row after row."""
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    first = (me.to(gl.int64) * tiles // programs).to(gl.int32)
+    return first, ((me + 1).to(gl.int64) * tiles // programs).to(gl.int32)
+
+
+@gluon.jit
+def onwards(row, col, steps, tiles_n):
+    """Row and column of a tile so many further, fewer than two rows."""
+    col += steps
+    wraps = col >= tiles_n
+    return gl.where(wraps, row + 1, row), gl.where(wraps, col - tiles_n, col)
+
+
+@gluon.jit
+def load_partition(
+    a_desc,  # (M, K) in blocks of BM x BK
+    b_desc,  # (N, K) in blocks of BN x BK
+    y_desc,  # (M, N / 2) int16 in blocks of BM x BN / 2: what the epilogue reads, or None
+    a_bufs,  # (K / BK, BM, BK)
+    b_bufs,  # (STAGES, BN, BK)
+    y_bufs,  # (2, BM, BN / 2), one for each group, or None
+    a_full,
+    a_empty,
+    b_full,
+    b_empty,
+    y_full,
+    y_empty,
+    first,
+    last,
+    tiles_n,
+    CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    BM: gl.constexpr = a_desc.block_type.shape[0]
+    BK: gl.constexpr = a_desc.block_type.shape[1]
+    BN: gl.constexpr = b_desc.block_type.shape[0]
+    first_row = first // tiles_n
+    row, col = first_row, first % tiles_n
+    for tile in range(first, last):
+        opens = (tile == first) | (col == 0)  # a panel
+        for k in range(CHUNKS):
+            mbarrier.wait(a_empty.index(k), ((row - first_row) & 1) ^ 1, pred=opens)
+            mbarrier.expect(a_full.index(k), BM * BK, pred=opens)
+            load_block(a_desc, [row * BM, k * BK], a_full.index(k), a_bufs.index(k), pred=opens)
+            at = (tile - first) * CHUNKS + k
+            stage = at % STAGES
+            mbarrier.wait(b_empty.index(stage), ((at // STAGES) & 1) ^ 1)
+            mbarrier.expect(b_full.index(stage), BN * BK)
+            load_block(b_desc, [col * BN, k * BK], b_full.index(stage), b_bufs.index(stage))
+        if y_desc is not None:  # after b's parts, which wait for less
+            who, times = (tile - first) & 1, (tile - first) // 2
+            mbarrier.wait(y_empty.index(who), (times & 1) ^ 1)
+            mbarrier.expect(y_full.index(who), BM * BN)
+            load_block(y_desc, [row * BM, col * (BN // 2)], y_full.index(who), y_bufs.index(who))
+        row, col = onwards(row, col, 1, tiles_n)
+
+
+@gluon.jit
+def tile_product(
+    a_bufs,
+    b_bufs,
+    a_full,
+    a_empty,
+    b_full,
+    b_empty,
+    turns,
+    number,  # of the tile among the program's
+    panel,  # of the tile, likewise
+    closes,  # whether it is the panel's last tile
+    WHO: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """(BM, BN) fp32: the tile's product, by group WHO."""
+    mbarrier.wait(turns.index(WHO), (number // 2 + WHO + 1) & 1, pred=number > 0)
+    acc = gl.zeros((BM, BN), gl.float32, layout)
+    for k in range(CHUNKS):
+        at = number * CHUNKS + k
+        stage = at % STAGES
+        mbarrier.wait(a_full.index(k), panel & 1)
+        mbarrier.wait(b_full.index(stage), (at // STAGES) & 1)
+        mbarrier.arrive(turns.index(1 - WHO), count=1, pred=k == CHUNKS - 1)
+        b = b_bufs.index(stage).permute((1, 0))
+        acc = warpgroup_mma(a_bufs.index(k), b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(b_empty.index((at + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        mbarrier.arrive(a_empty.index(gl.maximum(k - 1, 0)), count=1, pred=closes & (k > 0))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(b_empty.index((number * CHUNKS + CHUNKS - 1) % STAGES), count=1)
+    mbarrier.arrive(a_empty.index(CHUNKS - 1), count=1, pred=closes)
+    return acc
