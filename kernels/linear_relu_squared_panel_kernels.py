@@ -6,7 +6,6 @@ kernels/common/panel.py and pairs.py have what it is made of.
 
 import torch
 
-from nanofuse.kernels.common.fp8 import amax_bits
 from nanofuse.kernels.common.jit import HAS_GLUON, gl, gluon, hopper, tl
 from nanofuse.kernels.common.pairs import (
     BM,
@@ -28,11 +27,11 @@ from nanofuse.kernels.common.pairs import (
 )
 from nanofuse.kernels.common.panel import (
     BK,
-    KINDS,
     REGISTERS,
     barriers,
     described,
     grid,
+    kind_of,
     load_partition,
     onwards,
     share_of,
@@ -93,7 +92,8 @@ def times_roots(
     y_left, y_right = roots(gl.convert_layout(y, layout))
     left *= y_left * factor
     right *= y_right * factor
-    bits = gl.maximum(amax_bits(left), amax_bits(right))
+    bits, more = left.to(gl.int32, bitcast=True), right.to(gl.int32, bitcast=True)
+    bits = gl.maximum(bits & 0x7FFFFFFF, more & 0x7FFFFFFF)
     return cast_pairs(left, right, DTYPE), bits
 
 
@@ -261,7 +261,7 @@ def linear_relu_squared_panel(
         rows,
         cols // 2,
         tiles,
-        DTYPE=KINDS[str(data.dtype)],
+        DTYPE=kind_of(data),
         WARPS=WARPS,
         REGISTERS=after,
         CHUNKS=terms // BK,

@@ -8,6 +8,7 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "kernels/common/fp8": "kernels/test_quantize",
     "kernels/common/jit": "test_without_triton",
     "kernels/common/lanes": "kernels/test_residual_mix",
+    "kernels/common/pairs": "kernels/test_linear_relu_squared",
     "kernels/common/panel": "kernels/test_linear_relu_squared",
     "kernels/common/ptx": "kernels/test_softcap_cross_entropy",
     "kernels/common/rms_norm": "kernels/test_elementwise",

@@ -18,6 +18,7 @@ one, so who waits may not be two phases away:
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
+from nanofuse.kernels.common.fp8 import E4M3
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
 from nanofuse.kernels.common.pairs import BM, BN
 from nanofuse.kernels.common.ptx import INTERPRETED
@@ -28,7 +29,6 @@ if HAS_GLUON:
     warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
     # names before and in Triton 3.9
     load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    KINDS = {"torch.float8_e4m3fn": gl.float8e4nv, "torch.float8_e5m2": gl.float8e5}
 
 BK = 128  # of a part of the inner dimension
 MOST_TERMS = 1024  # what fits into shared memory beside the stages
@@ -50,12 +50,19 @@ def takes(op, device, rows, cols, terms):
     )
 
 
+def kind_of(
+    x,  # FP8 tensor
+):
+    """Gluon's name of its dtype."""
+    return gl.float8e4nv if x.dtype == E4M3 else gl.float8e5
+
+
 def described(
     x,  # FP8 matrix
     block,
 ):
     """The descriptor of x in blocks, laid out as the tensor cores read them."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, KINDS[str(x.dtype)])
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind_of(x))
     return GluonDescriptor.from_tensor(x, block, layout)
 
 
