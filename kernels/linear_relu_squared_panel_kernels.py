@@ -27,16 +27,18 @@ from nanofuse.kernels.common.pairs import (
 )
 from nanofuse.kernels.common.panel import (
     BK,
-    REGISTERS,
+    PanelTile,
     barriers,
     described,
     grid,
     kind_of,
+    launch_args,
     load_partition,
     onwards,
     share_of,
     tile_product,
 )
+from nanofuse.kernels.common.tuning import tuned
 
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
@@ -52,8 +54,8 @@ if HAS_GLUON:
         sqrt.approx.ftz.f32 $1, $1;
     }""")
 
-STAGES = 4  # of b's parts
-WARPS = 4  # of a group
+OP = "linear_relu_squared_panel"  # and with _bwd
+TILE = PanelTile(warps=4)
 
 
 @gluon.jit
@@ -248,7 +250,7 @@ def linear_relu_squared_panel(
     """Launch the kernel; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols = a.shape, b.size(0)
     programs, tiles = grid(a.device, rows, cols)
-    before, after = REGISTERS[WARPS]
+    name = OP if y is None else f"{OP}_bwd"
     relu_panel_kernel[programs](
         described(a, [BM, BK]),
         described(b, [BN, BK]),
@@ -262,10 +264,5 @@ def linear_relu_squared_panel(
         cols // 2,
         tiles,
         DTYPE=kind_of(data),
-        WARPS=WARPS,
-        REGISTERS=after,
-        CHUNKS=terms // BK,
-        STAGES=min(STAGES, terms // BK),
-        num_warps=WARPS,
-        maxnreg=before,
+        **launch_args(tuned(name, TILE, terms), terms),
     )

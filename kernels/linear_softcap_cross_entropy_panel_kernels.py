@@ -21,21 +21,23 @@ from nanofuse.kernels.common.pairs import (
 )
 from nanofuse.kernels.common.panel import (
     BK,
-    REGISTERS,
+    PanelTile,
     barriers,
     described,
     grid,
+    launch_args,
     load_partition,
     onwards,
     share_of,
     tile_product,
 )
+from nanofuse.kernels.common.tuning import tuned
 
 if HAS_GLUON:
     fence_async_shared = hopper.fence_async_shared
 
-STAGES = 4  # of w's parts
-MANY_TERMS = 1024  # from here on four warps a group, which compute less, are faster than eight
+OP = "linear_softcap_cross_entropy_panel"
+TILE = PanelTile(warps=8)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -221,8 +223,6 @@ def product_panel(
     """Launch the kernel; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols = x.shape, w.size(0)
     programs, tiles = grid(x.device, rows, cols)
-    warps = 4 if terms >= MANY_TERMS else 8
-    before, after = REGISTERS[warps]
     loss_panel_kernel[programs](
         described(x, [BM, BK]),
         described(w, [BN, BK]),
@@ -239,10 +239,5 @@ def product_panel(
         CAP=softcap,
         SHIFT=shift,
         PADDED=vocab < cols,
-        WARPS=warps,
-        REGISTERS=after,
-        CHUNKS=terms // BK,
-        STAGES=min(STAGES, terms // BK),
-        num_warps=warps,
-        maxnreg=before,
+        **launch_args(tuned(OP, TILE, terms), terms),
     )

@@ -116,6 +116,8 @@ OPS = (
         "y = max(x·wᵀ, 0)²; backward 2·√y·(dz·v)",
         (
             *passes("linear_relu_squared"),
+            Call("forward, in Gluon", (), "linear_relu_squared_panel"),
+            Call("backward, in Gluon", (), "linear_relu_squared_panel_bwd"),
             Call(
                 "forward, bf16",
                 ("linear_relu_squared_bf16[forward]",),
@@ -144,6 +146,7 @@ OPS = (
         "losses, and u = e·(1 − z²/15²) with e = exp(z − 15) for the gradient, of x·wᵀ",
         (
             Call("FP8", ("linear_softcap_cross_entropy[1024]",), "linear_softcap_cross_entropy"),
+            Call("FP8, in Gluon", (), "linear_softcap_cross_entropy_panel"),
             Call(
                 "bf16",
                 ("linear_softcap_cross_entropy_bf16[1024]",),

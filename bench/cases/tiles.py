@@ -11,6 +11,7 @@ from functools import partial
 
 from nanofuse.bench.cases import mlp, optim, stream, tables
 from nanofuse.kernels.adamw import AdamWConfig
+from nanofuse.kernels.common.panel import PanelTile
 from nanofuse.kernels.common.tuning import Tile
 from nanofuse.kernels.gradient_squares import SquaresConfig
 from nanofuse.kernels.linear_relu_squared import LinearTile
@@ -84,6 +85,7 @@ LOGITS = [
     LinearTile(64, 256, 128, 4, 2, 16, 2),
     LinearTile(256, 128, 128, 8, 3),
 ]
+PANELS = [PanelTile(warps, stages) for warps in (4, 8) for stages in (3, 4)]
 LOGITS_BF16 = [
     *(LinearTile(128, 128, 128, 4, 3, group, 2) for group in (8, 16)),
     LinearTile(128, 128, 128, 8, 2, 16, 2, 128),
@@ -122,6 +124,8 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "relu_squared_bwd": (mlp.relu_squared_bwd_case, ELEMENTWISE),
     "linear_relu_squared": (mlp.linear_relu_squared_case, LINEAR),
     "linear_relu_squared_bwd": (mlp.linear_relu_squared_bwd_case, LINEAR),
+    "linear_relu_squared_panel": (mlp.linear_relu_squared_case, PANELS),
+    "linear_relu_squared_panel_bwd": (mlp.linear_relu_squared_bwd_case, PANELS),
     "linear_relu_squared_bf16": (mlp.linear_relu_squared_bf16_case, LINEAR_BF16),
     "linear_relu_squared_bwd_bf16": (mlp.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
     "rotary_qk_norm": (stream.rotary_qk_norm_case, HEAD_TILES),
@@ -148,6 +152,7 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
         ],
     ),
     "linear_softcap_cross_entropy": (partial(mlp.linear_softcap_case, fp8=True), LOGITS),
+    "linear_softcap_cross_entropy_panel": (partial(mlp.linear_softcap_case, fp8=True), PANELS),
     "linear_softcap_cross_entropy_bf16": (partial(mlp.linear_softcap_case, fp8=False), LOGITS_BF16),
     "linear_softcap_cross_entropy_rows": (
         partial(mlp.linear_softcap_case, fp8=True),

@@ -18,6 +18,8 @@ one, so who waits may not be two phases away:
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
+from dataclasses import dataclass
+
 from nanofuse.kernels.common.fp8 import E4M3
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
 from nanofuse.kernels.common.pairs import BM, BN
@@ -34,6 +36,14 @@ BK = 128  # of a part of the inner dimension
 MOST_TERMS = 1024  # what fits into shared memory beside the stages
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, after
 REGISTERS = {4: (168, 232), 8: (96, 112)}
+
+
+@dataclass(frozen=True)
+class PanelTile:
+    """Warps of a group, 4 or 8, and the stages of b's parts: four of them fit with any K."""
+
+    warps: int
+    stages: int = 4
 
 
 def takes(op, device, rows, cols, terms):
@@ -70,6 +80,22 @@ def grid(device, rows, cols):
     """Programs of a product, and its tiles."""
     tiles = (rows // BM) * (cols // BN)
     return (min(sm_count(device), tiles),), tiles
+
+
+def launch_args(
+    config,  # PanelTile
+    terms,
+):
+    """The keywords that a configuration gives to a kernel's launch."""
+    before, after = REGISTERS[config.warps]
+    return {
+        "WARPS": config.warps,
+        "REGISTERS": after,
+        "CHUNKS": terms // BK,
+        "STAGES": min(config.stages, terms // BK),
+        "num_warps": config.warps,
+        "maxnreg": before,
+    }
 
 
 @gluon.jit
