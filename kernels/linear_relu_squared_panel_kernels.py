@@ -141,7 +141,7 @@ def relu_partition(
     for number in range(WHO, last - first, 2):
         acc = tile_product(
             a_bufs, b_bufs, a_full, a_empty, b_full, b_empty, turns, number, row - first_row,
-            col == tiles_n - 1, WHO, CHUNKS, STAGES, BM, BN, layout,
+            tiles_n - 1 - col, WHO, CHUNKS, STAGES, BM, BN, layout,
         )  # fmt: skip
         x0, x1, x2, x3 = quarters(acc, BM, BN)
         if y_bufs is None:
@@ -210,7 +210,7 @@ def relu_panel_kernel(
         y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2, BM, BN // 2], y_desc.layout)
         y_full, y_empty = barriers(2), barriers(2)
         factor *= 2.0 * scale * gl.sqrt(gl.load(y_inverse_ptr))
-    a_full, a_empty = barriers(CHUNKS), barriers(CHUNKS)
+    a_full, a_empty = barriers(CHUNKS), barriers(1, 2)
     b_full, b_empty, turns = barriers(STAGES), barriers(STAGES), barriers(2)
     fence_async_shared()
     first, last = share_of(tiles)

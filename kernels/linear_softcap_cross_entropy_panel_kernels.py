@@ -128,7 +128,7 @@ def loss_partition(
         found = gl.max(target, axis=0) >= 0
         acc = tile_product(
             a_bufs, b_bufs, a_full, a_empty, b_full, b_empty, turns, number, row - first_row,
-            col == tiles_n - 1, WHO, CHUNKS, STAGES, BM, BN, layout,
+            tiles_n - 1 - col, WHO, CHUNKS, STAGES, BM, BN, layout,
         )  # fmt: skip
         if found:  # few tiles hold a target
             t = fast_tanh(acc * factor)
@@ -179,7 +179,7 @@ def loss_panel_kernel(
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [CHUNKS, BM, BK], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
     scratch = scratch_of(BM, BN)
-    a_full, a_empty = barriers(CHUNKS), barriers(CHUNKS)
+    a_full, a_empty = barriers(CHUNKS), barriers(1, 2)
     b_full, b_empty, turns = barriers(STAGES), barriers(STAGES), barriers(2)
     fence_async_shared()
     first, last = share_of(tiles)

@@ -11,8 +11,8 @@ its epilogue (kernels/common/pairs.py).
 Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
 one, so who waits may not be two phases away:
 
-    a_full, a_empty    of each of the panel's K / BK parts; emptied, part by part, by the group that
-                       has the panel's last tile: by then the other one has read its own
+    a_full             of each of the panel's K / BK parts
+    a_empty            one; either group arrives behind the product of its last tile of the panel
     b_full, b_empty    of the stages of b's parts, in the order of tiles; as many as parts at most
     y_full, y_empty    of each group's tile of what the epilogue reads; its room is the epilogue's
     turns              of each group, to wait for b's parts: the other one has all of its own
@@ -99,11 +99,11 @@ def launch_args(
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """COUNT barriers, each for one arrival."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """COUNT barriers, each of whose phases ends with so many arrivals."""
     made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(made.index(i), count=1)
+        mbarrier.init(made.index(i), count=ARRIVALS)
     return made
 
 
@@ -150,8 +150,8 @@ def load_partition(
     row, col = first_row, first % tiles_n
     for tile in range(first, last):
         opens = (tile == first) | (col == 0)  # a panel
+        mbarrier.wait(a_empty.index(0), ((row - first_row) & 1) ^ 1, pred=opens)
         for k in range(CHUNKS):
-            mbarrier.wait(a_empty.index(k), ((row - first_row) & 1) ^ 1, pred=opens)
             mbarrier.expect(a_full.index(k), BM * BK, pred=opens)
             load_block(a_desc, [row * BM, k * BK], a_full.index(k), a_bufs.index(k), pred=opens)
             at = (tile - first) * CHUNKS + k
@@ -178,7 +178,7 @@ def tile_product(
     turns,
     number,  # of the tile among the program's
     panel,  # of the tile, likewise
-    closes,  # whether it is the panel's last tile
+    after,  # how many tiles of its panel follow
     WHO: gl.constexpr,
     CHUNKS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -194,13 +194,15 @@ def tile_product(
         stage = at % STAGES
         mbarrier.wait(a_full.index(k), panel & 1)
         mbarrier.wait(b_full.index(stage), (at // STAGES) & 1)
-        mbarrier.arrive(turns.index(1 - WHO), count=1, pred=k == CHUNKS - 1)
         b = b_bufs.index(stage).permute((1, 0))
         acc = warpgroup_mma(a_bufs.index(k), b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(b_empty.index((at + STAGES - 1) % STAGES), count=1, pred=k > 0)
-        mbarrier.arrive(a_empty.index(gl.maximum(k - 1, 0)), count=1, pred=closes & (k > 0))
+    mbarrier.arrive(turns.index(1 - WHO), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(b_empty.index((number * CHUNKS + CHUNKS - 1) % STAGES), count=1)
-    mbarrier.arrive(a_empty.index(CHUNKS - 1), count=1, pred=closes)
+    if after < 2:  # no tile of this panel is left for this group
+        mbarrier.arrive(a_empty.index(0), count=1)
+        if (after == 0) & (number == 0):  # nor was there one for the other group
+            mbarrier.arrive(a_empty.index(0), count=1)
     return acc
