@@ -56,7 +56,7 @@ def warm(job):
 
 def tune(op, width):
     """Measure the candidates of `op` in a model of this width; returns tuned.json's entry for the
-    fastest."""
+    fastest, or None if another kernel does the op here."""
     make, candidates = CASES[op]
     best = None
     for config in candidates:
@@ -66,6 +66,9 @@ def tune(op, width):
                 seconds = median_seconds(case.run, rounds=12)
             except Exception:  # said by `warm`
                 continue
+        if not asked:
+            print(f"{op}, {width}: by another kernel", flush=True)
+            return None
         print(f"{config} {1e6 * seconds:.1f} us {100 * case.share(seconds):.0f} %", flush=True)
         if best is None or seconds < best[0]:
             best = seconds, config, case.share(seconds), asked[0]
@@ -138,7 +141,9 @@ def main():
         for width in widths if grows[op] else [D16.width]:
             with of_width(width):
                 found.append(tune(op, width))
-        entries[op] = merged(entries.get(op, []), found)
+        found = [entry for entry in found if entry]
+        if found:
+            entries[op] = merged(entries.get(op, []), found)
     write_text_atomically(args.out, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

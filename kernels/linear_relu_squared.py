@@ -18,6 +18,10 @@ rounds to bf16 and then to FP8: this double rounding moves about one e4m3 value 
 after scaling, so amax is not finite where value times scale overflows fp32. fp32 tensors are
 multiplied without tensor cores, for tests.
 
+On Hopper an FP8 product of at most 1,024 terms, of sizes that are multiples of 128, runs on a panel
+(kernels/common/panel.py), which rounds once, to FP8, and records the amax of fp32 numbers. What
+follows, and the double rounding above, is of the other kernel.
+
 The GEMM is persistent: each program computes a sequence of tiles, and the loop over tiles is
 flattened with the one over K, so that the loads of the next tile are in flight during an epilogue.
 The epilogue works in registers, on the accumulator. With FP8 its result goes through shared memory
@@ -34,6 +38,7 @@ import torch
 
 from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import (
+    E4M3,
     MULTIPLE,
     amax_bits,
     cast_stored,
@@ -234,7 +239,8 @@ def _launch(op, factors, y, inverse_scales, scaling):
         config = tuned(op, TILE, min(terms, cols))
         result = empty_operand(rows, cols, scaling, a.device)
         data, transposed, scale, amax = operand_args(result, scaling)
-        if panel.takes(op, a.device, rows, cols, terms):
+        roots = y is None or y.dtype == E4M3  # which a panel takes of e4m3 alone
+        if roots and panel.takes(op, a.device, rows, cols, terms):
             results = data, transposed, scale, amax
             linear_relu_squared_panel(a, b, y, inverse_scales, *results)
             return result

@@ -74,6 +74,7 @@ def squares(
     x = gl.maximum(x, 0.0, propagate_nan=KEEP_NAN) * factor
     x *= x
     left, right = neighbours(x, layout, ROWS, COLS)
+    # squares have no sign, nor has the NaN that is computed
     bits = gl.maximum(left.to(gl.int32, bitcast=True), right.to(gl.int32, bitcast=True))
     return cast_pairs(left, right, DTYPE), bits
 

@@ -34,7 +34,9 @@ whose logsumexp is 6 nats or more above the smallest one.
 
 Accuracy. tanh is the hardware's, of 11 bits, a quarter of the error that rounding logits to bf16
 costs; in fp32 it is computed by an exponential and a reciprocal. u goes through bf16 to FP8 (double
-rounding: kernels/linear_relu_squared.py). Sums are in fp32, in a fixed order.
+rounding: kernels/linear_relu_squared.py). Sums are in fp32, in a fixed order. On Hopper a product
+in FP8 with its gradient may run on a panel (kernels/common/panel.py), which rounds u once, and adds
+up a tile's sums in another order: losses differ from those without gradient in their last bits.
 
 Bytes in FP8: (N + V) C for the operands, 2 N V for u, 8 N V / 128 for the sums of tiles; a product
 and softcap_cross_entropy move 2 N V for the logits thrice beside the gradient. FLOPs: 2 N V C.

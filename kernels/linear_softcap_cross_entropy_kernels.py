@@ -8,10 +8,15 @@ What is done to u at the target follows in the kernel that adds up the rows' sum
 
 from nanofuse.kernels.common.fp8 import cast_stored, record_amax
 from nanofuse.kernels.common.jit import tl, triton
-from nanofuse.kernels.common.ptx import INTERPRETED, fast_exp2, fast_reciprocal, fast_tanh
+from nanofuse.kernels.common.ptx import (
+    INTERPRETED,
+    LOG2_E,
+    fast_exp2,
+    fast_reciprocal,
+    fast_tanh,
+)
 from nanofuse.kernels.linear_relu_squared import tile_corner
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 

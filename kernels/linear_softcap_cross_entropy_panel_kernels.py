@@ -31,6 +31,7 @@ from nanofuse.kernels.common.panel import (
     share_of,
     tile_product,
 )
+from nanofuse.kernels.common.ptx import EXP2, LOG2_E, TANH
 from nanofuse.kernels.common.tuning import tuned
 
 if HAS_GLUON:
@@ -38,21 +39,16 @@ if HAS_GLUON:
 
 OP = "linear_softcap_cross_entropy_panel"
 TILE = PanelTile(warps=8)
-LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
 def fast_tanh(x):
-    return gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise(TANH, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def fast_exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise(EXP2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -68,7 +64,8 @@ def gradient(
     ROWS: gl.constexpr,
     COLS: gl.constexpr,
 ):
-    """u of some columns as FP8 pairs, and the sums of e over them."""
+    """u of some columns as FP8 pairs, and the sums of e over them. e is that of `exponential` in
+    linear_softcap_cross_entropy_kernels.py to the last bit: rows_kernel subtracts it."""
     t = fast_tanh(x * factor)
     e = fast_exp2(t * (CAP * LOG2_E) + (SHIFT - CAP * LOG2_E))
     u = e - t * t * e

@@ -2,9 +2,9 @@
 
 The accumulator's layout keeps neighbouring columns in one thread. An epilogue casts them to FP8
 together and moves them as one 16-bit number, so that no thread computes an element twice and
-stmatrix, ldmatrix and their transposing forms, which know no bytes, can move them. A thread's pairs
-are 4 s + t of each eight, of lane t, with s of 0 and 1; in shared memory they lie as 2 t + s, where
-stmatrix expects a thread's numbers, and each eight is put in order when it is read.
+stmatrix, which knows no bytes, can store and transpose them. A thread's pairs are 4 s + t of each
+eight, of lane t, with s of 0 and 1; in shared memory they lie as 2 t + s, where stmatrix expects a
+thread's numbers, and each eight is put in order when it is read.
 """
 
 import torch

@@ -13,14 +13,14 @@ one, so who waits may not be two phases away:
 
     a_full             of each of the panel's K / BK parts
     a_empty            one; either group arrives behind the product of its last tile of the panel
-    b_full, b_empty    of the stages of b's parts, in the order of tiles; as many as parts at most
+    b_full, b_empty    of the stages of b's parts, in the order of tiles
     y_full, y_empty    of each group's tile of what the epilogue reads; its room is the epilogue's
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
 from dataclasses import dataclass
 
-from nanofuse.kernels.common.fp8 import E4M3
+from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
 from nanofuse.kernels.common.pairs import BM, BN
 from nanofuse.kernels.common.ptx import INTERPRETED
@@ -34,7 +34,8 @@ if HAS_GLUON:
 
 BK = 128  # of a part of the inner dimension
 MOST_TERMS = 1024  # what fits into shared memory beside the stages
-# of a thread, by a group's warps: before the groups take what the warp that loads gives back, after
+# of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
+# after, at least
 REGISTERS = {4: (168, 232), 8: (96, 112)}
 
 
@@ -64,7 +65,7 @@ def kind_of(
     x,  # FP8 tensor
 ):
     """Gluon's name of its dtype."""
-    return gl.float8e4nv if x.dtype == E4M3 else gl.float8e5
+    return {E4M3: gl.float8e4nv, E5M2: gl.float8e5}[x.dtype]
 
 
 def described(
@@ -92,7 +93,7 @@ def launch_args(
         "WARPS": config.warps,
         "REGISTERS": after,
         "CHUNKS": terms // BK,
-        "STAGES": min(config.stages, terms // BK),
+        "STAGES": config.stages,
         "num_warps": config.warps,
         "maxnreg": before,
     }

@@ -11,6 +11,9 @@ import os
 from nanofuse.kernels.common.jit import tl, triton
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+EXP2 = tl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+TANH = tl.constexpr("tanh.approx.f32 $0, $1;")
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -21,9 +24,7 @@ def fast_exp2(
     if INTERPRETED:
         return tl.exp2(x)
     else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(EXP2, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -60,6 +61,4 @@ def fast_tanh(
     if INTERPRETED:
         return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
     else:
-        return tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(TANH, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

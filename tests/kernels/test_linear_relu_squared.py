@@ -14,7 +14,6 @@ from nanofuse.bench.checks import (
     relative_error,
     same_bits,
 )
-from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.common.tuning import forced
 from nanofuse.kernels.linear_relu_squared import (
@@ -352,32 +351,6 @@ def test_every_candidate(op, tile, shape, device):
         scaled_mm(*case.factors, case.x.inverse_scale, case.w.inverse_scale), other
     )
     assert_close_operands(op, operand, expected, amax, other.amax)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(
-    "shape",
-    [(128, 256, 256), (384, 384, 640), (65536, 256, 256), (17024, 1024, 4096), (65536, 512, 2048)],
-    ids=str,
-)
-@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
-def test_a_panel_gives_the_same_numbers(op, shape, device, monkeypatch):
-    """A tile a program, two a panel, panels that two programs share."""
-    case = Case(op, shape, device)
-    assert panel.takes(op, device, shape[0], shape[2], shape[1])
-
-    def run():
-        found = zeroed(case.scaling)
-        operand = case.run(found)
-        return operand.data.view(torch.uint8), operand.transposed.view(torch.uint8), found.amax
-
-    data, transposed, amax = same_bits(run)
-    data, transposed = (x.view(case.scaling.dtype) for x in (data, transposed))
-    operand = FP8Operand(data, transposed, case.scaling.inverse_scale)
-    other = zeroed(case.scaling)
-    assert_close_operands(op, operand, case.epilogue(case.product(), other), amax, other.amax)
-    monkeypatch.setattr(panel, "takes", lambda *sizes: False)
-    assert fp8_steps(operand.data, case.run(zeroed(case.scaling)).data).max() <= 1
 
 
 @pytest.mark.cuda

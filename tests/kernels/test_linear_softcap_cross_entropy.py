@@ -10,11 +10,9 @@ from nanofuse.bench.checks import (
     ON_GPU,
     assert_accurate,
     assert_fp8,
-    fp8_steps,
     relative_error,
     same_bits,
 )
-from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.tuning import forced
 from nanofuse.kernels.linear_relu_squared import LinearTile, plain_name
@@ -351,31 +349,6 @@ def test_every_candidate_in_fp8(tile, shape, device):
     for name, *tensors in zip(("loss", "dx", "dw"), (losses, *fp8_case.gradients(grad, scale)),
                               unfused, exact, strict=True):  # fmt: skip
         assert_accurate(name, *tensors)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (128, 256, 256, 200),
-        (384, 384, 640, 640),
-        (4096, 1024, 32768, 32749),
-        (4096, 512, 4096, 4000),
-    ],
-    ids=str,
-)
-def test_a_panel_gives_the_same_gradient(shape, device, monkeypatch):
-    """u but for bf16 in between; losses but for the order in which a tile's sums are added."""
-    fp8_case, vocab = FP8Case(shape, device), shape[-1]
-    assert panel.takes(OP, device, shape[0], shape[2], shape[1]) and vocab <= shape[2]
-    losses, lse, grad = fp8_case.forward()
-    monkeypatch.setattr(panel, "takes", lambda *sizes: False)
-    wanted_losses, wanted_lse, wanted = fp8_case.forward()
-    assert torch.equal(grad.u.transposed.view(torch.uint8), grad.u.data.view(torch.uint8).t())
-    steps = fp8_steps(grad.u.data, wanted.u.data)
-    assert steps.max() <= 1 and (steps > 0).float().mean() < 0.05
-    torch.testing.assert_close(losses, wanted_losses, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse, wanted_lse, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.cuda
