@@ -8,9 +8,8 @@ is bound by instruction issue, and computes a reciprocal per logit.
 from nanofuse.kernels.common.fp8 import amax_bits, record_amax, store_scaled
 from nanofuse.kernels.common.jit import tl, triton
 from nanofuse.kernels.common.lanes import LANE, lane_maxima
-from nanofuse.kernels.common.ptx import fast_exp2, fast_reciprocal
+from nanofuse.kernels.common.ptx import LOG2_E, fast_exp2, fast_reciprocal
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 SATURATION = tl.constexpr(10.5)  # beyond it tanh is 1 in fp32; (1 + exp(2 * 10.5))^4 < 1e37
 
 

@@ -112,7 +112,7 @@ class Relu:
         values = FP8Operand(data.view(self.dtype), None, scaling.inverse_scale).dequantize()
         rounded = wanted.double() * scaling.inverse_scale
         assert relative_error(values, exact) < 1.02 * relative_error(rounded, exact) + 1e-3
-        torch.testing.assert_close(amax[0].double(), exact.abs().max(), rtol=2e-3, atol=0)
+        torch.testing.assert_close(amax[0].double(), exact.abs().max(), rtol=1e-2, atol=0)
 
 
 @pytest.mark.cuda
