@@ -117,7 +117,7 @@ def test_torchrun(data_dir, work_dir):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "nanofuse.train.run", "--", *args, "--run", "a"]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "2 x CPU" in done.stdout and done.stdout.count("step      3  saved") == 1
     main([*args, "--run", "b"])
     runs = [work_dir / "runs" / name for name in "ab"]
