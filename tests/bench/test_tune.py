@@ -1,9 +1,11 @@
 """bench.tune without its GPU: its widths, and how entries come together."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from nanofuse.bench import tune as module
 from nanofuse.bench.tune import merged, parse_widths, read_table
 from nanofuse.train.errors import UserError
 
@@ -45,3 +47,21 @@ def test_a_file_that_is_no_table_is_refused_before_anything_is_timed(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="--out .* is no JSON"):
         read_table(path)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_op_that_another_kernel_does_here_has_no_entry(asks, monkeypatch):
+    """As a panel's at widths that no panel takes: its configuration is never asked for."""
+    tile = module.tuning.Tile(1, 2, 3)
+
+    def run():
+        if asks:
+            module.tuning.tuned("op", None, 1536)
+
+    def make(rows, device):
+        return SimpleNamespace(run=run, share=lambda seconds: 0.5)
+
+    monkeypatch.setitem(module.CASES, "op", (make, [tile]))
+    monkeypatch.setattr(module, "median_seconds", lambda call, rounds: call() or 1e-6)
+    entry = module.tune("op", 1536)
+    assert entry is None if not asks else (entry["cols"], entry["us"]) == (1536, 1.0)
