@@ -24,7 +24,7 @@ RULES = [
             r"^_?(momentum|apply|factors|unit_rows|initial_scale|shrink_rows|rescale|adamw"
             r"|adamw_scalars|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
         ),
-        ("GEMM", r"^(linear_relu_squared|product|relu_panel|loss_panel)_kernel"),
+        ("GEMM", r"^(linear_relu_squared|product|relu_panel|loss_panel|rotary_panel)_kernel"),
         (
             "norm/rotary",
             r"^_?(residual_mix|residual_gradients|resid_lambda_grad|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",

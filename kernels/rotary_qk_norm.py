@@ -103,37 +103,43 @@ def value_gate_ref(
     return v + (VALUE_GATE_SCALE * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding
 
 
-def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
-    """Check the inputs; returns K, the number of key/value heads of the fused buffer.
+def check(op, qkv, tokens, table, gate, head_dim, seq_len, num_heads):
+    """Check the inputs of `op`; returns K, the number of key/value heads of the fused buffer.
 
     Raises:
         ValueError: tensors that are not contiguous or do not fit together.
     """
-    head_dim = cos.size(-1)
     if qkv.dim() != 2 or qkv.stride(1) != 1:
-        raise ValueError("rotary_qk_norm: qkv must be a matrix with contiguous rows")
+        raise ValueError(f"{op}: qkv must be a matrix with contiguous rows")
     kv_heads, rest = divmod(qkv.size(1) - num_heads * head_dim, 2 * head_dim)
     if rest or kv_heads < 1 or head_dim % 2:
         raise ValueError(
-            f"rotary_qk_norm: a row of {qkv.size(1)} does not hold {num_heads} query heads and "
+            f"{op}: a row of {qkv.size(1)} does not hold {num_heads} query heads and "
             f"as many key as value heads of an even width {head_dim}"
         )
+    if qkv.size(0) % seq_len:
+        raise ValueError(f"{op}: {qkv.size(0)} rows are not sequences of {seq_len}")
+    given = [x is not None for x in (tokens, table, gate)]
+    if any(given):
+        if not all(given):
+            raise ValueError(f"{op}: tokens, table and gate go together")
+        shapes = (tokens.numel(), table.size(-1), gate.numel())
+        if shapes != (qkv.size(0), kv_heads * head_dim, qkv.size(0) * kv_heads):
+            raise ValueError(f"{op}: tokens, table or gate do not fit qkv")
+        if not all(x.is_contiguous() for x in (tokens, table, gate)):
+            raise ValueError(f"{op}: tokens, table and gate must be contiguous")
+    return kv_heads
+
+
+def _check(qkv, tokens, table, gate, cos, sin, seq_len, num_heads):
+    """As `check`, and the angles."""
+    head_dim = cos.size(-1)
+    kv_heads = check("rotary_qk_norm", qkv, tokens, table, gate, head_dim, seq_len, num_heads)
     for name, angles in (("cos", cos), ("sin", sin)):
         if angles.dtype != torch.float32 or not angles.is_contiguous():
             raise ValueError(f"rotary_qk_norm: {name} must be contiguous fp32")
         if angles.size(0) < seq_len or angles.size(1) != head_dim:
             raise ValueError(f"rotary_qk_norm: {name} is too small for {seq_len} positions")
-    if qkv.size(0) % seq_len:
-        raise ValueError(f"rotary_qk_norm: {qkv.size(0)} rows are not sequences of {seq_len}")
-    given = [x is not None for x in (tokens, table, gate)]
-    if any(given):
-        if not all(given):
-            raise ValueError("rotary_qk_norm: tokens, table and gate go together")
-        shapes = (tokens.numel(), table.size(-1), gate.numel())
-        if shapes != (qkv.size(0), kv_heads * head_dim, qkv.size(0) * kv_heads):
-            raise ValueError("rotary_qk_norm: tokens, table or gate do not fit qkv")
-        if not all(x.is_contiguous() for x in (tokens, table, gate)):
-            raise ValueError("rotary_qk_norm: tokens, table and gate must be contiguous")
     return kv_heads
 
 

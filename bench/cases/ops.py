@@ -102,6 +102,16 @@ OPS = (
         ),
     ),
     Op(
+        "linear_rotary_qk_norm",
+        "q, k, v of x·wᵀ, as rotary_qk_norm makes them",
+        (
+            Call("forward, plain", ("linear_rotary_qk_norm[plain]",)),
+            Call(
+                "forward, with values", ("linear_rotary_qk_norm[value]",), "linear_rotary_qk_norm"
+            ),
+        ),
+    ),
+    Op(
         "quantize",
         "q = fp8(clamp(x·scale)), row-major and transposed",
         (

@@ -1,6 +1,7 @@
 """Cases of the ops on the stream: quantisation, embedding, residual mix, rotary and gates."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
+from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.resid_lambda_grad import resid_lambda_grad
 from nanofuse.kernels.residual_gradients import residual_gradients
@@ -177,6 +179,25 @@ def rotary_qk_norm_case(rows, device, value=True):
         (moved, extra),
         moved,
         args=(qkv, *args),
+    )
+
+
+def linear_rotary_qk_norm_case(rows, device, value=True):
+    """On Hopper alone; the case's last argument is what rotary_qk_norm takes instead of angles."""
+    model = sizes(device)
+    qkv, args, extra = rotary_inputs(rows, device, value, model, rows_of_tokens(rows)[1])
+    scaling = partial(Scaling.from_bound, dtype=E4M3, device=device)
+    bound = 6 / model.width**0.5
+    x = quantize(randn(device, rows, model.width), scaling(6.0))
+    w = quantize(randn(device, 3 * model.width, model.width) * (bound / 6), scaling(bound))
+    *values, cos, sin, length = args
+    angles = pack_angles(cos[:length], sin[:length])
+    return Case(
+        lambda: linear_rotary_qk_norm_fwd(x, w, *values, angles, model.heads),
+        (rows, model.width, 3 * model.width),
+        (x.data, w.data, extra),
+        flops=2 * rows * 3 * model.width**2,
+        args=(x, w, args),
     )
 
 

@@ -128,6 +128,7 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "linear_relu_squared_panel_bwd": (mlp.linear_relu_squared_bwd_case, PANELS),
     "linear_relu_squared_bf16": (mlp.linear_relu_squared_bf16_case, LINEAR_BF16),
     "linear_relu_squared_bwd_bf16": (mlp.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
+    "linear_rotary_qk_norm": (stream.linear_rotary_qk_norm_case, PANELS),
     "rotary_qk_norm": (stream.rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (stream.rotary_qk_norm_bwd_case, HEAD_TILES_BWD),
     "rotary_qk_norm_bwd_sums": (stream.rotary_qk_norm_bwd_sums_case, HEAD_TILES_BWD),

@@ -14,6 +14,7 @@ from torch import nn
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.embedding_grad import embedding_grad
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
+from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles, takes
 from nanofuse.kernels.rotary_qk_norm import (
     rotary_qk_norm_bwd,
     rotary_qk_norm_fwd,
@@ -91,7 +92,7 @@ class FusedAttention:
     def __init__(self, module, value_table, rotary, attention, config):
         layer, self.config = module.layer, config
         self.window, self.rotary, self.attention = module.window, rotary, attention
-        self.value_table, self.gate_weight = value_table, None
+        self.value_table, self.gate_weight, self.angles = value_table, None, None
         self.matrices, self.ops = (), ("rotary_qk_norm", "quantize")
         if value_table is not None:
             self.gate_weight, self.matrices = module.ve_gate.weight, (module.ve_gate,)  # (K, G)
@@ -113,15 +114,25 @@ class FusedAttention:
             return None, None, None
         return tokens.view(-1), self.value_table, gate
 
+    def _packed_angles(self, length):
+        """(length, D / 2) int32 of pack_angles, made once."""
+        if self.angles is None or len(self.angles) != length:
+            self.angles = pack_angles(*(x[:length] for x in self.rotary))
+        return self.angles
+
     def forward(self, step, stream):
         precision, gate, normed = step.precision, None, stream.take_normed()
-        qkv = precision.gemm.forward(normed, precision.weight(self.qkv))
-        normed = precision.gemm.keep(normed)
         if self.value_table is not None:
             gate = gate_logits_fwd(stream.x, stream.rstd, self.gate_weight)
-        heads, kv_heads = self.config.n_head, self.config.n_kv_head
-        values, length = self._values(step.tokens, gate), step.tokens.size(1)
-        qk_rstd = rotary_qk_norm_fwd(qkv, *values, *self.rotary, length, heads)
+        values, weight = self._values(step.tokens, gate), precision.weight(self.qkv)
+        heads, kv_heads, length = self.config.n_head, self.config.n_kv_head, step.tokens.size(1)
+        if takes(normed, weight, self.config.head_dim):
+            angles = self._packed_angles(length)
+            qkv, qk_rstd = linear_rotary_qk_norm_fwd(normed, weight, *values, angles, heads)
+        else:
+            qkv = precision.gemm.forward(normed, weight)
+            qk_rstd = rotary_qk_norm_fwd(qkv, *values, *self.rotary, length, heads)
+        normed = precision.gemm.keep(normed)
         sizes = [heads, kv_heads, kv_heads]
         split = qkv.view(*step.tokens.shape, sum(sizes), -1).split(sizes, dim=2)
         y, attention = self.attention.forward(*split, self.window)

@@ -3,9 +3,10 @@ import torch
 
 from nanofuse.kernels.common.attention_sums import AttentionSums
 from nanofuse.kernels.embedding_grad import sort_rows
-from nanofuse.kernels.rotary_qk_norm import rotary_table
+from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_fwd, rotary_table
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
+from nanofuse.model.pieces import attention as piece
 from nanofuse.model.pieces.attention import Attention, FusedAttention
 from nanofuse.model.pieces.stream import MicroStep, StreamGrad
 from tests.model.pieces.harness import (
@@ -66,6 +67,41 @@ def test_forward_and_every_gradient(layer, fields, window):
     assert_same_gradients(module, truth)
     if values is not None:
         assert_close("values", table.grad, values.grad)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_kernel_or_two_pass_on_the_same(layer, monkeypatch):
+    """Where linear_rotary_qk_norm takes the product, attention gets what it gives, and its backward
+    pass reads it."""
+    config, results, asked = small_config(), [], []
+
+    def in_one(x, w, tokens, table, gate, angles, heads):
+        asked.append(angles)
+        cos, sin = angles.view(torch.float16).float().view(*angles.shape, 2).unbind(-1)
+        cos, sin = torch.cat([cos, cos], dim=1), torch.cat([sin, -sin], dim=1)
+        qkv = x @ w.t()
+        return qkv, rotary_qk_norm_fwd(qkv, tokens, table, gate, cos, sin, len(angles), heads)
+
+    for one in (False, True):
+        monkeypatch.setattr(piece, "takes", lambda x, w, head_dim, one=one: one)
+        monkeypatch.setattr(piece, "linear_rotary_qk_norm_fwd", in_one)
+        module, _ = module_and_truth(Attention(config, layer))
+        table = None
+        if layer in config.value_embed_layers:
+            table = randn(config.padded_vocab_size, config.kv_dim, seed=5)
+            table.grad = torch.zeros_like(table)
+        angles = (x.half().float() for x in rotary_table(2 * T, config.head_dim, 1e4, DEVICE))
+        fused = FusedAttention(module, table, tuple(angles), SDPAttention(), config)
+        prepare(fused)
+        step, stream = micro_step(config), normalised(randn(N, config.n_embd))
+        out, saved = fused.forward(step, stream)
+        upstream, g = (randn(N, config.n_embd, seed=s) for s in (1, 2))
+        grad = fused.backward(step, saved, StreamGrad(g, branch=upstream))
+        results.append([out.branch, grad.normed, *(p.grad for p in module.parameters())])
+        fused.forward(step, normalised(randn(N, config.n_embd)))
+    assert len(asked) == 2 and asked[0] is asked[1] and len(asked[0]) == T  # packed once
+    for apart, together in zip(*results, strict=True):
+        assert torch.equal(apart, together)
 
 
 class LeavesSums(SDPAttention):
