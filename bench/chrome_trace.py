@@ -27,7 +27,8 @@ RULES = [
         ("GEMM", r"^(linear_relu_squared|product|relu_panel|loss_panel|rotary_panel)_kernel"),
         (
             "norm/rotary",
-            r"^_?(residual_mix|residual_gradients|resid_lambda_grad|rotary_qk_norm|gate_logits)(_fwd|_bwd)?_k",
+            r"^_?(residual_(mix|norm|gradients)|resid_lambda_grad|rotary_qk_norm|gate_logits)"
+            r"(_fwd|_bwd)?(_tma)?_k",
         ),
         ("quantise", r"^_?(quantize|relu_squared|transpose)_kernel"),
         ("embedding", r"^_?(embed_smear|embedding_grad|spanning_segments|bigram_rows)(_.*)?_kern"),

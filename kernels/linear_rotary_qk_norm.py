@@ -68,7 +68,7 @@ def takes(
         isinstance(x, FP8Operand)
         and x.data.dtype == w.data.dtype == E4M3
         and head_dim == HEAD_DIM
-        and panel.takes(OP, x.data.device, *x.data.shape[:1], *w.data.shape)
+        and panel.takes("rotary_qk_norm", x.data.device, *x.data.shape[:1], *w.data.shape)
     )
 
 

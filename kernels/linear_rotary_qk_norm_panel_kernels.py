@@ -5,7 +5,7 @@ same columns, so that a rotation moves nothing; a head's sum of squares takes fo
 kernels/common/panel.py has the rest of what it is made of.
 """
 
-from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
+from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, store_block
 from nanofuse.kernels.common.pairs import BM, BN, halves
 from nanofuse.kernels.common.panel import (
     BK,
@@ -24,10 +24,7 @@ from nanofuse.kernels.common.tuning import tuned
 from nanofuse.kernels.rotary_qk_norm_kernels import QK_GAIN, VALUE_GATE_SCALE
 
 if HAS_GLUON:
-    fence_async_shared, tma = hopper.fence_async_shared, hopper.tma
-    # names before and in Triton 3.9
-    store_block = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-    store_wait = tma.store_wait
+    fence_async_shared, store_wait = hopper.fence_async_shared, hopper.tma.store_wait
     ANGLES = gl.constexpr("""{
         .reg .b16 cosine, sine;
         mov.b32 {cosine, sine}, $2;

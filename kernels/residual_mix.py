@@ -16,6 +16,10 @@ gradient of y:
 The gradients of x0, the tables and their lambdas, summed over all layers:
 kernels/residual_gradients.py.
 
+On Hopper the backward pass, and the forward pass without x0 and tables, have kernels that load by
+TMA (kernels/residual_mix_tma_kernels.py), where results are FP8 operands and sizes suit. They round
+as these do, and sum rows in another order.
+
 Bytes, N = B*T positions of width C at s bytes: forward s*N*C for each tensor read (x, branch, x0,
 e_k) and written (y, normed), and N*C for each FP8 layout; backward likewise, h, y, g, x read, g_y
 and, unless it is g_y itself, grad branch written. FLOPs: about 10 per element.
@@ -34,6 +38,11 @@ from nanofuse.kernels.common.tuning import tuned
 from nanofuse.kernels.embedding_grad import embedding_grad, sort_rows
 from nanofuse.kernels.residual_gradients import residual_gradients
 from nanofuse.kernels.residual_mix_kernels import residual_mix_bwd_kernel, residual_mix_fwd_kernel
+from nanofuse.kernels.residual_mix_tma_kernels import (
+    residual_mix_bwd_tma,
+    residual_norm_fwd_tma,
+    takes,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,10 @@ def residual_mix_fwd(
         normed, operand = None, empty_operand(n, c, scaling, x.device)
     data, transposed, scale, amax = operand_args(operand, scaling)
     op = "residual_norm_fwd" if x0 is None else "residual_mix_fwd"
+    plain = x0 is None and resid_lambda is None and not lookups
+    if plain and operand is not None and takes(op, x, branch):
+        residual_norm_fwd_tma(x, branch, y, rstd, data, transposed, scale, amax)
+        return y, rstd, operand
     config = _tile(op, FORWARD_TILE, x)
     residual_mix_fwd_kernel[(triton.cdiv(n, config.rows),)](
         x_ptr=x,
@@ -194,9 +207,19 @@ def residual_mix_bwd(
         check_alignment("residual_mix", **tensors)
     n, c = y.shape
     op = "residual_norm_bwd" if x is None else "residual_mix_bwd"
+    grad_y = torch.empty_like(y) if out is None else out
+    if (
+        scaling is not None and (x is None or x is y)
+        and takes(op, y, grad_normed, grad_stream, grad_y)
+    ):  # fmt: skip
+        operand = empty_operand(n, c, scaling, y.device)
+        shares = residual_mix_bwd_tma(
+            grad_normed, y, rstd, grad_stream, stream_scale, resid_lambda, grad_y, x is y,
+            *operand_args(operand, scaling),
+        )  # fmt: skip
+        return grad_y, None if shares is None else shares.sum(), operand
     config = _tile(op, BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
-    grad_y = torch.empty_like(y) if out is None else out
     partial = None
     if x is not None:
         partial = torch.empty(programs, dtype=torch.float32, device=y.device)

@@ -2,15 +2,16 @@
 
 Triton exists on Linux only. Elsewhere (macOS, Windows) an op's file still gives its reference in
 plain PyTorch; a launch of its kernel raises a RuntimeError of one line. Every file of kernels/
-takes `triton` and `tl` from here, and TensorDescriptor where it needs it; `gluon`, `gl`, `hopper`
-and GluonDescriptor likewise.
+takes `triton` and `tl` from here, and TensorDescriptor where it needs it; `gluon`, `gl`, `hopper`,
+GluonDescriptor, and load_block and store_block, between a descriptor's matrix and shared memory,
+likewise.
 """
 
 import functools
 
 __all__ = [
     "HAS_GLUON", "HAS_TRITON", "MISSING", "GluonDescriptor", "TensorDescriptor", "gl", "gluon",
-    "hopper", "tl", "triton",
+    "hopper", "load_block", "store_block", "tl", "triton",
 ]  # fmt: skip
 
 MISSING = "Triton is not installed, and this op's kernel needs it (Linux: pip install triton)"
@@ -83,7 +84,11 @@ try:  # Triton's lower language, in which warps have roles; experimental, so it 
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
+    # names before and in Triton 3.9
+    load_block = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+    store_block = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
     HAS_GLUON = True
 except ImportError:
     gluon, gl, hopper, GluonDescriptor = _Triton, _Language, None, _TensorDescriptor
+    load_block = store_block = None
     HAS_GLUON = False

@@ -57,6 +57,17 @@ COLUMNS_4, COLUMNS_8 = _layouts(
     [BN // 2, BM],
 )
 
+if HAS_GLUON:  # of tiles of 32 x 256: a lane has 8 of the rows
+    COLUMNS_16 = gl.constexpr(
+        gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4]],
+            [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+            [[8, 0], [16, 0], [32, 0], [64, 0]],
+            [],
+            [BN, 32],
+        )
+    )
+
 
 @gluon.jit
 def halves(x, ROWS: gl.constexpr, COLS: gl.constexpr):
@@ -152,7 +163,8 @@ def store_pairs(
     WARPS: gl.constexpr,
 ):
     """Store a tile row-major and transposed, 16 bytes a lane and 128 of a line by eight of them."""
-    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    LANES: gl.constexpr = BN // 16  # that share a row
+    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     scratch.store(pairs)
     lines = gl.inline_asm_elementwise(
         IN_ORDER,
@@ -167,8 +179,8 @@ def store_pairs(
     corner = data_ptr + (row.to(gl.int64) * PAIRS + pair)
     gl.store(corner + (m[:, None] * PAIRS + p[None, :]), lines)
 
-    by_cols: gl.constexpr = COLUMNS_8 if WARPS == 8 else COLUMNS_4
-    sides: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    by_cols: gl.constexpr = COLUMNS_16 if WARPS == 16 else COLUMNS_8 if WARPS == 8 else COLUMNS_4
+    sides: gl.constexpr = gl.NVMMASharedLayout(64 if BM == 32 else 128, 16, 2)
     if PUBLIC_REINTERPRET:
         turned = scratch.reinterpret(gl.int16, [BN // 2, BM], sides)
     else:

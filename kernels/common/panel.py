@@ -21,16 +21,14 @@ one, so who waits may not be two phases away:
 from dataclasses import dataclass
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
-from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
+from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, load_block
 from nanofuse.kernels.common.pairs import BM, BN
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.common.tuning import capability, is_forced, sm_count
 
 if HAS_GLUON:
-    mbarrier, tma = hopper.mbarrier, hopper.tma
+    mbarrier = hopper.mbarrier
     warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
-    # names before and in Triton 3.9
-    load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 BK = 128  # of a part of the inner dimension
 MOST_TERMS = 1024  # what fits into shared memory beside the stages
