@@ -34,16 +34,16 @@ if HAS_GLUON:
         return gl.constexpr(layout([[0, 1], register, *columns], lanes, warps, [], [32, width]))
 
     # which element each bit of a register's, a lane's and a warp's number adds
-    PART = _of_part([8, 0], [[0, 8]], [16, 32, 64], 128)  # of bf16, as ldmatrix gives it
-    PAIRS_OF_PART = _of_part([8, 0], [], [8, 16, 32], 64)  # kernels/common/pairs.py
-    PAIRS_OF_UNIT = _of_part([8, 0], [[0, 64]], [8, 16, 32], 128)
+    PART = _of_part([8, 0], [[0, 8]], [16, 32], 64)  # of bf16, as ldmatrix gives it
+    PAIRS_OF_PART = _of_part([8, 0], [], [8, 16], 32)  # kernels/common/pairs.py
+    PAIRS_OF_UNIT = _of_part([8, 0], [[0, 32]], [8, 16], 64)
 
 ROWS = 32  # of a block
-WIDTH = 128  # columns of a part, of which a unit has two
+WIDTH = 64  # columns of a part, of which a unit has two
 # units in shared memory: of what is read twice and of what is read once, forward and backward
-FWD_RING, FWD_SHORT = 8, 3
-RING, SHORT = 5, 2
-WARPS, REGISTERS = 16, 96
+FWD_RING, FWD_SHORT = 16, 3
+RING, SHORT = 12, 3
+WARPS, REGISTERS = 8, 128
 
 
 def takes(

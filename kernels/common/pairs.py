@@ -57,14 +57,14 @@ COLUMNS_4, COLUMNS_8 = _layouts(
     [BN // 2, BM],
 )
 
-if HAS_GLUON:  # of tiles of 32 x 256: a lane has 8 of the rows
-    COLUMNS_16 = gl.constexpr(
+if HAS_GLUON:  # of tiles of 32 rows, of which a lane has eight
+    COLUMNS_32 = gl.constexpr(
         gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4]],
             [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-            [[8, 0], [16, 0], [32, 0], [64, 0]],
+            [[8, 0], [16, 0], [32, 0]],
             [],
-            [BN, 32],
+            [BN // 2, 32],
         )
     )
 
@@ -163,8 +163,7 @@ def store_pairs(
     WARPS: gl.constexpr,
 ):
     """Store a tile row-major and transposed, 16 bytes a lane and 128 of a line by eight of them."""
-    LANES: gl.constexpr = BN // 16  # that share a row
-    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     scratch.store(pairs)
     lines = gl.inline_asm_elementwise(
         IN_ORDER,
@@ -179,7 +178,7 @@ def store_pairs(
     corner = data_ptr + (row.to(gl.int64) * PAIRS + pair)
     gl.store(corner + (m[:, None] * PAIRS + p[None, :]), lines)
 
-    by_cols: gl.constexpr = COLUMNS_16 if WARPS == 16 else COLUMNS_8 if WARPS == 8 else COLUMNS_4
+    by_cols: gl.constexpr = COLUMNS_32 if BM == 32 else COLUMNS_8 if WARPS == 8 else COLUMNS_4
     sides: gl.constexpr = gl.NVMMASharedLayout(64 if BM == 32 else 128, 16, 2)
     if PUBLIC_REINTERPRET:
         turned = scratch.reinterpret(gl.int16, [BN // 2, BM], sides)
