@@ -19,6 +19,7 @@ FLOPs: 2*N*C*(H + 2K)*D. Bytes: C*(N + (H + 2K)*D) for the operands, 2*N*(H + 2K
 import torch
 
 from nanofuse.kernels.common import panel
+from nanofuse.kernels.common.checks import check_tensor
 from nanofuse.kernels.common.fp8 import E4M3, FP8Operand, check_alignment
 from nanofuse.kernels.linear_rotary_qk_norm_panel_kernels import (
     OP,
@@ -62,11 +63,12 @@ def takes(
     w,  # FP8Operand ((H + 2K)*D, C), or a tensor
     head_dim,
 ):
-    """Whether this op computes the product of x and w: FP8 on Hopper, of at most 1,024 terms and
-    heads of 128."""
+    """Whether this op computes the product of x and w: e4m3 on Hopper, sizes that are multiples of
+    128, at most 1,024 terms and heads of 128."""
     return (
         isinstance(x, FP8Operand)
         and x.data.dtype == w.data.dtype == E4M3
+        and x.data.size(1) == w.data.size(1)
         and head_dim == HEAD_DIM
         and panel.takes("rotary_qk_norm", x.data.device, *x.data.shape[:1], *w.data.shape)
     )
@@ -94,14 +96,13 @@ def linear_rotary_qk_norm_fwd(
     """
     if not takes(x, w, HEAD_DIM):
         raise ValueError(f"{OP}: takes() refuses these operands, of this device")
-    if not all(t.is_contiguous() for t in (x.data, w.data, angles)):
-        raise ValueError(f"{OP}: x, w and angles must be contiguous")
+    check_tensor(OP, "x", x.data, None)
+    check_tensor(OP, "w", w.data, None)
+    check_tensor(OP, "angles", angles, (max(len(angles), 1), HEAD_DIM // 2), torch.int32)
+    check_alignment(OP, x=x.data, w=w.data)
     (rows, _), cols, device = x.data.shape, w.data.size(0), x.data.device
     qkv = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
     kv_heads = check(OP, qkv, tokens, table, gate, HEAD_DIM, len(angles), num_heads)
-    if angles.dtype != torch.int32 or angles.size(1) != HEAD_DIM // 2:
-        raise ValueError(f"{OP}: angles are those of pack_angles, (T, {HEAD_DIM // 2}) int32")
-    check_alignment(OP, table=table)
     rstd = torch.empty(num_heads + kv_heads, rows, dtype=torch.float32, device=device)
     linear_rotary_qk_norm_panel(
         x.data, w.data, (x.inverse_scale, w.inverse_scale), qkv, rstd, angles, tokens, table, gate,

@@ -37,7 +37,9 @@ TILE = PanelTile(warps=4)
 
 
 @gluon.jit
-def angles_of(packed):
+def angles_of(
+    packed,  # int32 block
+):
     """fp32 cosines and sines of the two fp16 halves of int32."""
     return gl.inline_asm_elementwise(
         ANGLES, "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1

@@ -18,7 +18,8 @@ kernels/residual_gradients.py.
 
 On Hopper the backward pass, and the forward pass without x0 and tables, have kernels that load by
 TMA (kernels/residual_mix_tma_kernels.py), where results are FP8 operands and sizes suit. They round
-as these do, and sum rows in another order.
+as these do, sum rows in another order, and take maxima after scaling, so that amax is not finite
+where value times scale overflows fp32.
 
 Bytes, N = B*T positions of width C at s bytes: forward s*N*C for each tensor read (x, branch, x0,
 e_k) and written (y, normed), and N*C for each FP8 layout; backward likewise, h, y, g, x read, g_y

@@ -61,6 +61,7 @@ def takes(
         and capability(x.device) == (9, 0)
         and all(t is not None and t.dtype == torch.bfloat16 for t in (x, *others))
         and not (rows % ROWS or cols % (2 * WIDTH))
+        and rows > 0
         and cols <= 2 * WIDTH * RING
     )
 
@@ -76,7 +77,9 @@ def rounded(
 
 
 @gluon.jit
-def magnitudes(x):
+def magnitudes(
+    x,  # fp32 block
+):
     """The bits of |x|."""
     return x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
 
@@ -315,8 +318,11 @@ def residual_norm_fwd_tma_kernel(
     )  # fmt: skip
 
 
-def launch_args(matrices, data):
-    """Programs, descriptors of (N, C) matrices, and what both kernels' launches end with."""
+def launch_args(
+    matrices,  # (N, C) bf16 each
+    data,  # (N, C) FP8
+):
+    """Programs, descriptors of the matrices, and what both kernels' launches end with."""
     rows, cols = data.shape
     layout = gl.NVMMASharedLayout(128, 16, 2)
     descriptors = (GluonDescriptor.from_tensor(x, [ROWS, WIDTH], layout) for x in matrices)
@@ -368,7 +374,7 @@ def residual_mix_bwd_tma(
     """Launch the kernel; returns the shares of sum(grad_y * y), or None."""
     matrices = grad_normed, y, grad_stream, grad_y
     programs, descriptors, sizes, options = launch_args(matrices, data)
-    partial = torch.empty(programs, device=y.device) if with_y else None
+    partial = torch.empty(programs, dtype=torch.float32, device=y.device) if with_y else None
     residual_mix_bwd_tma_kernel[(programs,)](
         *descriptors,
         rstd,

@@ -21,7 +21,7 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
-from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles
+from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles, takes
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.resid_lambda_grad import resid_lambda_grad
 from nanofuse.kernels.residual_gradients import residual_gradients
@@ -183,7 +183,8 @@ def rotary_qk_norm_case(rows, device, value=True):
 
 
 def linear_rotary_qk_norm_case(rows, device, value=True):
-    """On Hopper alone; the case's last argument is what rotary_qk_norm takes instead of angles."""
+    """Where the op does not take it, a product and a rotation, as in a training pass. The case's
+    last argument is what rotary_qk_norm takes beside qkv."""
     model = sizes(device)
     qkv, args, extra = rotary_inputs(rows, device, value, model, rows_of_tokens(rows)[1])
     scaling = partial(Scaling.from_bound, dtype=E4M3, device=device)
@@ -192,8 +193,15 @@ def linear_rotary_qk_norm_case(rows, device, value=True):
     w = quantize(randn(device, 3 * model.width, model.width) * (bound / 6), scaling(bound))
     *values, cos, sin, length = args
     angles = pack_angles(cos[:length], sin[:length])
+
+    def run():
+        if takes(x, w, model.head_dim):
+            return linear_rotary_qk_norm_fwd(x, w, *values, angles, model.heads)
+        qkv = (x.dequantize() @ w.dequantize().t()).to(torch.bfloat16)
+        return qkv, rotary_qk_norm_fwd(qkv, *args, model.heads)
+
     return Case(
-        lambda: linear_rotary_qk_norm_fwd(x, w, *values, angles, model.heads),
+        run,
         (rows, model.width, 3 * model.width),
         (x.data, w.data, extra),
         flops=2 * rows * 3 * model.width**2,

@@ -54,6 +54,7 @@ def takes(op, device, rows, cols, terms):
         and not is_forced(op)
         and capability(device) == (9, 0)
         and not (rows % BM or cols % BN or terms % BK)
+        and rows > 0
         and cols > BN
         and BK < terms <= MOST_TERMS
     )

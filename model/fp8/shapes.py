@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 KINDS = ("forward", "input_grad", "weight_grad")
 # those of kernels/linear_relu_squared.py and linear_softcap_cross_entropy.py; a provider does all
-# others
+# others, but for qkv's forward product where kernels/linear_rotary_qk_norm.py takes it
 IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad"), ("lm_head", "forward")}
 
 

@@ -114,10 +114,10 @@ class FusedAttention:
             return None, None, None
         return tokens.view(-1), self.value_table, gate
 
-    def _packed_angles(self, length):
-        """(length, D / 2) int32 of pack_angles, made once."""
-        if self.angles is None or len(self.angles) != length:
-            self.angles = pack_angles(*(x[:length] for x in self.rotary))
+    def _packed_angles(self):
+        """(sequence_len, D / 2) int32 of pack_angles, made once: CUDA graphs hold the address."""
+        if self.angles is None:
+            self.angles = pack_angles(*(x[: self.config.sequence_len] for x in self.rotary))
         return self.angles
 
     def forward(self, step, stream):
@@ -126,8 +126,8 @@ class FusedAttention:
             gate = gate_logits_fwd(stream.x, stream.rstd, self.gate_weight)
         values, weight = self._values(step.tokens, gate), precision.weight(self.qkv)
         heads, kv_heads, length = self.config.n_head, self.config.n_kv_head, step.tokens.size(1)
-        if takes(normed, weight, self.config.head_dim):
-            angles = self._packed_angles(length)
+        if length <= self.config.sequence_len and takes(normed, weight, self.config.head_dim):
+            angles = self._packed_angles()[:length]
             qkv, qk_rstd = linear_rotary_qk_norm_fwd(normed, weight, *values, angles, heads)
         else:
             qkv = precision.gemm.forward(normed, weight)

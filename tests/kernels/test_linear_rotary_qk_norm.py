@@ -88,17 +88,15 @@ def test_what_it_takes(monkeypatch):
         assert not takes(x, w, 64)
         assert not takes(x.data, w.data, D)  # no FP8Operands: evaluation
         assert not takes(zeros(256, 512, E5M2), w, D)
-        assert not takes(zeros(200, 512), w, D)
+        assert not takes(zeros(200, 512), w, D) and not takes(zeros(256, 640), w, D)
+        assert not takes(zeros(0, 512), w, D)
         assert not takes(zeros(256, 1152), zeros(3456, 1152), D)
     with aimed_at(replace(HOPPER, capability=(10, 0))):
         assert not takes(x, w, D)
 
 
 def test_what_it_does_not_take_is_refused():
-    x, w = (quantize(torch.randn(*s), Scaling.from_bound(6.0, E4M3, "cpu")) for s in
-            ((256, 256), (768, 256)))  # fmt: skip
-    if torch.cuda.is_available():
-        pytest.skip("operands of a CPU, where a GPU takes them")
+    x, w = zeros(256, 256), zeros(768, 256)  # of a CPU
     with pytest.raises(ValueError, match="takes"):
         linear_rotary_qk_norm_fwd(x, w, None, None, None, torch.zeros(64, 64).int(), 2)
 
@@ -190,7 +188,9 @@ def test_a_token_outside_of_the_table_makes_v_nan(token, hopper):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("what", ["x", "w", "angles", "table", "tokens", "rows", "kind"])
+@pytest.mark.parametrize(
+    "what", ["x", "w", "terms", "angles", "table", "tokens", "rows", "none", "kind"]
+)
 def test_what_does_not_fit_is_refused(what, hopper):
     layer = Layer((256, 256, 2, 2, 128), True, hopper)
     angles = pack_angles(layer.cos, layer.sin)
@@ -201,6 +201,9 @@ def test_what_does_not_fit_is_refused(what, hopper):
         wide = torch.cat([old.data, old.data], dim=1)[:, : old.data.size(1)]
         new = FP8Operand(wide, old.transposed, old.inverse_scale)
         x, w = (new, w) if what == "x" else (x, new)
+    elif what == "terms":
+        x = zeros(256, 512)
+        x = FP8Operand(x.data.to(hopper), x.transposed.to(hopper), x.inverse_scale.to(hopper))
     elif what == "angles":
         angles = torch.cat([angles, angles], dim=1)[:, : D // 2]
     elif what == "table":
@@ -209,6 +212,8 @@ def test_what_does_not_fit_is_refused(what, hopper):
         tokens = None
     elif what == "rows":
         angles = angles[:100]
+    elif what == "none":
+        angles = angles[:0]
     else:
         angles = angles.float()
     with pytest.raises(ValueError, match=OP) as caught:

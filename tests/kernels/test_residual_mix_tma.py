@@ -19,7 +19,7 @@ from nanofuse.kernels.residual_mix import (
 
 HOPPER = Gpu("NVIDIA H200", (9, 0), 132)
 BWD, MIX, FWD = "residual_norm_bwd", "residual_mix_bwd", "residual_norm_fwd"
-# a block; fewer than programs; shares that differ; every width, of which each has a ring of its own
+# one block; fewer blocks than programs; shares that differ; units that fill the ring and do not
 SHAPES = [
     (32, 128), (4224, 256), (4224, 384), (8224, 512), (4256, 768), (65536, 1024), (8192, 1280),
     (4256, 1536),
@@ -52,7 +52,9 @@ def test_what_they_take(monkeypatch):
 
     with aimed_at(HOPPER):
         assert takes(32, 128) and takes(64, 1536, torch.zeros(64, 1536).bfloat16())
-        assert not takes(48, 256) and not takes(32, 192) and not takes(32, 1664)
+        assert (
+            not takes(0, 256) and not takes(48, 256) and not takes(32, 192) and not takes(32, 1664)
+        )
         assert not takes(32, 256, None)
         assert not takes(32, 256, torch.zeros(32, 256))
         assert not takes(32, 256, dtype=torch.float32)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from nanofuse.bench.checks import ON_GPU
+from nanofuse.kernels import residual_mix
+from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand
 from nanofuse.model import fused as fused_module
 from nanofuse.model.backends.torch_backends import SDPAttention
@@ -410,3 +412,32 @@ def test_a_graphed_loss_must_be_differentiated_before_the_next():
     fused(*data).backward()
     with pytest.raises(RuntimeError, match="before the next"):
         first.backward()
+
+
+@pytest.mark.cuda
+def test_kernels_for_hopper_are_as_accurate_as_the_others(monkeypatch):
+    """Of a pass in FP8 with heads of 128: errors of the loss and of every matrix's gradient."""
+    config = make(aspect=64, head_dim=128, sequence_len=64)
+    if not panel.takes("", torch.device(DEVICE), 128, config.n_embd, config.n_embd):
+        pytest.skip("kernels for a Hopper GPU alone")
+    calls, run, errors = [], attention.linear_rotary_qk_norm_fwd, []
+    monkeypatch.setattr(
+        attention, "linear_rotary_qk_norm_fwd", lambda *args: calls.append(args) or run(*args)
+    )
+    for hopper in (True, False):
+        if not hopper:
+            assert len(calls) == config.n_layer
+            monkeypatch.setattr(attention, "takes", lambda *args: False)
+            monkeypatch.setattr(residual_mix, "takes", lambda *args: False)
+        truth, fused = pair(config, TorchGemm(), torch.bfloat16)
+        data = batch(config)
+        losses = [model(*data) for model in (fused, truth)]
+        for loss in losses:
+            loss.backward()
+        found = {"loss": relative(*(loss.detach().float() for loss in losses))}
+        pairs = zip(fused.model.named_parameters(), truth.parameters(), strict=True)
+        found |= {n: relative(p.grad.float(), q.grad) for (n, p), q in pairs if p.dim() == 2}
+        errors.append(found)
+    assert len(calls) == config.n_layer
+    for name, error in errors[0].items():
+        assert error <= 1.2 * errors[1][name] + 5e-3, name
