@@ -186,7 +186,7 @@ def linear_rotary_qk_norm_case(rows, device, value=True):
     """Where the op does not take it, a product and a rotation, as in a training pass. The case's
     last argument is what rotary_qk_norm takes beside qkv."""
     model = sizes(device)
-    qkv, args, extra = rotary_inputs(rows, device, value, model, rows_of_tokens(rows)[1])
+    _, args, extra = rotary_inputs(rows, device, value, model, rows_of_tokens(rows)[1])
     scaling = partial(Scaling.from_bound, dtype=E4M3, device=device)
     bound = 6 / model.width**0.5
     x = quantize(randn(device, rows, model.width), scaling(6.0))

@@ -98,7 +98,7 @@ def compare(found, wanted, rows_of_floats, rounded):
         torch.testing.assert_close(found[i], wanted[i], rtol=2e-6, atol=2e-6, equal_nan=True)
     for i in rounded:
         differs = found[i].view(torch.uint8) != wanted[i].view(torch.uint8)
-        assert differs.float().mean() < 1e-4
+        assert differs.sum() <= max(4, 1e-4 * differs.numel())
     data, transposed = found[-3:-1]
     assert torch.equal(transposed, data.t())
 
