@@ -5,9 +5,11 @@ As a program: reads a JSON object a line, {"args", "cwd", "signal", "after", "me
 "fault", "job", "env"}, runs train.run with these arguments, sends the signal (or none) so many
 seconds after the file of metrics has so many lines, and answers {"code", "err", "seconds"}. The
 ranks that the command starts are forks, too. A fault is (kind of FAULTS, rank, step). A job is a
-function that runs in place of the command, "module:name"; its argument is the Ranks.
+function that runs in place of the command, "module:name"; its argument is the Ranks. What hangs is
+aborted after PATIENCE, and "err" ends with its stacks.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -23,6 +25,7 @@ from pkgutil import resolve_name
 from types import SimpleNamespace
 
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+PATIENCE = 120  # seconds; the longest of these commands takes ten
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -188,6 +191,24 @@ def child(job, err):
     command_of(job)
 
 
+def abort(pid):
+    """End a process and those that it started; each says where it is."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        abort(int(child))
+    os.kill(pid, signal.SIGABRT)
+
+
+def status_of(pid, until):
+    """Of a child, which is aborted if it has not ended by then."""
+    while time.monotonic() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.002)
+    abort(pid)
+    return os.waitpid(pid, 0)[1]
+
+
 def lines_in(path):
     return Path(path).read_bytes().count(b"\n") if os.path.exists(path) else 0
 
@@ -199,6 +220,7 @@ def serve():
 
     torch.set_num_threads(1)
     gc.freeze()  # else a fork's collections copy the pages of all objects
+    faulthandler.enable()
     err = Path(tempfile.mkdtemp()) / "err"
     for line in sys.stdin:
         job = json.loads(line)
@@ -212,9 +234,10 @@ def serve():
             while job["lines"] and lines_in(job["metrics"]) < job["lines"]:
                 time.sleep(0.002)
                 job["lines"] -= 100 * (os.waitid(os.P_PID, pid, ENDED) is not None)
+                job["lines"] *= time.monotonic() < began + PATIENCE
             time.sleep(job["after"])
             os.kill(pid, job["signal"])
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = os.waitstatus_to_exitcode(status_of(pid, began + PATIENCE))
         answer = {"code": code, "err": err.read_text(), "seconds": time.monotonic() - began}
         print(json.dumps(answer), flush=True)
     gc.unfreeze()  # else native modules report leaks
