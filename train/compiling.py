@@ -182,5 +182,4 @@ class Compiling:
                 os.killpg(process.pid, number)  # with all that it forked
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GOING_SECONDS)
-                break
-        process.stdout.close()
+        process.stdout.close()  # waits for who reads it, and so for whoever may write to it

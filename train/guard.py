@@ -57,6 +57,7 @@ class Guard:
         self.cut_off = False  # from the store
         self.lock = threading.Lock()  # of the store's connection
         self.main = threading.main_thread()
+        self.promise = threading.Lock()  # of `limit` and whether it is published
         self.limit, self.grace, self.waits = START_SECONDS, 0.0, 0
         self.since = time.monotonic()  # the main thread was last heard of
         self.contact = time.monotonic()  # with the store
@@ -80,10 +81,11 @@ class Guard:
     def allow(self, seconds):
         """The main thread will be heard of again within so many seconds of work: by another
         `allow`, or as it waits for the others."""
-        before, self.limit, self.since = self.limit, seconds, time.monotonic()
-        if before == seconds:
-            return
-        self.published.clear()
+        with self.promise:
+            before, self.limit, self.since = self.limit, seconds, time.monotonic()
+            if before == seconds:
+                return
+            self.published.clear()
         self.changed.set()
         if seconds > max(before, SILENT_SECONDS):
             # the others are to know before a library keeps this process's threads from running
@@ -194,8 +196,9 @@ class Guard:
                 self._miss(f"rank 0's store is gone ({_first_line(error)})")
                 return
             self.contact = time.monotonic()
-            if limit == self.limit:
-                self.published.set()
+            with self.promise:
+                if limit == self.limit:
+                    self.published.set()
 
     def _look(self):
         if self.word is None and self.store.check([LAST_WORD]):
@@ -265,7 +268,8 @@ class Guard:
             print(line, file=sys.stderr, flush=True)
             if line.startswith("error: "):
                 self.tell()
-            os._exit(code)
+            if not self.stopped.is_set():
+                os._exit(code)
 
 
 class NoGuard:

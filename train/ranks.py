@@ -11,6 +11,7 @@ NVLink multicast stays off, unless the environment says otherwise.
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from nanofuse.train.pace import Pace
 # of this rank's GPU, though a call of torch.distributed may raise them
 OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 MOST_VOTES = 6  # of one agreement
+LEAVING_SECONDS = 60  # for the others to leave as well, when all is said and saved
 POLL_SECONDS = 0.0005  # between two looks at a word that is on its way
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
@@ -297,8 +299,13 @@ class Ranks(Alone):
     def close(self):
         self.agree()
         self.guard.stop()
+        # nobody looks after this rank any more; it has done its work, whatever the others do
+        late = threading.Timer(LEAVING_SECONDS, os._exit, [0])
+        late.daemon = True
+        late.start()
         self.agree()  # the host of the store leaves when nobody looks there any more
         dist.destroy_process_group()
+        late.cancel()
 
 
 def open_store(place, patience, host=False):

@@ -142,7 +142,8 @@ def commit(kind, rank, step):
         if self.progress.step + 1 != step:
             return micro_steps(self)
         if kind in ("SIGKILL", "SIGSTOP", "SIGTERM"):
-            time.sleep(kind == "SIGSTOP")  # so that the others know what it has promised
+            if kind == "SIGSTOP":  # the others know what it has promised
+                assert self.ranks.guard.published.wait(20)
             os.kill(os.getpid(), getattr(signal, kind))
         elif kind == "hang":
             threading.Event().wait()

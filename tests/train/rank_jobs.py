@@ -1,12 +1,14 @@
 """What the ranks of a test do; tests.train.forks starts them."""
 
 import os
+import time
 import warnings
 
 import torch
 
 from nanofuse.kernels import newton_schulz
 from nanofuse.model.fp8.products import TorchGemm
+from nanofuse.train import ranks as module
 from nanofuse.train.errors import PeerFailed
 from tests.train.optim.test_sharing import UNEVEN
 from tests.train.optim.test_sharing import fused as step_of_fused
@@ -66,6 +68,16 @@ def out_of_step(ranks):
         ranks.agree(1)
     else:
         ranks.collect(1)
+
+
+def one_stays(ranks):
+    """Rank 1 does not leave with the others, when all is done."""
+    module.LEAVING_SECONDS = 1
+    if ranks.rank == 1:
+        ranks.agree()
+        ranks.guard.stop()
+        time.sleep(5)
+        os._exit(0)
 
 
 def one_fails(ranks):

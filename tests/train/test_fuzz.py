@@ -51,11 +51,12 @@ def limits():
     before = resource.getrlimit(resource.RLIMIT_AS)
     old = signal.signal(signal.SIGALRM, late)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ALLOWANCE, before[1]))
-    signal.alarm(SECONDS)
+    # again and again, as what ends the call may wait as well
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 5)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
         resource.setrlimit(resource.RLIMIT_AS, before)
 

@@ -106,7 +106,7 @@ def test_bad_input_ends_all_ranks_with_one_line(data_dir, work_dir):
         "--gpus",
         "2",
     ]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: data directory nowhere does not exist; fetch some with")
     assert done.stderr.count("\n") == 1 and not (work_dir / "runs").exists()
@@ -116,7 +116,7 @@ def test_torchrun(data_dir, work_dir):
     args = [*TINY, "--data", str(data_dir), "--num-iterations", "3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "nanofuse.train.run", "--", *args, "--run", "a"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 x CPU" in done.stdout and done.stdout.count("step      3  saved") == 1
     main([*args, "--run", "b"])
@@ -133,7 +133,6 @@ def test_ranks_without_their_parent_save_and_end(data_dir, work_dir):
     while time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
     parent.kill()
-    err = parent.stderr.read().decode()  # until the last process has ended
-    parent.wait()
+    err = parent.communicate(timeout=120)[1].decode()  # until the last process has ended
     assert err.startswith("stopped by SIGTERM after step") and err.count("\n") == 1
     assert len(checkpoints(work_dir / "runs" / "a")) == 1

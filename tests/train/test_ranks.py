@@ -61,6 +61,11 @@ def test_a_rank_that_fails_ends_all_with_its_line(forks, work_dir):
     assert forks.seconds < 10
 
 
+def test_a_rank_that_is_done_waits_for_none_for_ever(forks, work_dir):
+    job = "tests.train.rank_jobs:one_stays"
+    assert forks.run(["--gpus", 2], work_dir, job=job) == (0, "")
+
+
 def test_ranks_in_different_calls_end(forks, work_dir):
     code, err = forks.run(["--gpus", 2], work_dir, job="tests.train.rank_jobs:out_of_step")
     assert code == 1 and forks.seconds < 10

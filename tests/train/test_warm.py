@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,15 +261,18 @@ def test_what_compiled_is_said(ending):
         ("print('{', flush=True); time.sleep(100)", "ended early"),
         ("time.sleep(100)", "says nothing for 0.3 s"),
         ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)", "says nothing"),
+        # one that it started stays, and may still write
+        ("os.fork() or signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)", "says no"),
     ],
 )
 def test_a_process_that_hangs_holds_up_no_run(monkeypatch, code, why):
     monkeypatch.setattr("nanofuse.train.compiling.SILENT_SECONDS", 0.3)
     monkeypatch.setattr("nanofuse.train.compiling.GOING_SECONDS", 0.3)
-    compiling, lines = Compiling(process(f"import signal, time; input(); {code}")), []
-    child = compiling.process
+    compiling, lines = Compiling(process(f"import os, signal, time; input(); {code}")), []
+    child, began = compiling.process, time.monotonic()
     compiling.ask(request())
     compiling.wait(lines.append)
+    assert time.monotonic() - began < 30
     assert "compile when they are launched" in lines[-1] and why in lines[-1]
     assert child.poll() is not None
 

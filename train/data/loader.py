@@ -254,7 +254,7 @@ class ThreadLoader:
     def close(self):
         """Stop the background threads."""
         self.stopped.set()
-        self.thread.join()
+        self.thread.join(GOING_SECONDS)  # a file system may not answer; it ends with the process
 
 
 class WorkerError(RuntimeError):

@@ -232,7 +232,7 @@ def test_it_ends_when_its_parent_is_killed(data_dir):
     code = CHILD.format(data_dir) + (
         "    print(loader.process.pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     pid, deadline = int(done.stdout), time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
