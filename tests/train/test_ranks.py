@@ -126,7 +126,8 @@ def test_a_signal_before_the_first_step_leaves_nothing(forks, data_dir, work_dir
     args = [*ARGS, "--data", data_dir, "--run", "a", "--gpus", 2, "--num-iterations", 300]
     for after in (0.1, 0.3):
         code, err = forks.run(args, work_dir, signal.SIGTERM, after)
-        assert code == 143 and err.count("\n") <= 2 and "error:" not in err
+        lines = [line for line in err.splitlines() if "Gloo connectFullMesh" not in line]
+        assert code == 143 and len(lines) <= 2 and "error:" not in err
         if "before the first step" in err:
             assert not (work_dir / "runs").exists()
         shutil.rmtree(work_dir / "runs", ignore_errors=True)
