@@ -303,9 +303,11 @@ class Ranks(Alone):
         late = threading.Timer(LEAVING_SECONDS, os._exit, [0])
         late.daemon = True
         late.start()
-        self.agree()  # the host of the store leaves when nobody looks there any more
-        dist.destroy_process_group()
-        late.cancel()
+        try:
+            self.agree()  # the host of the store leaves when nobody looks there any more
+            dist.destroy_process_group()
+        finally:
+            late.cancel()
 
 
 def open_store(place, patience, host=False):
