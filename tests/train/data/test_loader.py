@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanofuse.train.data import loader as module
 from nanofuse.train.data.corpus import ParquetCorpus
 from nanofuse.train.data.loader import (
     LoaderState,
@@ -251,6 +253,26 @@ def test_an_exit_without_close_does_not_wait_for_the_process(data_dir):
     code = CHILD.format(data_dir) + "    print('end')\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_a_thread_that_hangs_holds_up_no_end(packing, monkeypatch):
+    """As where a file system does not answer."""
+    answers = threading.Event()
+
+    def batches(*args):
+        yield answers.wait()
+
+    monkeypatch.setattr(module, "packed_batches", batches)
+    monkeypatch.setattr(module, "GOING_SECONDS", 0.2)
+    loader, began = ThreadLoader(packing), time.monotonic()
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    closing.join(10)
+    try:
+        assert not closing.is_alive() and time.monotonic() - began < 10
+        assert loader.thread.is_alive()
+    finally:
+        answers.set()
 
 
 def test_closing_ends_the_thread(packing):
