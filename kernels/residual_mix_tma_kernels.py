@@ -1,45 +1,34 @@
 """Kernels of kernels/residual_mix.py for Hopper, in FP8, in Gluon: backward, and the norm forward.
 
-A program takes blocks of ROWS whole rows. One warp loads their parts by TMA into a ring of units,
-as far ahead as the ring reaches, whatever the other warps do; these walk along a block twice, once
-for the sums of its rows and once to write, and read memory once. kernels/common/pairs.py casts.
+A program takes blocks of ROWS whole rows, whose units are loaded ahead (kernels/common/units.py).
+Its warps walk along a block twice, once for the sums of its rows and once to write, and read memory
+once.
 """
 
 import torch
 
-from nanofuse.kernels.common.jit import (
-    HAS_GLUON,
-    GluonDescriptor,
-    gl,
-    gluon,
-    hopper,
-    load_block,
-    store_block,
-)
-from nanofuse.kernels.common.pairs import beside, cast_pairs, neighbours, store_pairs
+from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, store_block
+from nanofuse.kernels.common.pairs import beside, store_pairs
 from nanofuse.kernels.common.panel import barriers, kind_of
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
 from nanofuse.kernels.common.tuning import capability, is_forced, sm_count
+from nanofuse.kernels.common.units import (
+    PAIRS_OF_PART,
+    PAIRS_OF_UNIT,
+    PART,
+    ROWS,
+    WIDTH,
+    cast_part,
+    load_units,
+    record_peak,
+    rounded,
+)
 
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
     store_wait = hopper.tma.store_wait
-    TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 
-    def _of_part(register, columns, warps, width):
-        lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-        warps = [[16, 0], *([0, x] for x in warps)]
-        layout = gl.DistributedLinearLayout
-        return gl.constexpr(layout([[0, 1], register, *columns], lanes, warps, [], [32, width]))
-
-    # which element each bit of a register's, a lane's and a warp's number adds
-    PART = _of_part([8, 0], [[0, 8]], [16, 32], 64)  # of bf16, as ldmatrix gives it
-    PAIRS_OF_PART = _of_part([8, 0], [], [8, 16], 32)  # kernels/common/pairs.py
-    PAIRS_OF_UNIT = _of_part([8, 0], [[0, 32]], [8, 16], 64)
-
-ROWS = 32  # of a block
-WIDTH = 64  # columns of a part, of which a unit has two
 # units in shared memory: of what is read twice and of what is read once, forward and backward
 FWD_RING, FWD_SHORT = 16, 3
 RING, SHORT = 12, 3
@@ -67,24 +56,6 @@ def takes(
 
 
 @gluon.jit
-def rounded(
-    x,  # fp32 block
-):
-    """x in bf16, two numbers in one instruction."""
-    return gl.inline_asm_elementwise(
-        TO_BF16, "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def magnitudes(
-    x,  # fp32 block
-):
-    """The bits of |x|."""
-    return x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@gluon.jit
 def load_scalar(
     ptr,  # (1,), or None for 1
 ):
@@ -92,27 +63,6 @@ def load_scalar(
         return 1.0
     else:
         return gl.load(ptr).to(gl.float32)
-
-
-@gluon.jit
-def load_units(first_desc, second_desc, bufs, full, empty, blocks, units, RING: gl.constexpr):
-    """Load the units of one or two matrices, one after the other, as far as the ring reaches."""
-    ROWS: gl.constexpr = first_desc.block_type.shape[0]
-    WIDTH: gl.constexpr = first_desc.block_type.shape[1]
-    PARTS: gl.constexpr = 2 if second_desc is None else 4
-    at = 0
-    for block in range(gl.program_id(0), blocks, gl.num_programs(0)):
-        for unit in range(units):
-            slot = at % RING
-            mbarrier.wait(empty.index(slot), ((at // RING) & 1) ^ 1)
-            mbarrier.expect(full.index(slot), 2 * PARTS * ROWS * WIDTH)
-            for i in gl.static_range(2):
-                where = [block * ROWS, (2 * unit + i) * WIDTH]
-                load_block(first_desc, where, full.index(slot), bufs.index(PARTS * slot + i))
-                if second_desc is not None:
-                    at_second = PARTS * slot + 2 + i
-                    load_block(second_desc, where, full.index(slot), bufs.index(at_second))
-            at += 1
 
 
 @gluon.jit
@@ -151,10 +101,8 @@ def bwd_partition(
                 if WITH_Y:
                     of_resid += x * y
                 hy.index(4 * slot + i).store(rounded(x))
-                x *= resid * scale
-                left, right = neighbours(x, PAIRS_OF_PART, ROWS, WIDTH)
-                peaks = gl.maximum(peaks, gl.maximum(magnitudes(left), magnitudes(right)))
-                found += (cast_pairs(left, right, DTYPE),)
+                pairs, peaks = cast_part(x * (resid * scale), peaks, DTYPE)
+                found += (pairs,)
             fence_async_shared()
             for i in gl.static_range(2):
                 store_block(grad_desc, [row, (2 * unit + i) * WIDTH], hy.index(4 * slot + i))
@@ -169,8 +117,7 @@ def bwd_partition(
             at += 1
     if WITH_Y:
         gl.store(partial_ptr + gl.program_id(0), gl.sum(gl.sum(of_resid, axis=1), axis=0))
-    peak = gl.max(gl.max(peaks, axis=1), axis=0).to(gl.float32, bitcast=True) / scale
-    gl.atomic_max(amax_ptr, peak.to(gl.int32, bitcast=True))
+    record_peak(peaks, scale, amax_ptr)
 
 
 @gluon.jit(do_not_specialize_on_alignment=("stream_scale_ptr", "resid_ptr"))
@@ -260,18 +207,16 @@ def fwd_partition(
             found = ()
             for i in gl.static_range(2):
                 y = xs.index(2 * slot + i).load(PART).to(gl.float32) * rstd
-                left, right = neighbours(y, PAIRS_OF_PART, ROWS, WIDTH)
-                peaks = gl.maximum(peaks, gl.maximum(magnitudes(left), magnitudes(right)))
-                found += (cast_pairs(left, right, DTYPE),)
-            mbarrier.arrive(x_empty.index(slot), count=1)
+                pairs, peaks = cast_part(y, peaks, DTYPE)
+                found += (pairs,)
             pairs = beside(found[0], found[1], ROWS, WIDTH // 2)
             store_pairs(
                 gl.convert_layout(pairs, PAIRS_OF_UNIT), data_ptr, transposed_ptr, scratch, row,
                 unit * WIDTH, N, PAIRS, ROWS, 2 * WIDTH, WARPS,
             )  # fmt: skip
+            mbarrier.arrive(x_empty.index(slot), count=1)
             at += 1
-    peak = gl.max(gl.max(peaks, axis=1), axis=0).to(gl.float32, bitcast=True) / scale
-    gl.atomic_max(amax_ptr, peak.to(gl.int32, bitcast=True))
+    record_peak(peaks, scale, amax_ptr)
 
 
 @gluon.jit

@@ -149,22 +149,18 @@ def scratch_of(BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def store_pairs(
-    pairs,  # (BM, BN / 2) int16: a tile in FP8, reordered
+def rows_of_pairs(
+    scratch,  # as pairs were stored there
     data_ptr,  # (M, N / 2) int16
-    transposed_ptr,  # (N, M) int8
-    scratch,  # of this group
     row,  # first row of the tile
     pair,  # first pair of columns
-    M,
     PAIRS,  # N / 2
     BM: gl.constexpr,
     BN: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Store a tile row-major and transposed, 16 bytes a lane and 128 of a line by eight of them."""
+    """Store a tile row-major, 16 bytes a lane and 128 of a line by eight of them."""
     by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    scratch.store(pairs)
     lines = gl.inline_asm_elementwise(
         IN_ORDER,
         "=&r,=&r,=&r,=r,r,r,r,r",
@@ -178,13 +174,20 @@ def store_pairs(
     corner = data_ptr + (row.to(gl.int64) * PAIRS + pair)
     gl.store(corner + (m[:, None] * PAIRS + p[None, :]), lines)
 
+
+@gluon.jit
+def columns_of_pairs(
+    turned,  # as pairs were stored there, transposed
+    transposed_ptr,  # (N, M) int8
+    row,  # first row of the tile
+    pair,  # first pair of columns
+    M,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Store a tile transposed."""
     by_cols: gl.constexpr = COLUMNS_32 if BM == 32 else COLUMNS_8 if WARPS == 8 else COLUMNS_4
-    sides: gl.constexpr = gl.NVMMASharedLayout(64 if BM == 32 else 128, 16, 2)
-    if PUBLIC_REINTERPRET:
-        turned = scratch.reinterpret(gl.int16, [BN // 2, BM], sides)
-    else:
-        turned = scratch._reinterpret(gl.int16, [BN // 2, BM], sides)
-    turned.permute((1, 0)).store(pairs)
     left, right = gl.inline_asm_elementwise(
         PARTED,
         "=&r,=r,r,r",
@@ -200,3 +203,29 @@ def store_pairs(
     offsets = p.to(gl.int64)[:, None] * (2 * M) + m[None, :]
     gl.store(corner + offsets, left)
     gl.store(corner + M + offsets, right)
+
+
+@gluon.jit
+def store_pairs(
+    pairs,  # (BM, BN / 2) int16: a tile in FP8, reordered
+    data_ptr,  # (M, N / 2) int16
+    transposed_ptr,  # (N, M) int8
+    scratch,  # of this group
+    row,  # first row of the tile
+    pair,  # first pair of columns
+    M,
+    PAIRS,  # N / 2
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Store a tile row-major and transposed, by way of the same memory."""
+    scratch.store(pairs)
+    rows_of_pairs(scratch, data_ptr, row, pair, PAIRS, BM, BN, WARPS)
+    sides: gl.constexpr = gl.NVMMASharedLayout(64 if BM == 32 else 128, 16, 2)
+    if PUBLIC_REINTERPRET:
+        turned = scratch.reinterpret(gl.int16, [BN // 2, BM], sides)
+    else:
+        turned = scratch._reinterpret(gl.int16, [BN // 2, BM], sides)
+    turned.permute((1, 0)).store(pairs)
+    columns_of_pairs(turned, transposed_ptr, row, pair, M, BM, BN, WARPS)
