@@ -8,11 +8,13 @@ tree. --theirs gives that one other flags: with REVISION . it tells what they co
 Each tree runs its own bench/step_worker.py in a process of its own; both keep their models in
 the GPU's memory and take one step each in turn, the first of a round changing from round to round.
 Printed are the medians, and the median of the rounds' differences with a 95 % interval from
-resampled rounds.
+resampled rounds. A step whose loss is no number is refused: with such numbers a GPU draws less
+power and is faster.
 """
 
 import argparse
 import json
+import math
 import random
 import shlex
 import statistics
@@ -78,10 +80,17 @@ class Worker:
         return line
 
     def step(self):
-        """Milliseconds of one step."""
+        """Milliseconds of one step, and its loss: None of a tree that does not say it.
+
+        Raises:
+            UserError: the step failed, or its loss is not finite.
+        """
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return float(self._answer())
+        milliseconds, loss = (*map(float, self._answer().split()), None)[:2]
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(f"the step of {self.tree} has a loss of {loss}; its time means nothing")
+        return milliseconds, loss
 
     def close(self):
         self.process.stdin.close()
@@ -136,7 +145,7 @@ def main(argv=None):
     except ValueError as error:  # of a quote that is not closed
         parser.error(f"--theirs {args.theirs}: {error}")
     options = {"ours": worker_options(args), "theirs": worker_options(theirs)}
-    times = {"ours": [], "theirs": []}
+    times, losses = ({"ours": [], "theirs": []} for _ in range(2))
     with checked_out(args.revision) as tree, ExitStack() as stack:
         workers = {}
         for name, folder in (("ours", ROOT), ("theirs", tree)):
@@ -145,15 +154,22 @@ def main(argv=None):
             print(f"{name}: {'; '.join(workers[name].facts)}", flush=True)
         for index in range(args.rounds):
             for name in sorted(workers, reverse=index % 2 == 1):
-                times[name].append(workers[name].step())
+                milliseconds, loss = workers[name].step()
+                times[name].append(milliseconds)
+                losses[name].append(loss)
     middle, (low, high) = difference(times["ours"], times["theirs"])
     for name, values in times.items():
-        print(f"{name}: {statistics.median(values):.1f} ms, {min(values):.1f} to {max(values):.1f}")
+        last = losses[name][-1]
+        print(
+            f"{name}: {statistics.median(values):.1f} ms, {min(values):.1f} to {max(values):.1f}"
+            + ("" if last is None else f"; last loss {last:.4f}")
+        )
     against = f"{args.revision} {args.theirs}".strip()
     print(f"ours against {against}: {middle:+.2%} ({low:+.2%} to {high:+.2%})")
     if args.json:
         facts = {name: worker.facts for name, worker in workers.items()}
         result = {"against": against, "options": options, "facts": facts, "ms": times}
+        result["losses"] = losses
         write_text_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
 

@@ -1,7 +1,8 @@
 """A training step on request: what bench.against runs in each of two trees.
 
 Builds the recipe's model with the flags given, takes its first steps, and prints a line of JSON
-that says what runs. Then every line on stdin asks for one step and is answered by its milliseconds.
+that says what runs. Then every line on stdin asks for one step and is answered by its milliseconds
+and its loss.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from nanofuse.train.optim.config import OptimConfig
 
 
 def make_step(args):
-    """A function that takes one optimiser step and returns its milliseconds, and facts to print."""
+    """A function that takes one optimiser step and returns its milliseconds and its loss, and facts
+    to print."""
     sizes = args.depth, args.bigram_factor
     workload = gpu_workload(*sizes, args.rows) if ON_GPU else tiny_workload(*sizes)
     machine = select_machine(select_device("auto").type, args.backend)
@@ -27,8 +29,8 @@ def make_step(args):
 
     def step():
         clock = PhaseClock()
-        train_step(built, batches, clock)
-        return 1e3 * sum(clock.seconds().values())
+        loss = train_step(built, batches, clock)
+        return 1e3 * sum(clock.seconds().values()), loss.item()
 
     return step, [machine.name, f"{workload.tokens:,} tokens a step", *built.facts]
 
@@ -47,7 +49,7 @@ def main():
         step()
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
-        print(step(), file=answers, flush=True)
+        print(*step(), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def test_a_tree_against_itself(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [len(result["ms"][name]) for name in ("ours", "theirs")] == [3, 3]
     assert result["facts"]["ours"] == result["facts"]["theirs"]
-    assert f"ours against {ROOT}: " in capsys.readouterr().out
+    assert result["losses"]["ours"] == result["losses"]["theirs"] and all(result["losses"]["ours"])
+    out = capsys.readouterr().out
+    assert f"ours against {ROOT}: " in out and out.count("last loss") == 2
     assert result["options"]["ours"] == result["options"]["theirs"]
 
 
@@ -56,7 +58,7 @@ def test_the_first_of_a_round_changes(monkeypatch):
 
         def step(self):
             calls.append(self.name)
-            return 1.0
+            return 1.0, None
 
         def close(self):
             pass
@@ -83,6 +85,25 @@ def test_numbers_are_checked(flag, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([".", f"{flag}={value}"])
         assert capsys.readouterr().err.startswith(f"error: {flag} must be ")
+
+
+@pytest.mark.parametrize("answer, given", [("7.5 4.25", (7.5, 4.25)), ("7.5", (7.5, None))])
+def test_a_step_has_a_time_and_a_loss(answer, given, tmp_path):
+    """One that an older tree does not say is None."""
+    assert worker_that_answers(answer, tmp_path).step() == given
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_no_number_is_refused(loss, tmp_path):
+    with pytest.raises(UserError, match=f"loss of {loss}"):
+        worker_that_answers(f"7.5 {loss}", tmp_path).step()
+
+
+def worker_that_answers(line, tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "step_worker.py").write_text(f"print('[]', flush=True)\ninput()\nprint('{line}')\n")
+    return against.Worker(tmp_path, [])
 
 
 def test_a_worker_that_fails_is_named(capfd):
