@@ -24,7 +24,10 @@ RULES = [
             r"^_?(momentum|apply|factors|unit_rows|initial_scale|shrink_rows|rescale|adamw"
             r"|adamw_scalars|symmetric_matmul|batched_matmul|block_squares|tensor_squares)_kernel",
         ),
-        ("GEMM", r"^(linear_relu_squared|product|relu_panel|loss_panel|rotary_panel)_kernel"),
+        (
+            "GEMM",
+            r"^(linear_relu_squared|product|(relu|loss|rotary|add)_panel)_kernel",
+        ),
         (
             "norm/rotary",
             r"^_?(residual_(mix|norm|gradients)|resid_lambda_grad|rotary_qk_norm|gate_logits)"

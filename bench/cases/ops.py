@@ -112,6 +112,11 @@ OPS = (
         ),
     ),
     Op(
+        "linear_residual_norm",
+        "y = x + a·wᵀ, and norm(y)",
+        (Call("forward", ("linear_residual_norm",), "linear_residual_norm"),),
+    ),
+    Op(
         "quantize",
         "q = fp8(clamp(x·scale)), row-major and transposed",
         (

@@ -21,6 +21,8 @@ from nanofuse.kernels.common.fp8 import E4M3, E5M2, Scaling
 from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.embed_smear import embed_smear_bwd, embed_smear_fwd
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
+from nanofuse.kernels.linear_residual_norm import linear_residual_norm_fwd
+from nanofuse.kernels.linear_residual_norm import takes as takes_norm
 from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles, takes
 from nanofuse.kernels.quantize import quantize
 from nanofuse.kernels.resid_lambda_grad import resid_lambda_grad
@@ -207,6 +209,27 @@ def linear_rotary_qk_norm_case(rows, device, value=True):
         flops=2 * rows * 3 * model.width**2,
         args=(x, w, args),
     )
+
+
+def linear_residual_norm_case(rows, device):
+    """Where the op does not take it, a product and a norm, as in a training pass."""
+    width = sizes(device).width
+    scaling = partial(Scaling.from_bound, dtype=E4M3, device=device)
+    bound = 6 / width**0.5
+    a = quantize(randn(device, rows, width), scaling(6.0))
+    w = quantize(randn(device, width, width) * (bound / 6), scaling(bound))
+    x, norm = randn(device, rows, width), scaling(width**0.5)
+
+    def run():
+        if takes_norm(a, w, x):
+            return linear_residual_norm_fwd(a, w, x, norm)
+        branch = (a.dequantize() @ w.dequantize().t()).to(torch.bfloat16)
+        return residual_mix_fwd(x, branch, scaling=norm)
+
+    return Case(
+        run, (rows, width, width), (a.data, w.data, x), flops=2 * rows * width**2,
+        args=(a, w, x, norm),
+    )  # fmt: skip
 
 
 def rotary_qk_norm_bwd_case(rows, device, value=True, bound=10.0, summed=False):

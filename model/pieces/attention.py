@@ -14,6 +14,8 @@ from torch import nn
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.embedding_grad import embedding_grad
 from nanofuse.kernels.gate_logits import gate_logits_bwd, gate_logits_fwd
+from nanofuse.kernels.linear_residual_norm import linear_residual_norm_fwd
+from nanofuse.kernels.linear_residual_norm import takes as takes_norm
 from nanofuse.kernels.linear_rotary_qk_norm import linear_rotary_qk_norm_fwd, pack_angles, takes
 from nanofuse.kernels.rotary_qk_norm import (
     rotary_qk_norm_bwd,
@@ -137,12 +139,19 @@ class FusedAttention:
         split = qkv.view(*step.tokens.shape, sum(sizes), -1).split(sizes, dim=2)
         y, attention = self.attention.forward(*split, self.window)
         attended = precision.operand(self.attended, y.reshape(stream.x.shape))
-        branch = precision.gemm.forward(attended, precision.weight(self.proj))
+        weight = precision.weight(self.proj)
+        if takes_norm(attended, weight, stream.x):
+            x, rstd, norm = linear_residual_norm_fwd(
+                attended, weight, stream.x, precision.norm_scaling
+            )
+            out = Stream(x, grad_name=self.grad_name, rstd=rstd, normed=norm)
+        else:
+            out = Stream(stream.x, precision.gemm.forward(attended, weight), self.grad_name)
         saved = Saved(
             stream.x, stream.rstd, normed, qkv, qk_rstd, gate, attention,
             precision.gemm.keep(attended),
         )  # fmt: skip
-        return Stream(stream.x, branch, self.grad_name), saved
+        return out, saved
 
     def backward(self, step, saved, grad):
         gemm, operand = step.precision.gemm, grad.take_branch()

@@ -134,7 +134,10 @@ class FusedNorm:
     weights, matrices, fp8 = (), (), {}
 
     def forward(self, step, stream):
-        return self._forward(step, stream)
+        if stream.normed is None:
+            return self._forward(step, stream)
+        saved = Saved(stream.x, stream.rstd, stream.grad_name)  # the product before has done it
+        return Stream(stream.x, rstd=stream.rstd, normed=stream.take_normed()), saved
 
     def _forward(self, step, stream, *mix, **lambdas):
         """Add the branch, mix in what residual_mix_fwd takes as `mix` and `lambdas`, normalise."""

@@ -33,12 +33,14 @@ class Stream:
     A piece that ends in a product leaves its result as `branch`, with the name under which the
     gradient of that result is scaled. The mix or norm after it adds the branch, and gives x with
     its norm: then branch is None, and `normed` is the operand of x * rstd. The piece that reads the
-    norm takes it out, so that nothing keeps it alive.
+    norm takes it out, so that nothing keeps it alive. A product may do all of that itself: then x
+    has its norm, and the name of the branch's gradient stays for the norm's backward pass.
     """
 
     x: torch.Tensor  # (N, C)
     branch: torch.Tensor | None = None  # (N, C), yet to be added to x
-    grad_name: str | None = None  # of the branch's gradient as an operand; None without a branch
+    # of the branch's gradient as an operand; None where there is no branch, nor was one added
+    grad_name: str | None = None
     rstd: torch.Tensor | None = None  # (N,) inverse root mean squares of x; None before the norm
     normed: Any = None  # operand (N, C): x normalised; None before the norm
 

@@ -420,14 +420,19 @@ def test_kernels_for_hopper_are_as_accurate_as_the_others(monkeypatch):
     config = make(aspect=64, head_dim=128, sequence_len=64)
     if not panel.takes("", torch.device(DEVICE), 128, config.n_embd, config.n_embd):
         pytest.skip("kernels for a Hopper GPU alone")
-    calls, run, errors = [], attention.linear_rotary_qk_norm_fwd, []
-    monkeypatch.setattr(
-        attention, "linear_rotary_qk_norm_fwd", lambda *args: calls.append(args) or run(*args)
-    )
+    calls, errors = [], []
+    for name in ("linear_rotary_qk_norm_fwd", "linear_residual_norm_fwd"):
+
+        def counted(*args, name=name, run=getattr(attention, name)):
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(attention, name, counted)
     for hopper in (True, False):
         if not hopper:
-            assert len(calls) == config.n_layer
+            assert len(calls) == 2 * config.n_layer
             monkeypatch.setattr(attention, "takes", lambda *args: False)
+            monkeypatch.setattr(attention, "takes_norm", lambda *args: False)
             monkeypatch.setattr(residual_mix, "takes", lambda *args: False)
         truth, fused = pair(config, TorchGemm(), torch.bfloat16)
         data = batch(config)
@@ -438,6 +443,6 @@ def test_kernels_for_hopper_are_as_accurate_as_the_others(monkeypatch):
         pairs = zip(fused.model.named_parameters(), truth.parameters(), strict=True)
         found |= {n: relative(p.grad.float(), q.grad) for (n, p), q in pairs if p.dim() == 2}
         errors.append(found)
-    assert len(calls) == config.n_layer
+    assert len(calls) == 2 * config.n_layer
     for name, error in errors[0].items():
         assert error <= 1.2 * errors[1][name] + 5e-3, name

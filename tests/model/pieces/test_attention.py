@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanofuse.kernels.common.attention_sums import AttentionSums
 from nanofuse.kernels.embedding_grad import sort_rows
+from nanofuse.kernels.residual_mix import residual_mix_fwd
 from nanofuse.kernels.rotary_qk_norm import rotary_qk_norm_fwd, rotary_table
 from nanofuse.model.backends.torch_backends import SDPAttention
 from nanofuse.model.config import GPTConfig
@@ -101,6 +104,38 @@ def test_one_kernel_or_two_pass_on_the_same(layer, monkeypatch):
         fused.forward(step, normalised(randn(N, config.n_embd)))
     assert len(asked) == 2 and asked[0].data_ptr() == asked[1].data_ptr()  # packed once
     assert len(asked[0]) == T
+    for apart, together in zip(*results, strict=True):
+        assert torch.equal(apart, together)
+
+
+def test_its_last_product_may_add_and_normalise(monkeypatch):
+    """Where linear_residual_norm takes the product, the stream has its norm, and backward nothing
+    changes."""
+    config, results, asked, scaling = small_config(), [], [], object()
+
+    def in_one(a, w, x, scaling):
+        asked.append(scaling)
+        return residual_mix_fwd(x, a @ w.t())
+
+    monkeypatch.setattr(piece, "linear_residual_norm_fwd", in_one)
+    for one in (False, True):
+        monkeypatch.setattr(piece, "takes_norm", lambda *args, one=one: one)
+        module, _ = module_and_truth(Attention(config, 0))
+        angles = rotary_table(2 * T, config.head_dim, 1e4, DEVICE)
+        fused = FusedAttention(module, None, angles, SDPAttention(), config)
+        prepare(fused)
+        step, stream = micro_step(config), normalised(randn(N, config.n_embd))
+        step.precision = replace(step.precision, norm_scaling=scaling)
+        out, saved = fused.forward(step, stream)
+        assert out.grad_name == "grad_attn.0" and (out.branch is None) == one
+        upstream, g = (randn(N, config.n_embd, seed=s) for s in (1, 2))
+        if one:
+            made = out.x, out.rstd, out.normed
+        else:
+            made = residual_mix_fwd(out.x, out.branch)
+        grad = fused.backward(step, saved, StreamGrad(g, branch=upstream))
+        results.append([*made, grad.normed, *(p.grad for p in module.parameters())])
+    assert asked == [scaling]
     for apart, together in zip(*results, strict=True):
         assert torch.equal(apart, together)
 

@@ -51,6 +51,24 @@ def test_a_norm_adds_the_branch():
     assert_close("branch", grad.branch, exact_branch.grad)
 
 
+def test_a_norm_that_a_product_made_goes_on():
+    """Forward there is nothing left to do; backward the norm does what it does for a branch."""
+    config = small_config()
+    fused, step = FusedNorm(), micro_step(config)
+    x, branch, upstream, g = (randn(N, config.n_embd, seed=s) for s in range(4))
+    apart = fused.forward(step, Stream(x, branch, "grad_attn.0"))
+    given, _ = apart
+    given = Stream(given.x, None, "grad_attn.0", given.rstd, given.normed)
+    normed, together = given.normed, fused.forward(step, given)
+    assert together[0].normed is normed and given.normed is None
+    assert together[0].grad_name is None and together[0].x is apart[0].x
+    grads = [
+        fused.backward(step, saved, StreamGrad(g, normed=upstream))
+        for _, saved in (apart, together)
+    ]
+    assert torch.equal(grads[0].g, grads[1].g) and torch.equal(grads[0].branch, grads[1].branch)
+
+
 class Branch:
     """A piece that ends in a constant branch, and takes some of the norm for its gradient."""
 
