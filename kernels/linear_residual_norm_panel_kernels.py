@@ -29,12 +29,12 @@ from nanofuse.kernels.common.panel import (
     tile_product,
 )
 from nanofuse.kernels.common.parts import (
-    ROOMS,
     finish_parts,
     in_parts,
     load_part,
     part_of,
     replace_part,
+    rooms_beside,
     rooms_of_parts,
 )
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
@@ -285,6 +285,7 @@ def linear_residual_norm_panel(
     """Launch both kernels; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols, device = a.shape, b.size(0), a.device
     programs, tiles = grid(device, rows, cols)
+    tile = tuned(OP, TILE, terms)
     squares = torch.empty(cols // BN, rows, dtype=torch.float32, device=device)
     add_panel_kernel[programs](
         described(a, [BM, BK]),
@@ -296,8 +297,8 @@ def linear_residual_norm_panel(
         rows,
         cols // BN,
         tiles,
-        ROOMS=ROOMS,
-        **launch_args(tuned(OP, TILE, terms), terms),
+        ROOMS=rooms_beside(terms, tile.stages),
+        **launch_args(tile, terms),
     )
     units = gl.NVMMASharedLayout(128, 16, 2)
     residual_norm_kernel[(min(PROGRAMS * sm_count(device), rows // ROWS),)](

@@ -1,8 +1,8 @@
 """A quarter of a tile at a time, between memory and a product's epilogue, in Gluon.
 
-An epilogue that reads a bf16 matrix of its result's sizes has ROOMS rooms in shared memory for each
-group of warps (kernels/common/panel.py), of BM rows and BN / 4 columns. A part arrives there by
-TMA, is read, and what replaces it leaves from there by TMA; then its room is free.
+An epilogue that reads a bf16 matrix of its result's sizes has rooms in shared memory for each group
+of warps (kernels/common/panel.py), of BM rows and BN / 4 columns. A part arrives there by TMA, is
+read, and what replaces it leaves from there by TMA; then its room is free.
 """
 
 from nanofuse.kernels.common.jit import (
@@ -15,12 +15,27 @@ from nanofuse.kernels.common.jit import (
     store_block,
 )
 from nanofuse.kernels.common.pairs import BM, BN
+from nanofuse.kernels.common.panel import BK
 
-ROOMS = 3  # as many as fit beside three stages of 1,024 terms
+MEMORY = 226 * 2**10  # bytes of what a panel keeps in shared memory, beside barriers
 
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
     store_wait = hopper.tma.store_wait
+
+
+def rooms_beside(terms, stages):
+    """Rooms of a group that fit beside a panel and b's stages: three, in which parts arrive, are
+    read and leave, or two, as a part is waited for while the one before leaves.
+
+    Raises:
+        ValueError: fewer fit.
+    """
+    left = MEMORY - BM * terms - stages * BN * BK
+    rooms = min(3, left // (2 * 2 * BM * BN // 4))
+    if rooms < 2:
+        raise ValueError(f"{stages} stages leave too little beside a panel of {terms} terms")
+    return rooms
 
 
 def in_parts(

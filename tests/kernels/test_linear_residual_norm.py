@@ -11,6 +11,7 @@ from nanofuse.bench.cases.tiles import CASES
 from nanofuse.bench.checks import relative_error, same_bits
 from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
+from nanofuse.kernels.common.parts import rooms_beside
 from nanofuse.kernels.common.rms_norm import rms_norm_ref
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, forced
 from nanofuse.kernels.linear_residual_norm import (
@@ -74,6 +75,18 @@ def test_what_it_takes(monkeypatch):
         assert not takes(a, w, x)
 
 
+@pytest.mark.parametrize(
+    "terms, stages, rooms", [(1024, 3, 3), (1024, 4, 2), (768, 6, 2), (256, 6, 3)]
+)
+def test_rooms_are_what_the_stages_leave(terms, stages, rooms):
+    assert rooms_beside(terms, stages) == rooms
+
+
+def test_stages_that_leave_less_than_two_rooms_are_refused():
+    with pytest.raises(ValueError, match="5 stages leave too little"):
+        rooms_beside(1024, 5)
+
+
 def test_what_it_does_not_take_is_refused():
     x = torch.zeros(256, 256).bfloat16()
     with pytest.raises(ValueError, match="takes"):  # of a CPU
@@ -133,8 +146,10 @@ def test_stream_and_norm(shape, hopper):
 @pytest.mark.parametrize("tile", CASES[OP][1], ids=str)
 @pytest.mark.parametrize("width", [256, 768, 1024])
 def test_every_configuration(width, tile, hopper):
-    if 128 * width + 2**14 * (3 + tile.stages) > 226 * 2**10:
-        pytest.skip("more stages than fit beside the panel and the parts")
+    try:
+        rooms_beside(width, tile.stages)
+    except ValueError as error:
+        pytest.skip(str(error))
     with forced(OP, tile) as asked:
         Layer((33024, width, width), hopper).check()
     assert asked
