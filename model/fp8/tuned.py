@@ -9,7 +9,7 @@ whose import takes seconds, is not needed: it has no algorithms of its own.
 
 import statistics
 import time
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -26,9 +26,15 @@ MOST_CALLS = 20  # in a sample
 RANDOM = 1 << 20  # elements that are drawn; a larger matrix repeats them
 
 
+@cache
+def _measuring_stream():
+    """The one stream of all measurements: torch keeps a workspace of cuBLAS for every stream."""
+    return torch.cuda.Stream()
+
+
 def graph_seconds(calls, rounds=ROUNDS):
     """Median seconds of each call on the GPU, without launch gaps: CUDA graphs, in turns."""
-    stream, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
+    stream, pool, graphs = _measuring_stream(), torch.cuda.graph_pool_handle(), []
 
     def timed(run):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -309,6 +309,17 @@ def test_the_first_choice_is_what_transformer_engine_computes(real, sizes, kind)
 
 
 @pytest.mark.cuda
+def test_measurements_leave_no_memory_behind(device):
+    """A workspace of cuBLAS stays after the first one; the next ones share it."""
+    a = torch.randn(256, 256, device=device).bfloat16()
+    after = []
+    for _ in range(3):
+        tuned.graph_seconds([lambda: a @ a], rounds=1)
+        after.append(torch.cuda.memory_allocated())
+    assert after[0] == after[1] == after[2]
+
+
+@pytest.mark.cuda
 @FP8_AND_PLAIN
 def test_what_is_measured_is_never_slower_and_found_again(real, made_of):
     gemm, said = real(made_of), []
