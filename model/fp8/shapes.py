@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 KINDS = ("forward", "input_grad", "weight_grad")
 # those of kernels/linear_relu_squared.py and linear_softcap_cross_entropy.py; a provider does all
-# others, but for qkv's forward product where kernels/linear_rotary_qk_norm.py takes it
+# others, but for the forward products of qkv and attn_proj where kernels/linear_rotary_qk_norm.py
+# and linear_residual_norm.py take them
 IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad"), ("lm_head", "forward")}
 
 
