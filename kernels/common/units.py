@@ -35,6 +35,8 @@ if HAS_GLUON:
     PART = _of_part([8, 0], [[0, 8]], [16, 32], 64)  # of bf16, as ldmatrix gives it
     PAIRS_OF_PART = _of_part([8, 0], [], [8, 16], 32)  # kernels/common/pairs.py
     PAIRS_OF_UNIT = _of_part([8, 0], [[0, 32]], [8, 16], 64)
+else:
+    PART = PAIRS_OF_PART = PAIRS_OF_UNIT = None
 
 
 @gluon.jit
