@@ -9,7 +9,8 @@ Each tree runs its own bench/step_worker.py in a process of its own; both keep t
 the GPU's memory and take one step each in turn, the first of a round changing from round to round.
 Printed are the medians, and the median of the rounds' differences with a 95 % interval from
 resampled rounds. A step whose loss is no number is refused: with such numbers a GPU draws less
-power and is faster.
+power and is faster. The loss is that of a step's first micro-step, so one step more is taken at the
+end; of a tree that does not say its losses nothing is known.
 """
 
 import argparse
@@ -157,12 +158,14 @@ def main(argv=None):
                 milliseconds, loss = workers[name].step()
                 times[name].append(milliseconds)
                 losses[name].append(loss)
+        for name, worker in workers.items():  # whose loss shows what the last rounds have learned
+            losses[name].append(worker.step()[1])
     middle, (low, high) = difference(times["ours"], times["theirs"])
     for name, values in times.items():
         last = losses[name][-1]
         print(
             f"{name}: {statistics.median(values):.1f} ms, {min(values):.1f} to {max(values):.1f}"
-            + ("" if last is None else f"; last loss {last:.4f}")
+            + ("; losses unknown" if last is None else f"; last loss {last:.4f}")
         )
     against = f"{args.revision} {args.theirs}".strip()
     print(f"ours against {against}: {middle:+.2%} ({low:+.2%} to {high:+.2%})")

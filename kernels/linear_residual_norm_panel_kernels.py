@@ -30,11 +30,11 @@ from nanofuse.kernels.common.panel import (
 )
 from nanofuse.kernels.common.parts import (
     finish_parts,
+    fitted,
     in_parts,
     load_part,
     part_of,
     replace_part,
-    rooms_beside,
     rooms_of_parts,
 )
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
@@ -65,7 +65,7 @@ RING, WARPS, REGISTERS, PROGRAMS = 8, 8, 80, 2
 @gluon.jit
 def load_stream(
     x_desc,  # (N, C) in parts
-    x_bufs,
+    x_bufs,  # (2 ROOMS, BM, BN / 4)
     x_full,
     x_empty,
     first,
@@ -83,10 +83,10 @@ def load_stream(
 
 @gluon.jit
 def add_partition(
-    y_desc,
-    a_bufs,
-    b_bufs,
-    x_bufs,
+    y_desc,  # (N, C) in parts
+    a_bufs,  # (CHUNKS, BM, BK)
+    b_bufs,  # (STAGES, BN, BK)
+    x_bufs,  # (2 ROOMS, BM, BN / 4)
     a_full,
     a_empty,
     b_full,
@@ -94,7 +94,7 @@ def add_partition(
     x_full,
     x_empty,
     turns,
-    squares_ptr,
+    squares_ptr,  # (C / BN, N)
     factor,
     first,
     last,
@@ -186,16 +186,16 @@ def add_panel_kernel(
 
 @gluon.jit
 def norm_partition(
-    ys,
-    by_rows,
-    by_cols,
+    ys,  # (2 RING, ROWS, WIDTH)
+    by_rows,  # (ROWS, WIDTH)
+    by_cols,  # (WIDTH, ROWS)
     full,
     empty,
-    squares_ptr,
-    rstd_ptr,
-    data_ptr,
-    transposed_ptr,
-    amax_ptr,
+    squares_ptr,  # (C / 128, N)
+    rstd_ptr,  # (N,)
+    data_ptr,  # (N, C / 2)
+    transposed_ptr,  # (C, N)
+    amax_ptr,  # (1,)
     scale,
     blocks,
     units,
@@ -285,7 +285,7 @@ def linear_residual_norm_panel(
     """Launch both kernels; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols, device = a.shape, b.size(0), a.device
     programs, tiles = grid(device, rows, cols)
-    tile = tuned(OP, TILE, terms)
+    tile, rooms = fitted(tuned(OP, TILE, terms), terms)
     squares = torch.empty(cols // BN, rows, dtype=torch.float32, device=device)
     add_panel_kernel[programs](
         described(a, [BM, BK]),
@@ -297,7 +297,7 @@ def linear_residual_norm_panel(
         rows,
         cols // BN,
         tiles,
-        ROOMS=rooms_beside(terms, tile.stages),
+        ROOMS=rooms,
         **launch_args(tile, terms),
     )
     units = gl.NVMMASharedLayout(128, 16, 2)

@@ -5,8 +5,9 @@
 Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
 program keeps a panel of BM rows of a, all K of it, in shared memory, and walks along b's rows, so
 that of each tile b's part alone is loaded: half of what a tile of another product reads. One warp
-loads. Two groups of four or eight warps take tiles in turn: one multiplies while the other is in
-its epilogue (kernels/common/pairs.py).
+loads, and a second one what some epilogues read (kernels/common/parts.py). Two groups of four or
+eight warps take tiles in turn: one multiplies while the other is in its epilogue
+(kernels/common/pairs.py).
 
 Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
 one, so who waits may not be two phases away:

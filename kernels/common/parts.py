@@ -1,9 +1,16 @@
 """A quarter of a tile at a time, between memory and a product's epilogue, in Gluon.
 
-An epilogue that reads a bf16 matrix of its result's sizes has rooms in shared memory for each group
-of warps (kernels/common/panel.py), of BM rows and BN / 4 columns. A part arrives there by TMA, is
-read, and what replaces it leaves from there by TMA; then its room is free.
+An epilogue that reads a bf16 matrix of its result's sizes has two or three rooms in shared memory
+for each group of warps (kernels/common/panel.py). A part, of BM rows and BN / 4 columns, arrives
+there by TMA, `part_of` reads it, and `replace_part` stores something in its place, which leaves by
+TMA; when that is gone the room is free. `finish_parts` ends a tile.
+
+Barriers, of each room: full, when a part is there, and empty, when what replaced it is gone. A
+phase is one part, and a group's parts take its rooms in turn. One warp loads the parts of all tiles
+in their order, so that those of one group wait behind the other's.
 """
+
+from dataclasses import replace
 
 from nanofuse.kernels.common.jit import (
     HAS_GLUON,
@@ -17,25 +24,30 @@ from nanofuse.kernels.common.jit import (
 from nanofuse.kernels.common.pairs import BM, BN
 from nanofuse.kernels.common.panel import BK
 
-MEMORY = 226 * 2**10  # bytes of what a panel keeps in shared memory, beside barriers
+MEMORY = 226 * 2**10  # bytes for panel, stages and rooms; the rest of 227 KiB is for barriers
+ROOMS = 3  # at most: a part arrives, one is read, one leaves
+PART_BYTES = 2 * BM * BN // 4
+GROUPS = 2
+
 
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
     store_wait = hopper.tma.store_wait
 
 
-def rooms_beside(terms, stages):
-    """Rooms of a group that fit beside a panel and b's stages: three, in which parts arrive, are
-    read and leave, or two, as a part is waited for while the one before leaves.
+def fitted(tile, terms):
+    """What fits into shared memory beside a panel.
 
-    Raises:
-        ValueError: fewer fit.
+    Args:
+        tile: PanelTile.
+        terms: of the product, at most kernels.common.panel.MOST_TERMS.
+
+    Returns:
+        the tile with fewer stages where its own leave no two rooms; and the rooms of a group.
     """
-    left = MEMORY - BM * terms - stages * BN * BK
-    rooms = min(3, left // (2 * 2 * BM * BN // 4))
-    if rooms < 2:
-        raise ValueError(f"{stages} stages leave too little beside a panel of {terms} terms")
-    return rooms
+    left, stage, room = MEMORY - BM * terms, BN * BK, GROUPS * PART_BYTES
+    stages = min(tile.stages, (left - 2 * room) // stage)
+    return replace(tile, stages=stages), min(ROOMS, (left - stages * stage) // room)
 
 
 def in_parts(
@@ -54,7 +66,17 @@ def rooms_of_parts(desc, ROOMS: gl.constexpr):
 
 
 @gluon.jit
-def load_part(desc, bufs, full, empty, row, col, number, i, ROOMS: gl.constexpr):
+def load_part(
+    desc,  # (N, C) in parts
+    bufs,  # (2 ROOMS, BM, BN / 4)
+    full,
+    empty,
+    row,
+    col,
+    number,
+    i,
+    ROOMS: gl.constexpr,
+):
     """Load a tile's part i, once its room is free; `number` is the tile's among the program's."""
     BM: gl.constexpr = desc.block_type.shape[0]
     PART: gl.constexpr = desc.block_type.shape[1]
@@ -66,7 +88,15 @@ def load_part(desc, bufs, full, empty, row, col, number, i, ROOMS: gl.constexpr)
 
 
 @gluon.jit
-def part_of(bufs, full, turn, i, WHO: gl.constexpr, ROOMS: gl.constexpr, layout: gl.constexpr):
+def part_of(
+    bufs,  # (2 ROOMS, BM, BN / 4)
+    full,
+    turn,
+    i,
+    WHO: gl.constexpr,
+    ROOMS: gl.constexpr,
+    layout: gl.constexpr,
+):
     """Part i, (BM, BN / 4) bf16, of what was loaded for the tile of group WHO's `turn`."""
     at = 4 * turn + i
     room = WHO * ROOMS + at % ROOMS
@@ -75,7 +105,18 @@ def part_of(bufs, full, turn, i, WHO: gl.constexpr, ROOMS: gl.constexpr, layout:
 
 
 @gluon.jit
-def replace_part(x, desc, bufs, empty, row, col, turn, i, WHO: gl.constexpr, ROOMS: gl.constexpr):
+def replace_part(
+    x,  # (BM, BN / 4) bf16
+    desc,  # (N, C) in parts
+    bufs,  # (2 ROOMS, BM, BN / 4)
+    empty,
+    row,
+    col,
+    turn,
+    i,
+    WHO: gl.constexpr,
+    ROOMS: gl.constexpr,
+):
     """Store x in place of what `part_of` gave, and free the room of the part before."""
     BM: gl.constexpr = desc.block_type.shape[0]
     PART: gl.constexpr = desc.block_type.shape[1]

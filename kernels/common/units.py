@@ -58,7 +58,16 @@ def magnitudes(
 
 
 @gluon.jit
-def load_units(first_desc, second_desc, bufs, full, empty, blocks, units, RING: gl.constexpr):
+def load_units(
+    first_desc,  # (N, C) in parts of units
+    second_desc,  # likewise, or None
+    bufs,  # (2 or 4 RING, ROWS, WIDTH)
+    full,
+    empty,
+    blocks,
+    units,
+    RING: gl.constexpr,
+):
     """Load the units of one or two matrices, one after the other, as far as the ring reaches."""
     ROWS: gl.constexpr = first_desc.block_type.shape[0]
     WIDTH: gl.constexpr = first_desc.block_type.shape[1]
@@ -106,7 +115,15 @@ def stage_unit(
 
 @gluon.jit
 def write_unit(
-    by_rows, by_cols, data_ptr, transposed_ptr, row, unit, N, PAIRS, WARPS: gl.constexpr
+    by_rows,  # shared memory (ROWS, WIDTH)
+    by_cols,  # shared memory (WIDTH, ROWS)
+    data_ptr,  # (N, PAIRS) int16
+    transposed_ptr,  # (2 PAIRS, N) int8
+    row,
+    unit,
+    N,
+    PAIRS,
+    WARPS: gl.constexpr,
 ):
     """Write a unit's two layouts."""
     ROWS: gl.constexpr = by_rows.shape[0]

@@ -27,14 +27,15 @@ RANDOM = 1 << 20  # elements that are drawn; a larger matrix repeats them
 
 
 @cache
-def _measuring_stream():
-    """The one stream of all measurements: torch keeps a workspace of cuBLAS for every stream."""
-    return torch.cuda.Stream()
+def _measuring_stream(device):
+    """The one stream of a GPU's measurements: torch keeps a workspace of cuBLAS for each."""
+    return torch.cuda.Stream(device)
 
 
 def graph_seconds(calls, rounds=ROUNDS):
     """Median seconds of each call on the GPU, without launch gaps: CUDA graphs, in turns."""
-    stream, pool, graphs = _measuring_stream(), torch.cuda.graph_pool_handle(), []
+    stream = _measuring_stream(torch.cuda.current_device())
+    pool, graphs = torch.cuda.graph_pool_handle(), []
 
     def timed(run):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
