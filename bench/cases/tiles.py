@@ -175,7 +175,7 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
     ),
     "embedding_grad_spans": (
         tables.embedding_grad_case,
-        tiles((32, 64, 128), (64, 128), (2, 4)),
+        tiles((8, 16, 32, 64), (128,), (1, 2, 4)) + tiles((16, 32), (256,), (2, 4)),
     ),
     "gradient_squares": (
         optim.gradient_squares_case,
