@@ -32,7 +32,7 @@ from nanofuse.kernels.common.parts import (
     finish_parts,
     fitted,
     in_parts,
-    load_part,
+    load_parts,
     part_of,
     replace_part,
     rooms_of_parts,
@@ -60,25 +60,6 @@ OP = "linear_residual_norm"
 TILE = PanelTile(warps=4, stages=3)
 # of the second kernel: units in shared memory, warps, registers of a thread, programs to an SM
 RING, WARPS, REGISTERS, PROGRAMS = 8, 8, 80, 2
-
-
-@gluon.jit
-def load_stream(
-    x_desc,  # (N, C) in parts
-    x_bufs,  # (2 ROOMS, BM, BN / 4)
-    x_full,
-    x_empty,
-    first,
-    last,
-    tiles_n,
-    ROOMS: gl.constexpr,
-):
-    """Load what the epilogues add."""
-    row, col = first // tiles_n, first % tiles_n
-    for number in range(last - first):
-        for i in range(4):
-            load_part(x_desc, x_bufs, x_full, x_empty, row, col, number, i, ROOMS)
-        row, col = onwards(row, col, 1, tiles_n)
 
 
 @gluon.jit
@@ -177,7 +158,7 @@ def add_panel_kernel(
                 a_desc, b_desc, None, a_bufs, b_bufs, None, a_full, a_empty, b_full, b_empty,
                 None, None, first, last, tiles_n, CHUNKS, STAGES,
             )),
-            (load_stream, (x_desc, x_bufs, x_full, x_empty, first, last, tiles_n, ROOMS)),
+            (load_parts, (x_desc, x_bufs, x_full, x_empty, first, last, tiles_n, ROOMS)),
         ],
         [WARPS, 1, 1],
         [REGISTERS, 24, 24],

@@ -22,7 +22,7 @@ from nanofuse.kernels.common.jit import (
     store_block,
 )
 from nanofuse.kernels.common.pairs import BM, BN
-from nanofuse.kernels.common.panel import BK
+from nanofuse.kernels.common.panel import BK, onwards
 
 MEMORY = 226 * 2**10  # bytes for panel, stages and rooms; the rest of 227 KiB is for barriers
 ROOMS = 3  # at most: a part arrives, one is read, one leaves
@@ -66,25 +66,29 @@ def rooms_of_parts(desc, ROOMS: gl.constexpr):
 
 
 @gluon.jit
-def load_part(
+def load_parts(
     desc,  # (N, C) in parts
     bufs,  # (2 ROOMS, BM, BN / 4)
     full,
     empty,
-    row,
-    col,
-    number,
-    i,
+    first,
+    last,
+    tiles_n,
     ROOMS: gl.constexpr,
 ):
-    """Load a tile's part i, once its room is free; `number` is the tile's among the program's."""
+    """Load the parts of all tiles, for either group as far as its rooms reach."""
     BM: gl.constexpr = desc.block_type.shape[0]
     PART: gl.constexpr = desc.block_type.shape[1]
-    at = 4 * (number // 2) + i
-    room = (number & 1) * ROOMS + at % ROOMS
-    mbarrier.wait(empty.index(room), ((at // ROOMS) & 1) ^ 1)
-    mbarrier.expect(full.index(room), 2 * BM * PART)
-    load_block(desc, [row * BM, (4 * col + i) * PART], full.index(room), bufs.index(room))
+    row, col = first // tiles_n, first % tiles_n
+    for number in range(last - first):
+        for i in range(4):
+            at = 4 * (number // 2) + i
+            room = (number & 1) * ROOMS + at % ROOMS
+            mbarrier.wait(empty.index(room), ((at // ROOMS) & 1) ^ 1)
+            mbarrier.expect(full.index(room), 2 * BM * PART)
+            where = [row * BM, (4 * col + i) * PART]
+            load_block(desc, where, full.index(room), bufs.index(room))
+        row, col = onwards(row, col, 1, tiles_n)
 
 
 @gluon.jit

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from nanofuse.kernels.common import panel
+
 GUARD = 256  # bytes on each side; keeps the alignment of a fresh allocation
 SENTINEL = 0xA5
 REAL_EMPTY = torch.empty
@@ -53,3 +55,11 @@ def hostile_memory(monkeypatch):
 def device():
     """A GPU where there is one, else the CPU under Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def hopper(device):
+    """The GPU, if panels run on it."""
+    if not panel.takes("", device, 128, 256, 256):
+        pytest.skip("panels run on a Hopper GPU alone")
+    return device

@@ -40,14 +40,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def hopper(device):
-    """The GPU, if panels run on it."""
-    if not panel.takes(OP, device, 128, 256, 256):
-        pytest.skip("panels run on a Hopper GPU alone")
-    return device
-
-
 def test_the_reference_is_the_product_the_sum_and_the_norm():
     a, w, x = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(2, 3, 16)
     y, normed = linear_residual_norm_ref(a, w, x)

@@ -45,14 +45,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def hopper(device):
-    """The GPU, if panels run on it."""
-    if not panel.takes(OP, device, 128, 256, 256):
-        pytest.skip("panels run on a Hopper GPU alone")
-    return device
-
-
 def test_the_reference_is_the_product_and_what_follows():
     x, w = torch.randn(2, 6, 32), torch.randn((3 + 2 * 1) * 8, 32)
     cos, sin = rotary_table(6, 8, 1e4)

@@ -28,14 +28,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def hopper(device):
-    """The GPU, if panels run on it."""
-    if not panel.takes("", device, 128, 256, 256):
-        pytest.skip("panels run on a Hopper GPU alone")
-    return device
-
-
 @pytest.mark.skipif(not panel.HAS_GLUON, reason="needs Triton")
 def test_what_a_panel_takes(monkeypatch):
     monkeypatch.setattr(panel, "INTERPRETED", SimpleNamespace(value=False))
