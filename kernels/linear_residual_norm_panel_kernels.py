@@ -7,13 +7,7 @@ parts.py and units.py have what they are made of.
 
 import torch
 
-from nanofuse.kernels.common.jit import (
-    HAS_GLUON,
-    GluonDescriptor,
-    gl,
-    gluon,
-    hopper,
-)
+from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper
 from nanofuse.kernels.common.pairs import BM, BN, quarters
 from nanofuse.kernels.common.panel import (
     BK,

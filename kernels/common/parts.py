@@ -29,7 +29,6 @@ ROOMS = 3  # at most: a part arrives, one is read, one leaves
 PART_BYTES = 2 * BM * BN // 4
 GROUPS = 2
 
-
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
     store_wait = hopper.tma.store_wait

@@ -127,7 +127,8 @@ class Layer:
         assert relative_error(y, exact) <= 1.02 * relative_error(apart, exact)
         scaling = self.scaling()
         values = data.view(self.dtype).double() * scaling.inverse_scale
-        torch.testing.assert_close(values, of_exact, rtol=0.07, atol=1e-3)  # half a unit is 0.0625
+        # half a unit is 0.0625; the rest is of fast accumulation, where the sum is small
+        torch.testing.assert_close(values, of_exact, rtol=0.07, atol=0.02)
         none = torch.zeros_like(y)
         wanted, of_y, normed = residual_mix_fwd(y, none, scaling=scaling)
         assert torch.equal(wanted, y)
