@@ -3,11 +3,13 @@
     python -m bench.tune [op ...] [--widths 256,512,768,1024,1536] [--out FILE]
 
 An op whose configuration depends on a model's width is timed at each; the others at that of d16.
-Several processes first compile the candidates, on small inputs; then one process times them.
+A process for each core first compiles the candidates, on small inputs; then one process times
+them, and writes FILE after each op.
 """
 
 import json
 import multiprocessing
+import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")
-JOBS = 12
+JOBS = min(32, max(1, (os.cpu_count() or 1) - 2))  # processes that compile; one takes 2 GB
 WIDTHS = "256,512,768,1024,1536"
 
 
@@ -112,6 +114,36 @@ def read_table(path):
     return table
 
 
+def compile_candidates(ops, widths):
+    """Compile all candidates, those of d16's width first. Returns op -> whether its configuration
+    depends on the width."""
+    grows = {}
+    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
+        for width in (D16.width, *(w for w in widths if w != D16.width)):
+            asking = [op for op in ops if grows.get(op, True)]
+            jobs = [(op, index, width) for op in asking for index in range(len(TUNED[op]))]
+            for (op, *_), (asked, message) in zip(jobs, pool.map(warm, jobs), strict=True):
+                grows[op] = not asked or asked[0] is not None
+                if message:
+                    print(message)
+    return grows
+
+
+def time_candidates(ops, widths, grows, table, path):
+    """Add the winners to `table`, and write it to `path` after each op, so that what ends this
+    takes one op with it."""
+    entries = table.setdefault(tuning.gpu_name(), {})
+    for op in ops:
+        found = []
+        for width in widths if grows[op] else [D16.width]:
+            with of_width(width):
+                found.append(tune(op, width))
+        found = [entry for entry in found if entry]
+        if found:
+            entries[op] = merged(entries.get(op, []), found)
+            write_text_atomically(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
 def main():
     parser = CommandParser(
         prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0]
@@ -126,25 +158,7 @@ def main():
     widths = parse_widths(args.widths)
     ops = args.ops or list(TUNED)
     table = read_table(args.out)
-    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("spawn")) as pool:
-        grows = {}  # op -> whether its configuration depends on the width
-        for width in (D16.width, *(w for w in widths if w != D16.width)):
-            asking = [op for op in ops if grows.get(op, True)]
-            jobs = [(op, index, width) for op in asking for index in range(len(TUNED[op]))]
-            for (op, *_), (asked, message) in zip(jobs, pool.map(warm, jobs), strict=True):
-                grows[op] = not asked or asked[0] is not None
-                if message:
-                    print(message)
-    entries = table.setdefault(tuning.gpu_name(), {})
-    for op in ops:
-        found = []
-        for width in widths if grows[op] else [D16.width]:
-            with of_width(width):
-                found.append(tune(op, width))
-        found = [entry for entry in found if entry]
-        if found:
-            entries[op] = merged(entries.get(op, []), found)
-    write_text_atomically(args.out, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    time_candidates(ops, widths, compile_candidates(ops, widths), table, args.out)
 
 
 if __name__ == "__main__":

@@ -65,3 +65,18 @@ def test_an_op_that_another_kernel_does_here_has_no_entry(asks, monkeypatch):
     monkeypatch.setattr(module, "median_seconds", lambda call, rounds: call() or 1e-6)
     entry = module.tune("op", 1536)
     assert entry is None if not asks else (entry["cols"], entry["us"]) == (1536, 1.0)
+
+
+def test_what_is_timed_is_kept_when_the_next_op_ends_it(monkeypatch, tmp_path):
+    def tune(op, width):
+        if op == "second":
+            raise KeyboardInterrupt
+        return entry(width, 1.0)
+
+    monkeypatch.setattr(module, "tune", tune)
+    monkeypatch.setattr(module.tuning, "gpu_name", lambda: "GPU")
+    path, grows = tmp_path / "tuned.json", {"first": True, "second": False}
+    with pytest.raises(KeyboardInterrupt):
+        module.time_candidates(["first", "second"], [256, 512], grows, {"other": {}}, path)
+    kept = json.loads(path.read_text())
+    assert kept == {"other": {}, "GPU": {"first": [entry(256, 1.0), entry(512, 1.0)]}}
