@@ -18,7 +18,7 @@ rounds to bf16 and then to FP8: this double rounding moves about one e4m3 value 
 after scaling, so amax is not finite where value times scale overflows fp32. fp32 tensors are
 multiplied without tensor cores, for tests.
 
-On Hopper an FP8 product of at most 1,024 terms, of sizes that are multiples of 128, runs on a panel
+On Hopper an FP8 product of at most 2,048 terms, of sizes that are multiples of 128, runs on a panel
 (kernels/common/panel.py), which rounds once, to FP8, and records the amax of fp32 numbers. What
 follows, and the double rounding above, is of the other kernel.
 

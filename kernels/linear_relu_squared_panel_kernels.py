@@ -1,4 +1,4 @@
-"""The kernel of kernels/linear_relu_squared.py for Hopper, in FP8, in Gluon; K is at most 1,024.
+"""The kernel of kernels/linear_relu_squared.py for Hopper, in FP8, in Gluon.
 
 Results are rounded once, from fp32 to FP8, and amax is that of the fp32 numbers.
 kernels/common/panel.py and pairs.py have what it is made of.
@@ -35,6 +35,7 @@ from nanofuse.kernels.common.panel import (
     launch_args,
     load_partition,
     onwards,
+    rooms_of_panel,
     share_of,
     tile_product,
 )
@@ -194,13 +195,12 @@ def relu_panel_kernel(
     WARPS: gl.constexpr,
     REGISTERS: gl.constexpr,
     CHUNKS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     BM: gl.constexpr = a_desc.block_type.shape[0]
-    BK: gl.constexpr = a_desc.block_type.shape[1]
     BN: gl.constexpr = b_desc.block_type.shape[0]
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [CHUNKS, BM, BK], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    a_bufs, b_bufs = rooms_of_panel(a_desc, b_desc, CHUNKS, HELD, STAGES)
     bufs, y_bufs, y_full, y_empty = None, None, None, None
     scale = gl.load(scale_ptr)
     factor = gl.load(a_inverse_ptr) * gl.load(b_inverse_ptr)
@@ -211,7 +211,7 @@ def relu_panel_kernel(
         y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2, BM, BN // 2], y_desc.layout)
         y_full, y_empty = barriers(2), barriers(2)
         factor *= 2.0 * scale * gl.sqrt(gl.load(y_inverse_ptr))
-    a_full, a_empty = barriers(CHUNKS), barriers(1, 2)
+    a_full, a_empty = barriers(HELD), barriers(1, 2)
     b_full, b_empty, turns = barriers(STAGES), barriers(STAGES), barriers(2)
     fence_async_shared()
     first, last = share_of(tiles)

@@ -19,6 +19,7 @@ from nanofuse.kernels.common.panel import (
     launch_args,
     load_partition,
     onwards,
+    rooms_of_panel,
     share_of,
     tile_product,
 )
@@ -59,8 +60,8 @@ RING, WARPS, REGISTERS, PROGRAMS = 8, 8, 80, 2
 @gluon.jit
 def add_partition(
     y_desc,  # (N, C) in parts
-    a_bufs,  # (CHUNKS, BM, BK)
-    b_bufs,  # (STAGES, BN, BK)
+    a_bufs,
+    b_bufs,
     x_bufs,  # (2 ROOMS, BM, BN / 4)
     a_full,
     a_empty,
@@ -121,16 +122,15 @@ def add_panel_kernel(
     WARPS: gl.constexpr,
     REGISTERS: gl.constexpr,
     CHUNKS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
     ROOMS: gl.constexpr,
 ):
     BM: gl.constexpr = a_desc.block_type.shape[0]
-    BK: gl.constexpr = a_desc.block_type.shape[1]
     BN: gl.constexpr = b_desc.block_type.shape[0]
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [CHUNKS, BM, BK], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    a_bufs, b_bufs = rooms_of_panel(a_desc, b_desc, CHUNKS, HELD, STAGES)
     x_bufs = rooms_of_parts(x_desc, ROOMS)
-    a_full, a_empty = barriers(CHUNKS), barriers(1, 2)
+    a_full, a_empty = barriers(HELD), barriers(1, 2)
     b_full, b_empty, turns = barriers(STAGES), barriers(STAGES), barriers(2)
     x_full, x_empty = barriers(2 * ROOMS), barriers(2 * ROOMS)
     fence_async_shared()

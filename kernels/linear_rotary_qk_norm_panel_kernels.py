@@ -16,6 +16,7 @@ from nanofuse.kernels.common.panel import (
     launch_args,
     load_partition,
     onwards,
+    rooms_of_panel,
     share_of,
     tile_product,
 )
@@ -161,15 +162,14 @@ def rotary_panel_kernel(
     WARPS: gl.constexpr,
     REGISTERS: gl.constexpr,
     CHUNKS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     BM: gl.constexpr = a_desc.block_type.shape[0]
-    BK: gl.constexpr = a_desc.block_type.shape[1]
     BN: gl.constexpr = b_desc.block_type.shape[0]
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [CHUNKS, BM, BK], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    a_bufs, b_bufs = rooms_of_panel(a_desc, b_desc, CHUNKS, HELD, STAGES)
     staged = gl.allocate_shared_memory(qkv_desc.dtype, [2, BM, BN // 2], qkv_desc.layout)
-    a_full, a_empty = barriers(CHUNKS), barriers(1, 2)
+    a_full, a_empty = barriers(HELD), barriers(1, 2)
     b_full, b_empty, turns = barriers(STAGES), barriers(STAGES), barriers(2)
     fence_async_shared()
     first, last = share_of(tiles)

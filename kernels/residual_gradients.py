@@ -64,7 +64,8 @@ def _residual_gradients_kernel(
     table_ptrs,  # of each table: (R, C)
     lambda_ptrs,  # of x0 and each table: (L,)
     out_ptrs,  # gradients of x0 and of each table's e: (N, C)
-    partial_ptr,  # (programs, L, TERMS) fp32: a program's share of the gradients of all lambdas
+    partial_ptr,  # (programs, L, TERMS) fp32: a program's share of the gradients of all lambdas;
+    # programs are (N / POSITIONS, C / BC)
     L,
     N,
     C,
@@ -78,7 +79,7 @@ def _residual_gradients_kernel(
     # The loop takes one position at a time, with the gradients of all its layers, (BL, BC). A lane
     # holds LANE adjacent columns of every layer, so that sums over layers need no shuffle; sums
     # over columns are kept per lane and reduced across lanes after the loop.
-    layers, cols = tl.arange(0, BL), tl.arange(0, BC)
+    layers, cols = tl.arange(0, BL), tl.program_id(1) * BC + tl.arange(0, BC)
     layer_ok, col_ok = layers < L, cols < C
     lambdas = ()
     sums = ()  # of each term: gradients of its lambdas
@@ -108,13 +109,20 @@ def _residual_gradients_kernel(
                 grad_e += tl.load(out_ptr, mask=ok, other=0.0).to(tl.float32)
             tl.store(out_ptr, grad_e.to(out_ptr.dtype.element_ty), mask=ok)
         sums = raised
-    partial_ptr += tl.program_id(0).to(tl.int64) * L * TERMS
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    partial_ptr += program * L * TERMS
     for term in tl.static_range(TERMS):
         grad_lambdas = tl.sum(sums[term], axis=1)  # (BL,)
         for layer in tl.static_range(BL):  # as scalars: a vector store converts its layout first
             if layer < L:
                 total = tl.sum(tl.where(layers == layer, grad_lambdas, 0.0), axis=0)
                 tl.store(partial_ptr + layer * TERMS + term, total)
+
+
+def _block_of(c):
+    """Columns of a program: no lane without one, where C is a multiple of 128."""
+    divisor = c & -c  # the largest power of two
+    return divisor if divisor >= 128 else max(triton.next_power_of_2(c), LANE.value)
 
 
 def _check(grads, x0, x0_lambdas, lookups):
@@ -155,14 +163,14 @@ def residual_gradients(
     lambdas = (x0_lambdas, *table_lambdas)
     outs = tuple(torch.empty_like(x0) for _ in lambdas)
     config = tuned("residual_gradients", CONFIG, c)
-    programs = triton.cdiv(n, config.positions)
-    block = max(triton.next_power_of_2(c), LANE.value)
+    block = _block_of(c)
+    grid = triton.cdiv(n, config.positions), triton.cdiv(c, block)
     grad_lambdas = []  # (group, terms) each
     for first in range(0, layers, config.layers):
         group = min(config.layers, layers - first)
-        size = programs, group, len(lambdas)
+        size = grid[0] * grid[1], group, len(lambdas)
         partial = torch.empty(size, dtype=torch.float32, device=x0.device)
-        _residual_gradients_kernel[(programs,)](
+        _residual_gradients_kernel[grid](
             grads_ptr=grads[first:],
             x0_ptr=x0,
             rows_ptrs=rows,

@@ -142,6 +142,20 @@ def cast_pairs(
 
 
 @gluon.jit
+def seen_as(
+    buf,  # shared memory
+    DTYPE: gl.constexpr,
+    SHAPE: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The same bytes as another tensor."""
+    if PUBLIC_REINTERPRET:
+        return buf.reinterpret(DTYPE, SHAPE, layout)
+    else:
+        return buf._reinterpret(DTYPE, SHAPE, layout)
+
+
+@gluon.jit
 def scratch_of(BM: gl.constexpr, BN: gl.constexpr):
     """Room for a tile of FP8 pairs, for each group."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -223,9 +237,6 @@ def store_pairs(
     scratch.store(pairs)
     rows_of_pairs(scratch, data_ptr, row, pair, PAIRS, BM, BN, WARPS)
     sides: gl.constexpr = gl.NVMMASharedLayout(64 if BM == 32 else 128, 16, 2)
-    if PUBLIC_REINTERPRET:
-        turned = scratch.reinterpret(gl.int16, [BN // 2, BM], sides)
-    else:
-        turned = scratch._reinterpret(gl.int16, [BN // 2, BM], sides)
+    turned = seen_as(scratch, gl.int16, (BN // 2, BM), sides)
     turned.permute((1, 0)).store(pairs)
     columns_of_pairs(turned, transposed_ptr, row, pair, M, BM, BN, WARPS)

@@ -1,20 +1,21 @@
-"""FP8 products of a short inner dimension with an epilogue, for Hopper, in Gluon.
+"""FP8 products with an epilogue, for Hopper, in Gluon.
 
-    a b^T          a (M, K), b (N, K), both FP8 and row-major, K at most 1,024
+    a b^T          a (M, K), b (N, K), both FP8 and row-major, K at most MOST_TERMS
 
 Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
-program keeps a panel of BM rows of a, all K of it, in shared memory, and walks along b's rows, so
-that of each tile b's part alone is loaded: half of what a tile of another product reads. One warp
-loads, and a second one what some epilogues read (kernels/common/parts.py). Two groups of four or
-eight warps take tiles in turn: one multiplies while the other is in its epilogue
-(kernels/common/pairs.py).
+program keeps a panel of BM rows of a in shared memory and walks along b's rows, so that of each
+tile b's parts alone are loaded: half of what a tile of another product reads. Of K = 1,024 the
+panel holds all. Of a longer K it holds eight or nine parts of BK, and the others, spread evenly
+among them, come with b's, anew for each tile. One warp loads, and a second one what some epilogues
+read (kernels/common/parts.py). Two groups of four or eight warps take tiles in turn: one multiplies
+while the other is in its epilogue (kernels/common/pairs.py).
 
 Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
 one, so who waits may not be two phases away:
 
-    a_full             of each of the panel's K / BK parts
+    a_full             of each part that the panel holds
     a_empty            one; either group arrives behind the product of its last tile of the panel
-    b_full, b_empty    of the stages of b's parts, in the order of tiles
+    b_full, b_empty    of the stages of b's parts, and of a's others, in the order of tiles
     y_full, y_empty    of each group's tile of what the epilogue reads; its room is the epilogue's
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, load_block
-from nanofuse.kernels.common.pairs import BM, BN
+from nanofuse.kernels.common.pairs import BM, BN, seen_as
 from nanofuse.kernels.common.ptx import INTERPRETED
 from nanofuse.kernels.common.tuning import capability, is_forced, sm_count
 
@@ -32,7 +33,9 @@ if HAS_GLUON:
     warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 BK = 128  # of a part of the inner dimension
-MOST_TERMS = 1024  # what fits into shared memory beside the stages
+MOST_TERMS = 2048  # beyond, parts of a that follow each other would come anew
+# parts: of a long panel, and of panel and stages, that fit beside the room of an epilogue
+HELD, PARTS = 8, 12
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
 # after, at least
 REGISTERS = {4: (168, 232), 8: (96, 112)}
@@ -40,7 +43,7 @@ REGISTERS = {4: (168, 232), 8: (96, 112)}
 
 @dataclass(frozen=True)
 class PanelTile:
-    """Warps of a group, 4 or 8, and the stages of b's parts: four of them fit with any K."""
+    """Warps of a group, 4 or 8, and the stages of b's parts: three or four."""
 
     warps: int
     stages: int = 4
@@ -83,6 +86,14 @@ def grid(device, rows, cols):
     return (min(sm_count(device), tiles),), tiles
 
 
+def held_parts(
+    config,  # PanelTile
+    terms,
+):
+    """Parts of a that a panel holds."""
+    return min(terms // BK, max(HELD, PARTS - config.stages))
+
+
 def launch_args(
     config,  # PanelTile
     terms,
@@ -93,6 +104,7 @@ def launch_args(
         "WARPS": config.warps,
         "REGISTERS": after,
         "CHUNKS": terms // BK,
+        "HELD": held_parts(config, terms),
         "STAGES": config.stages,
         "num_warps": config.warps,
         "maxnreg": before,
@@ -125,12 +137,32 @@ def onwards(row, col, steps, tiles_n):
 
 
 @gluon.jit
+def rooms_of_panel(
+    a_desc, b_desc, CHUNKS: gl.constexpr, HELD: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Shared memory of the parts that the panel holds, (HELD, BM, BK), and of the stages, (STAGES,
+    BN, BK). Where parts of a come there, too, both are all of it, in a's type and in b's, first the
+    panel."""
+    BM: gl.constexpr = a_desc.block_type.shape[0]
+    BK: gl.constexpr = a_desc.block_type.shape[1]
+    BN: gl.constexpr = b_desc.block_type.shape[0]
+    of_a: gl.constexpr = a_desc.layout
+    if HELD == CHUNKS:
+        a_bufs = gl.allocate_shared_memory(a_desc.dtype, [HELD, BM, BK], of_a)
+        return a_bufs, gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    else:
+        gl.static_assert(BM == BN)
+        both = gl.allocate_shared_memory(b_desc.dtype, [HELD + STAGES, BN, BK], b_desc.layout)
+        return seen_as(both, a_desc.dtype, (HELD + STAGES, BM, BK), of_a), both
+
+
+@gluon.jit
 def load_partition(
     a_desc,  # (M, K) in blocks of BM x BK
     b_desc,  # (N, K) in blocks of BN x BK
     y_desc,  # (M, N / 2) int16 in blocks of BM x BN / 2: what the epilogue reads, or None
-    a_bufs,  # (K / BK, BM, BK)
-    b_bufs,  # (STAGES, BN, BK)
+    a_bufs,  # of rooms_of_panel
+    b_bufs,
     y_bufs,  # (2, BM, BN / 2), one for each group, or None
     a_full,
     a_empty,
@@ -147,19 +179,31 @@ def load_partition(
     BM: gl.constexpr = a_desc.block_type.shape[0]
     BK: gl.constexpr = a_desc.block_type.shape[1]
     BN: gl.constexpr = b_desc.block_type.shape[0]
+    STREAMED: gl.constexpr = CHUNKS - a_full.shape[0]
+    FIRST: gl.constexpr = b_bufs.shape[0] - STAGES
     first_row = first // tiles_n
     row, col = first_row, first % tiles_n
     for tile in range(first, last):
         opens = (tile == first) | (col == 0)  # a panel
         mbarrier.wait(a_empty.index(0), ((row - first_row) & 1) ^ 1, pred=opens)
         for k in range(CHUNKS):
-            mbarrier.expect(a_full.index(k), BM * BK, pred=opens)
-            load_block(a_desc, [row * BM, k * BK], a_full.index(k), a_bufs.index(k), pred=opens)
-            at = (tile - first) * CHUNKS + k
+            streamed = k * STREAMED // CHUNKS  # of the parts before this one
+            streams = (k + 1) * STREAMED // CHUNKS > streamed
+            held, holds = k - streamed, opens & (streams == 0)
+            at_a, at_b = [row * BM, k * BK], [col * BN, k * BK]
+            mbarrier.expect(a_full.index(held), BM * BK, pred=holds)
+            load_block(a_desc, at_a, a_full.index(held), a_bufs.index(held), pred=holds)
+            at = (tile - first) * (CHUNKS + STREAMED) + k + streamed
             stage = at % STAGES
             mbarrier.wait(b_empty.index(stage), ((at // STAGES) & 1) ^ 1)
             mbarrier.expect(b_full.index(stage), BN * BK)
-            load_block(b_desc, [col * BN, k * BK], b_full.index(stage), b_bufs.index(stage))
+            load_block(b_desc, at_b, b_full.index(stage), b_bufs.index(FIRST + stage))
+            if STREAMED > 0:
+                stage, phase = (at + 1) % STAGES, (at + 1) // STAGES
+                room = a_bufs.index(FIRST + stage)
+                mbarrier.wait(b_empty.index(stage), (phase & 1) ^ 1, pred=streams)
+                mbarrier.expect(b_full.index(stage), BM * BK, pred=streams)
+                load_block(a_desc, at_a, b_full.index(stage), room, pred=streams)
         if y_desc is not None:  # after b's parts, which wait for less
             who, times = (tile - first) & 1, (tile - first) // 2
             mbarrier.wait(y_empty.index(who), (times & 1) ^ 1)
@@ -188,20 +232,34 @@ def tile_product(
     layout: gl.constexpr,
 ):
     """(BM, BN) fp32: the tile's product, by group WHO."""
+    STREAMED: gl.constexpr = CHUNKS - a_full.shape[0]
+    FIRST: gl.constexpr = b_bufs.shape[0] - STAGES
     mbarrier.wait(turns.index(WHO), (number // 2 + WHO + 1) & 1, pred=number > 0)
     acc = gl.zeros((BM, BN), gl.float32, layout)
     for k in range(CHUNKS):
-        at = number * CHUNKS + k
-        stage = at % STAGES
-        mbarrier.wait(a_full.index(k), panel & 1)
+        streamed = k * STREAMED // CHUNKS  # of the parts before this one
+        streams = (k + 1) * STREAMED // CHUNKS > streamed
+        at = number * (CHUNKS + STREAMED) + (k + streamed)
+        stage, room = at % STAGES, k - streamed
+        mbarrier.wait(a_full.index(room), panel & 1, pred=streams == 0)
         mbarrier.wait(b_full.index(stage), (at // STAGES) & 1)
-        b = b_bufs.index(stage).permute((1, 0))
-        acc = warpgroup_mma(a_bufs.index(k), b, acc, is_async=True)
+        if STREAMED > 0:
+            other, phase = (at + 1) % STAGES, (at + 1) // STAGES
+            mbarrier.wait(b_full.index(other), phase & 1, pred=streams)
+            room = gl.where(streams, FIRST + other, room)
+        b = b_bufs.index(FIRST + stage).permute((1, 0))
+        acc = warpgroup_mma(a_bufs.index(room), b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(b_empty.index((at + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        if STREAMED > 0:
+            before = streamed > (k - 1) * STREAMED // CHUNKS  # the part before was streamed
+            mbarrier.arrive(b_empty.index((at + STAGES - 2) % STAGES), count=1, pred=before)
     mbarrier.arrive(turns.index(1 - WHO), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(b_empty.index((number * CHUNKS + CHUNKS - 1) % STAGES), count=1)
+    last = (number + 1) * (CHUNKS + STREAMED) - 1
+    mbarrier.arrive(b_empty.index(last % STAGES), count=1)
+    if STREAMED > 0:  # the last part was
+        mbarrier.arrive(b_empty.index((last - 1) % STAGES), count=1)
     if after < 2:  # no tile of this panel is left for this group
         mbarrier.arrive(a_empty.index(0), count=1)
         if (after == 0) & (number == 0):  # nor was there one for the other group

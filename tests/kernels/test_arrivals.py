@@ -93,8 +93,9 @@ for depth in map(int, sys.argv[1:]):
 result = [scanned(launch) for launch in copies], [scanned(each) for each in launches.values()]
 print(json.dumps(result))
 """
-# of models of two depths: of the one whose width is 128, panels take no product
-DEPTHS = ("2", "4")
+# of models of three depths: of width 128, where panels take no product, of 256, and of 1,152, more
+# than a panel holds
+DEPTHS = ("2", "4", "18")
 BY_TENSOR_CORES = {"rotary_panel_kernel"}  # no warp reads a slot of it
 
 

@@ -31,7 +31,7 @@ HOPPER = Gpu("NVIDIA H200", (9, 0), 132)
 SHAPES = [
     *((4224, width, width) for width in range(256, 1025, 128)),
     (128, 256, 256), (33024, 256, 512), (8320, 1024, 256), (33024, 384, 512), (33024, 896, 1024),
-    (65536, 1024, 1024),
+    (65536, 1024, 1024), (33024, 1536, 1536), (8320, 1280, 1280), (4224, 512, 2048),
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_what_it_takes(monkeypatch):
         assert not takes(a, w, x.float())
         assert not takes(zeros(256, 512, E5M2), w, x)
         assert not takes(zeros(200, 512), w, x) and not takes(zeros(256, 640), w, x)
-        assert not takes(zeros(256, 1152), zeros(384, 1152), x)
+        assert not takes(zeros(256, 2176), zeros(384, 2176), x)
         with forced("residual_norm_fwd", None):
             assert not takes(a, w, x)
     with aimed_at(replace(HOPPER, capability=(10, 0))):
@@ -77,14 +77,19 @@ def test_what_it_takes(monkeypatch):
         (1024, 3, 3, 3),
         (1024, 4, 4, 2),
         (1024, 6, 4, 2),
+        (2048, 3, 3, 2),
+        (1536, 4, 4, 2),
+        (1152, 6, 4, 2),
         (896, 6, 5, 2),
         (768, 6, 6, 2),
         (256, 6, 6, 3),
     ],
 )
 def test_stages_leave_at_least_two_rooms(terms, asked, stages, rooms):
-    assert fitted(PanelTile(8, asked), terms) == (PanelTile(8, stages), rooms)
-    assert terms * 128 + stages * 2**14 + rooms * 2**14 <= 226 * 2**10
+    tile, found = fitted(PanelTile(8, asked), terms)
+    assert (tile, found) == (PanelTile(8, stages), rooms)
+    assert panel.held_parts(tile, terms) == min(terms // 128, 12 - stages if terms > 1024 else 8)
+    assert (panel.held_parts(tile, terms) + stages + rooms) * 2**14 <= 226 * 2**10
 
 
 def test_what_it_does_not_take_is_refused():
@@ -147,7 +152,7 @@ def test_stream_and_norm(shape, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", CASES[OP][1], ids=str)
-@pytest.mark.parametrize("width", [256, 768, 1024])
+@pytest.mark.parametrize("width", [256, 768, 1024, 1536])
 def test_every_configuration(width, tile, hopper):
     with forced(OP, tile) as asked:
         Layer((33024, width, width), hopper).check()

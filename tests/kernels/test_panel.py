@@ -20,7 +20,9 @@ FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 LOSS = "linear_softcap_cross_entropy"
 PANELS = CASES["linear_relu_squared_panel"][1]
 HOPPER = Gpu("NVIDIA H200", (9, 0), 132)
-DEPTHS = range(256, 1025, 128)  # each is a kernel of its own
+# each is a kernel of its own; of more than 1,024 terms parts of the left factor come with the right
+# one's, of 2,048 every second one
+DEPTHS = [*range(256, 1025, 128), 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048]
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,9 @@ def test_what_a_panel_takes(monkeypatch):
     monkeypatch.setattr(panel, "INTERPRETED", SimpleNamespace(value=False))
     takes = partial(panel.takes, FORWARD, torch.device("meta"))
     with aimed_at(HOPPER):
-        assert takes(128, 256, 256) and takes(65536, 4096, 1024)
+        assert takes(128, 256, 256) and takes(65536, 4096, 1024) and takes(128, 256, 2048)
         for sizes in ((120, 256, 256), (128, 128, 256), (128, 320, 256), (128, 256, 128),
-                      (128, 256, 320), (128, 256, 1152)):  # fmt: skip
+                      (128, 256, 320), (128, 256, 2176)):  # fmt: skip
             assert not takes(*sizes)
         with forced(FORWARD, None):
             assert not takes(128, 256, 256)
@@ -116,7 +118,7 @@ def test_squared_relu_of_every_depth(op, terms, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "shape", [(128, 256, 256), (65536, 256, 256), (17024, 1024, 4096)], ids=str
+    "shape", [(128, 256, 256), (65536, 256, 256), (17024, 1024, 4096), (17024, 1536, 3072)], ids=str
 )
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_squared_relu_of_every_share(op, shape, hopper):
@@ -126,7 +128,7 @@ def test_squared_relu_of_every_share(op, shape, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", PANELS, ids=str)
-@pytest.mark.parametrize("terms", [256, 1024])
+@pytest.mark.parametrize("terms", [256, 1024, 1536, 2048])
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_squared_relu_of_every_configuration(op, terms, tile, hopper):
     name = f"linear_relu_squared_panel{op.removeprefix(FORWARD)}"
@@ -246,7 +248,7 @@ def test_losses_of_every_share(dtype, shape, hopper, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", PANELS, ids=str)
-@pytest.mark.parametrize("terms", [256, 1024])
+@pytest.mark.parametrize("terms", [256, 1024, 1536, 2048])
 def test_losses_of_every_configuration(terms, tile, hopper, monkeypatch):
     with forced("linear_softcap_cross_entropy_panel", tile) as asked:
         Loss((4224, terms, 1024), 1024, hopper).check(monkeypatch)

@@ -6,7 +6,7 @@ from nanofuse.kernels.common.tuning import forced
 from nanofuse.kernels.residual_gradients import Config, residual_gradients, residual_gradients_ref
 
 ROWS_OF_TABLES = 23, 9
-SHAPES = [(1, 1, 1), (2, 3, 127), (4, 8, 128), (5, 9, 129), (3, 13, 97)]
+SHAPES = [(1, 1, 1), (2, 3, 127), (4, 8, 128), (5, 9, 129), (3, 13, 97), (3, 5, 384), (2, 3, 768)]
 FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
