@@ -4,11 +4,11 @@
 
 Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
 program keeps a panel of BM rows of a in shared memory and walks along b's rows, so that of each
-tile b's parts alone are loaded: half of what a tile of another product reads. Of K = 1,024 the
-panel holds all. Of a longer K it holds eight or nine parts of BK, and the others, spread evenly
-among them, come with b's, anew for each tile. One warp loads, and a second one what some epilogues
-read (kernels/common/parts.py). Two groups of four or eight warps take tiles in turn: one multiplies
-while the other is in its epilogue (kernels/common/pairs.py).
+tile b's parts alone are loaded: half of what a tile of another product reads. A panel
+holds HELD parts of BK. Of a longer K the others, spread evenly among them, come with b's, anew for
+each tile; from some K on L2 is the bound then, and other kernels are faster. One warp loads, and a
+second one what some epilogues read (kernels/common/parts.py). Two groups of four or eight warps
+take tiles in turn: one multiplies while the other is in its epilogue (kernels/common/pairs.py).
 
 Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
 one, so who waits may not be two phases away:
@@ -20,7 +20,7 @@ one, so who waits may not be two phases away:
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, load_block
@@ -33,9 +33,9 @@ if HAS_GLUON:
     warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 BK = 128  # of a part of the inner dimension
-MOST_TERMS = 2048  # beyond, parts of a that follow each other would come anew
-# parts: of a long panel, and of panel and stages, that fit beside the room of an epilogue
-HELD, PARTS = 8, 12
+HELD = 8  # parts of a, beside four stages and the room of an epilogue
+STREAMING = 4  # stages where parts of a come anew: with three a third slower (H200, K = 1,536)
+MOST_TERMS = 1536
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
 # after, at least
 REGISTERS = {4: (168, 232), 8: (96, 112)}
@@ -49,9 +49,9 @@ class PanelTile:
     stages: int = 4
 
 
-def takes(op, device, rows, cols, terms):
-    """Whether a product of rows x cols with so many terms runs here: not where a configuration of
-    `op`, which is of its other kernel, is forced."""
+def takes(op, device, rows, cols, terms, most=MOST_TERMS):
+    """Whether a product of rows x cols with so many terms, at most `most`, runs here: not where a
+    configuration of `op`, which is of its other kernel, is forced."""
     return (
         HAS_GLUON
         and not INTERPRETED.value
@@ -60,7 +60,7 @@ def takes(op, device, rows, cols, terms):
         and not (rows % BM or cols % BN or terms % BK)
         and rows > 0
         and cols > BN
-        and BK < terms <= MOST_TERMS
+        and BK < terms <= most
     )
 
 
@@ -86,12 +86,12 @@ def grid(device, rows, cols):
     return (min(sm_count(device), tiles),), tiles
 
 
-def held_parts(
+def staged(
     config,  # PanelTile
     terms,
 ):
-    """Parts of a that a panel holds."""
-    return min(terms // BK, max(HELD, PARTS - config.stages))
+    """The configuration, with the stages that parts of a want."""
+    return config if terms <= HELD * BK else replace(config, stages=STREAMING)
 
 
 def launch_args(
@@ -99,12 +99,13 @@ def launch_args(
     terms,
 ):
     """The keywords that a configuration gives to a kernel's launch."""
+    config = staged(config, terms)
     before, after = REGISTERS[config.warps]
     return {
         "WARPS": config.warps,
         "REGISTERS": after,
         "CHUNKS": terms // BK,
-        "HELD": held_parts(config, terms),
+        "HELD": min(terms // BK, HELD),
         "STAGES": config.stages,
         "num_warps": config.warps,
         "maxnreg": before,

@@ -22,7 +22,7 @@ from nanofuse.kernels.common.jit import (
     store_block,
 )
 from nanofuse.kernels.common.pairs import BM, BN
-from nanofuse.kernels.common.panel import BK, held_parts, onwards
+from nanofuse.kernels.common.panel import BK, HELD, onwards, staged
 
 MEMORY = 226 * 2**10  # bytes for panel, stages and rooms; the rest of 227 KiB is for barriers
 ROOMS = 3  # at most: a part arrives, one is read, one leaves
@@ -42,10 +42,10 @@ def fitted(tile, terms):
         terms: of the product.
 
     Returns:
-        the tile with fewer stages where its own leave no two rooms; and the rooms of a group.
+        the tile, with fewer stages where its own leave no two rooms; and the rooms of a group.
     """
-    stage, room = BN * BK, GROUPS * PART_BYTES
-    left = MEMORY - held_parts(tile, terms) * BM * BK
+    tile, stage, room = staged(tile, terms), BN * BK, GROUPS * PART_BYTES
+    left = MEMORY - min(terms, HELD * BK) * BM
     stages = min(tile.stages, (left - 2 * room) // stage)
     return replace(tile, stages=stages), min(ROOMS, (left - stages * stage) // room)
 

@@ -37,7 +37,7 @@ SHAPES = [
     (384, 256, 2, 1, 128),
     (640, 512, 4, 2, 320),
     (33024, 384, 3, 3, 96),
-    *((640, width, width // D, width // D, 64) for width in (1152, 1280, 1664, 2048)),
+    *((640, width, width // D, width // D, 64) for width in (1152, 1280, 1408)),
     (33024, 1536, 12, 12, 256),
 ]
 
@@ -84,7 +84,7 @@ def test_what_it_takes(monkeypatch):
         assert not takes(zeros(256, 512, E5M2), w, D)
         assert not takes(zeros(200, 512), w, D) and not takes(zeros(256, 640), w, D)
         assert not takes(zeros(0, 512), w, D)
-        assert not takes(zeros(256, 2176), zeros(6528, 2176), D)
+        assert not takes(zeros(256, 1664), zeros(4992, 1664), D)
     with aimed_at(replace(HOPPER, capability=(10, 0))):
         assert not takes(x, w, D)
 
@@ -162,7 +162,7 @@ def test_q_k_and_v(shape, value, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", PANELS, ids=str)
-@pytest.mark.parametrize("width", [256, 1024, 1536, 2048])
+@pytest.mark.parametrize("width", [256, 1024, 1536])
 def test_every_configuration(width, tile, hopper):
     with forced(OP, tile) as asked:
         Layer((4224, width, width // D, width // D, 384), True, hopper).check()

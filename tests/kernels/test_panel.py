@@ -12,7 +12,11 @@ from nanofuse.bench.checks import fp8_steps, relative_error, same_bits
 from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, forced
-from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
+from nanofuse.kernels.linear_relu_squared import (
+    PANEL_TERMS,
+    linear_relu_squared_bwd,
+    linear_relu_squared_fwd,
+)
 from nanofuse.kernels.linear_softcap_cross_entropy import linear_softcap_cross_entropy_fwd
 from nanofuse.kernels.quantize import quantize
 
@@ -21,8 +25,8 @@ LOSS = "linear_softcap_cross_entropy"
 PANELS = CASES["linear_relu_squared_panel"][1]
 HOPPER = Gpu("NVIDIA H200", (9, 0), 132)
 # each is a kernel of its own; of more than 1,024 terms parts of the left factor come with the right
-# one's, of 2,048 every second one
-DEPTHS = [*range(256, 1025, 128), 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048]
+# one's
+DEPTHS = range(256, panel.MOST_TERMS + 1, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +39,10 @@ def test_what_a_panel_takes(monkeypatch):
     monkeypatch.setattr(panel, "INTERPRETED", SimpleNamespace(value=False))
     takes = partial(panel.takes, FORWARD, torch.device("meta"))
     with aimed_at(HOPPER):
-        assert takes(128, 256, 256) and takes(65536, 4096, 1024) and takes(128, 256, 2048)
+        assert takes(128, 256, 256) and takes(65536, 4096, 1024) and takes(128, 256, 1536)
+        assert takes(128, 256, 1280, most=1280) and not takes(128, 256, 1408, most=1280)
         for sizes in ((120, 256, 256), (128, 128, 256), (128, 320, 256), (128, 256, 128),
-                      (128, 256, 320), (128, 256, 2176)):  # fmt: skip
+                      (128, 256, 320), (128, 256, 1664)):  # fmt: skip
             assert not takes(*sizes)
         with forced(FORWARD, None):
             assert not takes(128, 256, 256)
@@ -110,7 +115,7 @@ class Relu:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("terms", DEPTHS)
+@pytest.mark.parametrize("terms", range(256, PANEL_TERMS + 1, 128))
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_squared_relu_of_every_depth(op, terms, hopper):
     Relu(op, (384, terms, 640), hopper).check()
@@ -118,7 +123,7 @@ def test_squared_relu_of_every_depth(op, terms, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "shape", [(128, 256, 256), (65536, 256, 256), (17024, 1024, 4096), (17024, 1536, 3072)], ids=str
+    "shape", [(128, 256, 256), (65536, 256, 256), (17024, 1024, 4096), (17024, 1280, 3072)], ids=str
 )
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_squared_relu_of_every_share(op, shape, hopper):
@@ -128,7 +133,7 @@ def test_squared_relu_of_every_share(op, shape, hopper):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", PANELS, ids=str)
-@pytest.mark.parametrize("terms", [256, 1024, 1536, 2048])
+@pytest.mark.parametrize("terms", [256, 1024, 1280])
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_squared_relu_of_every_configuration(op, terms, tile, hopper):
     name = f"linear_relu_squared_panel{op.removeprefix(FORWARD)}"
@@ -248,7 +253,7 @@ def test_losses_of_every_share(dtype, shape, hopper, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tile", PANELS, ids=str)
-@pytest.mark.parametrize("terms", [256, 1024, 1536, 2048])
+@pytest.mark.parametrize("terms", [256, 1024, 1536])
 def test_losses_of_every_configuration(terms, tile, hopper, monkeypatch):
     with forced("linear_softcap_cross_entropy_panel", tile) as asked:
         Loss((4224, terms, 1024), 1024, hopper).check(monkeypatch)
