@@ -77,6 +77,8 @@ from nanofuse.kernels.softcap_cross_entropy import (
 )
 
 OP = "linear_softcap_cross_entropy"
+PANEL_TERMS = 1280  # at most; of 1,536 a panel takes 7.2 ms and Triton's kernel 6.7 (65,536 rows,
+# 32,768 tokens, H200)
 TILE = LinearTile(128, 128, 128, warps=4, stages=3, programs=2)
 PLAIN_TILES = {  # without FP8, by the tensors' dtype
     torch.bfloat16: LinearTile(128, 256, 128, warps=8, stages=4),
@@ -181,7 +183,7 @@ def linear_softcap_cross_entropy_fwd(
     losses, lse, weights, at_target, tanh = (
         torch.empty(rows, dtype=torch.float32, device=device) for _ in range(5)
     )
-    on_panel = train and fp8 and panel.takes(OP, device, rows, cols, width)
+    on_panel = train and fp8 and panel.takes(OP, device, rows, cols, width, PANEL_TERMS)
     blocks = triton.cdiv(cols, panel.BN if on_panel else config.cols)
     sums = torch.empty(blocks, rows, dtype=torch.float32, device=device)
     largest = torch.zeros(1, dtype=torch.float32, device=device)

@@ -75,9 +75,11 @@ def exact_casts():
 
 @pytest.fixture(autouse=True)
 def gpu_to_oneself(request, tmp_path_factory):
-    """Tests marked `large` wait for each other, and leave no memory in PyTorch's cache."""
+    """Tests on a GPU leave no memory in PyTorch's cache, and `large` ones wait for each other."""
     if "large" not in request.keywords:
         yield
+        if "cuda" in request.keywords:
+            torch.cuda.empty_cache()
         return
     # processes of one pytest-xdist have one folder above those of their own
     above = "PYTEST_XDIST_WORKER" in os.environ

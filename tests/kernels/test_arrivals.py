@@ -90,18 +90,26 @@ for depth in map(int, sys.argv[1:]):
     for launch in rehearse(*args, sums=True):
         if type(launch.source).__name__ == "GluonASTSource":
             launches[f"{launch.name} {launch.source.constants} {launch.source.signature}"] = launch
-result = [scanned(launch) for launch in copies], [scanned(each) for each in launches.values()]
-print(json.dumps(result))
+def names(depth):
+    args = GPTConfig.from_depth(depth), OptimConfig(), 2, True, gpu
+    return sorted({launch.name for launch in rehearse(*args, sums=True)})
+
+scans = [scanned(launch) for launch in copies], [scanned(each) for each in launches.values()]
+print(json.dumps([*scans, {depth: names(depth) for depth in (20, 22, 24, 26)}]))
 """
 # of models of three depths: of width 128, where panels take no product, of 256, and of 1,152, more
 # than a panel holds
 DEPTHS = ("2", "4", "18")
+# products on panels: those that L2 bounds first, from 1,408 terms on, and those up to 1,536
+BOUND = {"relu_panel_kernel", "loss_panel_kernel"}
+WIDE = {"rotary_panel_kernel", "add_panel_kernel"}
 BY_TENSOR_CORES = {"rotary_panel_kernel"}  # no warp reads a slot of it
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="needs Triton with Gluon")
 def test_no_slot_is_given_back_while_it_is_read(tmp_path):
-    """A copy that gives its slots back right behind the read is found, and no kernel of ours."""
+    """A copy that gives its slots back right behind the read is found, and no kernel of ours. The
+    same process says which products run on panels at which depth."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     file = tmp_path / "compiles.py"  # whose source Triton reads
@@ -109,7 +117,7 @@ def test_no_slot_is_given_back_while_it_is_read(tmp_path):
     command = [sys.executable, str(file), *DEPTHS]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:2000]
-    copies, kernels = json.loads(done.stdout)
+    copies, kernels, launched = json.loads(done.stdout)
     assert [bool(found["early"]) for _, found in copies] == [True, True, False, False]
     sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     roles = set(re.findall(r"^@gluon\.jit.*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
@@ -117,3 +125,5 @@ def test_no_slot_is_given_back_while_it_is_read(tmp_path):
     for name, found in kernels:
         assert found["arrivals"] and not found["early"], (name, found)
         assert found["reads"] or name in BY_TENSOR_CORES, (name, found)
+    for depth, panels in (("20", BOUND | WIDE), ("22", WIDE), ("24", WIDE), ("26", set())):
+        assert {name for name in launched[depth] if name.endswith("_panel_kernel")} == panels
