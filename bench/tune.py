@@ -4,13 +4,14 @@
 
 An op whose configuration depends on a model's width is timed at each; the others at that of d16.
 A process for each core first compiles the candidates, on small inputs; then one process times
-them, and writes FILE after each op.
+them, the closest ones in turns, and writes FILE after each op.
 """
 
 import json
 import multiprocessing
 import os
 import re
+import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from nanofuse.train.files import write_text_atomically
 DEVICE = torch.device("cuda")
 JOBS = min(32, max(1, (os.cpu_count() or 1) - 2))  # processes that compile; one takes 2 GB
 WIDTHS = "256,512,768,1024,1536"
+GLANCE, ROUNDS_IN_TURNS = 5, 16  # rounds
+CLOSE, FINALISTS = 1.06, 4  # times the fastest's seconds; at most so many
 
 
 def parse_widths(text):
@@ -56,27 +59,55 @@ def warm(job):
     return asked, None
 
 
+def timed(op, config, case, rounds):
+    """Median seconds of a case's call by this configuration, and what the op asked for."""
+    with tuning.forced(op, config) as asked:
+        return median_seconds(case.run, rounds=rounds), asked
+
+
+def in_turns(op, finalists):
+    """Median seconds of each of [(configuration, case)], which take turns: clocks drift by more
+    than they differ."""
+    times = [[] for _ in finalists]
+    turns = list(zip(finalists, times, strict=True))
+    for _ in range(ROUNDS_IN_TURNS):
+        for (config, case), taken in turns:
+            taken.append(timed(op, config, case, 1)[0])
+        turns.reverse()
+    return [statistics.median(taken) for taken in times]
+
+
 def tune(op, width):
-    """Measure the candidates of `op` in a model of this width; returns tuned.json's entry for the
-    fastest, or None if another kernel does the op here."""
+    """Measure the candidates of `op` in a model of this width, shortly, and those that come close
+    in turns; returns tuned.json's entry for the fastest, or None if another kernel does the op
+    here."""
     make, candidates = CASES[op]
-    best = None
+
+    def case_of(config):
+        with tuning.forced(op, config):  # AdamWTensors reads the configuration
+            return make(ROWS, DEVICE)
+
+    found = []
     for config in candidates:
-        with tuning.forced(op, config) as asked:
-            case = make(ROWS, DEVICE)  # AdamWTensors reads the configuration
-            try:
-                seconds = median_seconds(case.run, rounds=12)
-            except Exception:  # said by `warm`
-                continue
+        case = case_of(config)
+        try:
+            seconds, asked = timed(op, config, case, GLANCE)
+        except Exception:  # said by `warm`
+            continue
         if not asked:
             print(f"{op}, {width}: by another kernel", flush=True)
             return None
         print(f"{config} {1e6 * seconds:.1f} us {100 * case.share(seconds):.0f} %", flush=True)
-        if best is None or seconds < best[0]:
-            best = seconds, config, case.share(seconds), asked[0]
-    if best is None:
+        found.append((seconds, config, asked[0]))
+        del case
+    if not found:
         raise SystemExit(f"no candidate of {op} runs")
-    seconds, config, share, cols = best
+    found.sort(key=lambda each: each[0])
+    close = [each for each in found if each[0] < CLOSE * found[0][0]][:FINALISTS]
+    finalists = [(config, case_of(config)) for _, config, _ in close]
+    times = in_turns(op, finalists)
+    (config, case), seconds = min(zip(finalists, times, strict=True), key=lambda each: each[1])
+    cols, share = found[0][2], case.share(seconds)
     print(f"{op}, {width}: {config} {1e6 * seconds:.1f} us {100 * share:.0f} %", flush=True)
     return {
         "config": asdict(config),

@@ -15,6 +15,7 @@ from nanofuse.kernels.common.panel import (
     barriers,
     described,
     grid,
+    held_parts,
     kind_of,
     launch_args,
     load_partition,
@@ -25,11 +26,11 @@ from nanofuse.kernels.common.panel import (
 )
 from nanofuse.kernels.common.parts import (
     finish_parts,
-    fitted,
     in_parts,
     load_parts,
     part_of,
     replace_part,
+    rooms_beside,
     rooms_of_parts,
 )
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
@@ -52,7 +53,7 @@ if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
 
 OP = "linear_residual_norm"
-TILE = PanelTile(warps=4, stages=3)
+TILE, LONG_TILE = PanelTile(warps=4, stages=3), PanelTile(warps=4)
 # of the second kernel: units in shared memory, warps, registers of a thread, programs to an SM
 RING, WARPS, REGISTERS, PROGRAMS = 8, 8, 80, 2
 
@@ -260,7 +261,7 @@ def linear_residual_norm_panel(
     """Launch both kernels; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols, device = a.shape, b.size(0), a.device
     programs, tiles = grid(device, rows, cols)
-    tile, rooms = fitted(tuned(OP, TILE, terms), terms)
+    tile = tuned(OP, TILE if held_parts(TILE, terms) * BK == terms else LONG_TILE, terms)
     squares = torch.empty(cols // BN, rows, dtype=torch.float32, device=device)
     add_panel_kernel[programs](
         described(a, [BM, BK]),
@@ -272,7 +273,7 @@ def linear_residual_norm_panel(
         rows,
         cols // BN,
         tiles,
-        ROOMS=rooms,
+        ROOMS=rooms_beside(tile, terms),
         **launch_args(tile, terms),
     )
     units = gl.NVMMASharedLayout(128, 16, 2)

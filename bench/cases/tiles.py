@@ -85,8 +85,7 @@ LOGITS = [
     LinearTile(64, 256, 128, 4, 2, 16, 2),
     LinearTile(256, 128, 128, 8, 3),
 ]
-PANELS = [PanelTile(warps, stages) for warps in (4, 8) for stages in (3, 4)]
-PANELS_OF_PARTS = [PanelTile(warps, stages) for warps in (4, 8) for stages in (3, 4, 6)]
+PANELS = [PanelTile(warps, stages) for warps in (4, 8) for stages in (3, 4, 6, 8)]
 LOGITS_BF16 = [
     *(LinearTile(128, 128, 128, 4, 3, group, 2) for group in (8, 16)),
     LinearTile(128, 128, 128, 8, 2, 16, 2, 128),
@@ -130,7 +129,7 @@ CASES = {  # name in tuned.json: (function of rows and device, candidates)
     "linear_relu_squared_bf16": (mlp.linear_relu_squared_bf16_case, LINEAR_BF16),
     "linear_relu_squared_bwd_bf16": (mlp.linear_relu_squared_bwd_bf16_case, LINEAR_BF16),
     "linear_rotary_qk_norm": (stream.linear_rotary_qk_norm_case, PANELS),
-    "linear_residual_norm": (stream.linear_residual_norm_case, PANELS_OF_PARTS),
+    "linear_residual_norm": (stream.linear_residual_norm_case, PANELS),
     "rotary_qk_norm": (stream.rotary_qk_norm_case, HEAD_TILES),
     "rotary_qk_norm_bwd": (stream.rotary_qk_norm_bwd_case, HEAD_TILES_BWD),
     "rotary_qk_norm_bwd_sums": (stream.rotary_qk_norm_bwd_sums_case, HEAD_TILES_BWD),

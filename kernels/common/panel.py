@@ -4,11 +4,11 @@
 
 Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
 program keeps a panel of BM rows of a in shared memory and walks along b's rows, so that of each
-tile b's parts alone are loaded: half of what a tile of another product reads. A panel
-holds HELD parts of BK. Of a longer K the others, spread evenly among them, come with b's, anew for
-each tile; from some K on L2 is the bound then, and other kernels are faster. One warp loads, and a
-second one what some epilogues read (kernels/common/parts.py). Two groups of four or eight warps
-take tiles in turn: one multiplies while the other is in its epilogue (kernels/common/pairs.py).
+tile b's parts alone are loaded: half of what a tile of another product reads. Parts of a
+that find no room in the panel come with b's, anew for each tile, spread evenly among the others;
+from some K on other kernels are faster. One warp loads, and a second one what some epilogues read
+(kernels/common/parts.py). Two groups of four or eight warps take tiles in turn: one multiplies
+while the other is in its epilogue (kernels/common/pairs.py).
 
 Barriers. A wait for a parity passes from the end of a phase of that parity to the end of the next
 one, so who waits may not be two phases away:
@@ -20,7 +20,7 @@ one, so who waits may not be two phases away:
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, load_block
@@ -33,8 +33,7 @@ if HAS_GLUON:
     warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 BK = 128  # of a part of the inner dimension
-HELD = 8  # parts of a, beside four stages and the room of an epilogue
-STREAMING = 4  # stages where parts of a come anew: with three a third slower (H200, K = 1,536)
+PARTS = 12  # of a panel and of stages, beside the room of an epilogue
 MOST_TERMS = 1536
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
 # after, at least
@@ -43,7 +42,9 @@ REGISTERS = {4: (168, 232), 8: (96, 112)}
 
 @dataclass(frozen=True)
 class PanelTile:
-    """Warps of a group, 4 or 8, and the stages of b's parts: three or four."""
+    """Warps of a group, 4 or 8, and the stages of b's parts, three or more. The more there are, the
+    fewer parts of a long K a panel holds; where others come anew, four at least (a third slower
+    with three: H200, K = 1,536)."""
 
     warps: int
     stages: int = 4
@@ -86,12 +87,12 @@ def grid(device, rows, cols):
     return (min(sm_count(device), tiles),), tiles
 
 
-def staged(
+def held_parts(
     config,  # PanelTile
     terms,
 ):
-    """The configuration, with the stages that parts of a want."""
-    return config if terms <= HELD * BK else replace(config, stages=STREAMING)
+    """Parts of a that a panel holds."""
+    return min(terms // BK, PARTS - config.stages)
 
 
 def launch_args(
@@ -99,13 +100,12 @@ def launch_args(
     terms,
 ):
     """The keywords that a configuration gives to a kernel's launch."""
-    config = staged(config, terms)
     before, after = REGISTERS[config.warps]
     return {
         "WARPS": config.warps,
         "REGISTERS": after,
         "CHUNKS": terms // BK,
-        "HELD": min(terms // BK, HELD),
+        "HELD": held_parts(config, terms),
         "STAGES": config.stages,
         "num_warps": config.warps,
         "maxnreg": before,

@@ -10,8 +10,6 @@ phase is one part, and a group's parts take its rooms in turn. One warp loads th
 in their order, so that those of one group wait behind the other's.
 """
 
-from dataclasses import replace
-
 from nanofuse.kernels.common.jit import (
     HAS_GLUON,
     GluonDescriptor,
@@ -22,7 +20,7 @@ from nanofuse.kernels.common.jit import (
     store_block,
 )
 from nanofuse.kernels.common.pairs import BM, BN
-from nanofuse.kernels.common.panel import BK, HELD, onwards, staged
+from nanofuse.kernels.common.panel import BK, held_parts, onwards
 
 MEMORY = 226 * 2**10  # bytes for panel, stages and rooms; the rest of 227 KiB is for barriers
 ROOMS = 3  # at most: a part arrives, one is read, one leaves
@@ -34,20 +32,15 @@ if HAS_GLUON:
     store_wait = hopper.tma.store_wait
 
 
-def fitted(tile, terms):
-    """What fits into shared memory beside a panel.
+def rooms_beside(tile, terms):
+    """The rooms of a group that fit beside panel and stages, at least two.
 
     Args:
         tile: PanelTile.
         terms: of the product.
-
-    Returns:
-        the tile, with fewer stages where its own leave no two rooms; and the rooms of a group.
     """
-    tile, stage, room = staged(tile, terms), BN * BK, GROUPS * PART_BYTES
-    left = MEMORY - min(terms, HELD * BK) * BM
-    stages = min(tile.stages, (left - 2 * room) // stage)
-    return replace(tile, stages=stages), min(ROOMS, (left - stages * stage) // room)
+    left = MEMORY - (held_parts(tile, terms) + tile.stages) * BN * BK
+    return min(ROOMS, left // (GROUPS * PART_BYTES))
 
 
 def in_parts(

@@ -67,6 +67,26 @@ def test_an_op_that_another_kernel_does_here_has_no_entry(asks, monkeypatch):
     assert entry is None if not asks else (entry["cols"], entry["us"]) == (1536, 1.0)
 
 
+def test_the_closest_take_turns(monkeypatch):
+    """The one that a drift of the clocks made the fastest at a glance does not win by that."""
+    tiles = [module.tuning.Tile(rows, 2, 3) for rows in (1, 2, 3)]
+    slow, glances, calls = {1: 1.0, 2: 1.02, 3: 1.5}, {1: 1.05, 2: 1.0, 3: 1.5}, []
+
+    def run():
+        calls.append(module.tuning.tuned("op", None, 1536).rows)
+
+    def median_seconds(call, rounds):
+        call()
+        return (slow if rounds == 1 else glances)[calls[-1]]
+
+    case = SimpleNamespace(run=run, share=lambda seconds: 0.5)
+    monkeypatch.setitem(module.CASES, "op", (lambda rows, device: case, tiles))
+    monkeypatch.setattr(module, "median_seconds", median_seconds)
+    entry = module.tune("op", 1536)
+    assert entry["config"]["rows"] == 1 and entry["us"] == 1e6
+    assert calls[:3] == [1, 2, 3] and calls[3:7] == [2, 1, 1, 2] and 3 not in calls[3:]
+
+
 def test_what_is_timed_is_kept_when_the_next_op_ends_it(monkeypatch, tmp_path):
     def tune(op, width):
         if op == "second":

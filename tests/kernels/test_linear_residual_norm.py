@@ -12,7 +12,7 @@ from nanofuse.bench.checks import relative_error, same_bits
 from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.common.panel import PanelTile
-from nanofuse.kernels.common.parts import fitted
+from nanofuse.kernels.common.parts import rooms_beside
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS, rms_norm_ref
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, forced
 from nanofuse.kernels.linear_residual_norm import (
@@ -72,25 +72,16 @@ def test_what_it_takes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "terms, asked, stages, rooms",
-    [
-        (1024, 3, 3, 3),
-        (1024, 4, 4, 2),
-        (1024, 6, 4, 2),
-        (1280, 3, 4, 2),
-        (1536, 4, 4, 2),
-        (1152, 6, 4, 2),
-        (896, 6, 5, 2),
-        (768, 6, 6, 2),
-        (256, 6, 6, 3),
-    ],
-)
-def test_stages_leave_at_least_two_rooms(terms, asked, stages, rooms):
-    tile, found = fitted(PanelTile(8, asked), terms)
-    assert (tile, found) == (PanelTile(8, stages), rooms)
+    "terms, stages, held, rooms",
+    [(256, 6, 2, 3), (768, 6, 6, 2), (1024, 3, 8, 3), (1024, 4, 8, 2), (1024, 6, 6, 2),
+     (1152, 3, 9, 2), (1536, 4, 8, 2), (1536, 8, 4, 2)],
+)  # fmt: skip
+def test_panel_stages_and_at_least_two_rooms_fit(terms, stages, held, rooms):
+    tile = PanelTile(8, stages)
     args = panel.launch_args(tile, terms)
-    assert (args["HELD"], args["STAGES"]) == (min(terms // 128, 8), stages)
-    assert (args["HELD"] + stages + rooms) * 2**14 <= 226 * 2**10
+    assert (args["CHUNKS"], args["HELD"], args["STAGES"]) == (terms // 128, held, stages)
+    assert rooms_beside(tile, terms) == rooms
+    assert (held + stages + rooms) * 2**14 <= 226 * 2**10
 
 
 def test_what_it_does_not_take_is_refused():
