@@ -1,6 +1,6 @@
 """Time every candidate launch configuration of the ops; winners go to tuned.json.
 
-    python -m bench.tune [op ...] [--widths 256,512,768,1024,1536] [--out FILE]
+    python -m bench.tune [op ...] [--widths 256,512,768,1024,1280,1536] [--out FILE]
 
 An op whose configuration depends on a model's width is timed at each; the others at that of d16.
 A process for each core first compiles the candidates, on small inputs; then one process times
@@ -9,7 +9,6 @@ them, the closest ones in turns, and writes FILE after each op.
 
 import json
 import multiprocessing
-import os
 import re
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -20,15 +19,16 @@ import torch
 
 from nanofuse.bench.cases.case import D16, ROWS, of_width
 from nanofuse.bench.cases.tiles import CASES, TUNED, WARM_ROWS
-from nanofuse.bench.harness import median_seconds
+from nanofuse.bench.harness import CLOCK
 from nanofuse.kernels.common import tuning
 from nanofuse.train.command import CommandParser, run_command
+from nanofuse.train.data.encode import num_cores
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")
-JOBS = min(32, max(1, (os.cpu_count() or 1) - 2))  # processes that compile; one takes 2 GB
-WIDTHS = "256,512,768,1024,1536"
+JOBS = min(32, num_cores())  # that compile; one takes 2 GB
+WIDTHS = "256,512,768,1024,1280,1536"
 GLANCE, ROUNDS_IN_TURNS = 5, 16  # rounds
 CLOSE, FINALISTS = 1.06, 4  # times the fastest's seconds; at most so many
 
@@ -59,10 +59,12 @@ def warm(job):
     return asked, None
 
 
-def timed(op, config, case, rounds):
-    """Median seconds of a case's call by this configuration, and what the op asked for."""
+def rounds_of(op, config, case, count):
+    """Seconds of each of so many calls of a case by this configuration, after another, and what the
+    op asked for."""
     with tuning.forced(op, config) as asked:
-        return median_seconds(case.run, rounds=rounds), asked
+        case.run()
+        return [CLOCK.timed(case.run) for _ in range(count)], asked
 
 
 def in_turns(op, finalists):
@@ -72,7 +74,7 @@ def in_turns(op, finalists):
     turns = list(zip(finalists, times, strict=True))
     for _ in range(ROUNDS_IN_TURNS):
         for (config, case), taken in turns:
-            taken.append(timed(op, config, case, 1)[0])
+            taken += rounds_of(op, config, case, 1)[0]
         turns.reverse()
     return [statistics.median(taken) for taken in times]
 
@@ -91,12 +93,13 @@ def tune(op, width):
     for config in candidates:
         case = case_of(config)
         try:
-            seconds, asked = timed(op, config, case, GLANCE)
+            taken, asked = rounds_of(op, config, case, GLANCE)
         except Exception:  # said by `warm`
             continue
         if not asked:
             print(f"{op}, {width}: by another kernel", flush=True)
             return None
+        seconds = min(taken)  # a launch that was late is no reason to drop it
         print(f"{config} {1e6 * seconds:.1f} us {100 * case.share(seconds):.0f} %", flush=True)
         found.append((seconds, config, asked[0]))
         del case

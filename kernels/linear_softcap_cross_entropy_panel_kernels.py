@@ -39,7 +39,7 @@ if HAS_GLUON:
     fence_async_shared = hopper.fence_async_shared
 
 OP = "linear_softcap_cross_entropy_panel"
-TILE = PanelTile(warps=8)
+TILE = PanelTile(warps=4)
 
 
 @gluon.jit

@@ -120,9 +120,11 @@ def _residual_gradients_kernel(
 
 
 def _block_of(c):
-    """Columns of a program: no lane without one, where C is a multiple of 128."""
-    divisor = c & -c  # the largest power of two
-    return divisor if divisor >= 128 else max(triton.next_power_of_2(c), LANE.value)
+    """Columns of a program: a power of two that gives each lane of a warp its own, where there are
+    so many; the one that pads the columns least, and of equals the largest."""
+    most = max(triton.next_power_of_2(c), LANE.value)
+    blocks = [most >> i for i in range(8) if most >> i >= 32 * LANE.value]
+    return min(blocks or [most], key=lambda block: triton.cdiv(c, block) * block)
 
 
 def _check(grads, x0, x0_lambdas, lookups):

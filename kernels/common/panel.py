@@ -153,6 +153,8 @@ def rooms_of_panel(
         return a_bufs, gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
     else:
         gl.static_assert(BM == BN)
+        # two parts that come anew, one behind the other, take four stages
+        gl.static_assert(STAGES > 3 or (STAGES == 3 and 2 * HELD >= CHUNKS))
         both = gl.allocate_shared_memory(b_desc.dtype, [HELD + STAGES, BN, BK], b_desc.layout)
         return seen_as(both, a_desc.dtype, (HELD + STAGES, BM, BK), of_a), both
 
@@ -254,7 +256,8 @@ def tile_product(
         mbarrier.arrive(b_empty.index((at + STAGES - 1) % STAGES), count=1, pred=k > 0)
         if STREAMED > 0:
             before = streamed > (k - 1) * STREAMED // CHUNKS  # the part before was streamed
-            mbarrier.arrive(b_empty.index((at + STAGES - 2) % STAGES), count=1, pred=before)
+            pred = before & (k > 0)
+            mbarrier.arrive(b_empty.index((at + STAGES - 2) % STAGES), count=1, pred=pred)
     mbarrier.arrive(turns.index(1 - WHO), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     last = (number + 1) * (CHUNKS + STREAMED) - 1

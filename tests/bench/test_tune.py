@@ -62,29 +62,33 @@ def test_an_op_that_another_kernel_does_here_has_no_entry(asks, monkeypatch):
         return SimpleNamespace(run=run, share=lambda seconds: 0.5)
 
     monkeypatch.setitem(module.CASES, "op", (make, [tile]))
-    monkeypatch.setattr(module, "median_seconds", lambda call, rounds: call() or 1e-6)
+    monkeypatch.setattr(module.CLOCK, "timed", lambda call: call() or 1e-6)
     entry = module.tune("op", 1536)
     assert entry is None if not asks else (entry["cols"], entry["us"]) == (1536, 1.0)
 
 
 def test_the_closest_take_turns(monkeypatch):
-    """The one that a drift of the clocks made the fastest at a glance does not win by that."""
+    """What a drift of the clocks made the fastest at a glance does not win by that, nor is one lost
+    whose first call was late."""
     tiles = [module.tuning.Tile(rows, 2, 3) for rows in (1, 2, 3)]
-    slow, glances, calls = {1: 1.0, 2: 1.02, 3: 1.5}, {1: 1.05, 2: 1.0, 3: 1.5}, []
+    times, asked = {1: [9.0, 1.05, 1.05, 1.05, 1.05], 2: [1.0] * 5, 3: [1.5] * 5}, []
+    in_turns = {1: 1.0, 2: 1.02}
 
-    def run():
-        calls.append(module.tuning.tuned("op", None, 1536).rows)
-
-    def median_seconds(call, rounds):
+    def timed(call):
         call()
-        return (slow if rounds == 1 else glances)[calls[-1]]
+        return times[asked[-1]].pop(0) if times[asked[-1]] else in_turns[asked[-1]]
 
-    case = SimpleNamespace(run=run, share=lambda seconds: 0.5)
+    case = SimpleNamespace(
+        run=lambda: asked.append(module.tuning.tuned("op", None, 1536).rows),
+        share=lambda seconds: 0.5,
+    )
     monkeypatch.setitem(module.CASES, "op", (lambda rows, device: case, tiles))
-    monkeypatch.setattr(module, "median_seconds", median_seconds)
+    monkeypatch.setattr(module.CLOCK, "timed", timed)
     entry = module.tune("op", 1536)
     assert entry["config"]["rows"] == 1 and entry["us"] == 1e6
-    assert calls[:3] == [1, 2, 3] and calls[3:7] == [2, 1, 1, 2] and 3 not in calls[3:]
+    # a glance of six calls each, then two each in turns
+    assert asked[:18] == [1] * 6 + [2] * 6 + [3] * 6
+    assert asked[18:26] == [2, 2, 1, 1, 1, 1, 2, 2] and 3 not in asked[18:]
 
 
 def test_what_is_timed_is_kept_when_the_next_op_ends_it(monkeypatch, tmp_path):

@@ -97,10 +97,10 @@ def names(depth):
 scans = [scanned(launch) for launch in copies], [scanned(each) for each in launches.values()]
 print(json.dumps([*scans, {depth: names(depth) for depth in (20, 22, 24, 26)}]))
 """
-# of models of three depths: of width 128, where panels take no product, of 256, and of 1,152, more
+# of models of three depths: of width 128, where panels take no product, of 256, and of 1,280, more
 # than a panel holds
-DEPTHS = ("2", "4", "18")
-# products on panels: those that L2 bounds first, from 1,408 terms on, and those up to 1,536
+DEPTHS = ("2", "4", "20")
+# products on panels: those where Triton is faster from 1,408 terms on, and those up to 1,536
 BOUND = {"relu_panel_kernel", "loss_panel_kernel"}
 WIDE = {"rotary_panel_kernel", "add_panel_kernel"}
 BY_TENSOR_CORES = {"rotary_panel_kernel"}  # no warp reads a slot of it

@@ -165,7 +165,7 @@ def test_q_k_and_v(shape, value, hopper):
 @pytest.mark.parametrize("width", [256, 1024, 1536])
 def test_every_configuration(width, tile, hopper):
     with forced(OP, tile) as asked:
-        Layer((4224, width, width // D, width // D, 384), True, hopper).check()
+        Layer((8576, width, width // D, width // D, 64), True, hopper).check()
     assert asked
 
 

@@ -9,14 +9,11 @@ import torch
 
 from nanofuse.bench.cases.tiles import CASES
 from nanofuse.bench.checks import fp8_steps, relative_error, same_bits
+from nanofuse.kernels import linear_relu_squared, linear_softcap_cross_entropy
 from nanofuse.kernels.common import panel
 from nanofuse.kernels.common.fp8 import E4M3, E5M2, FP8Operand, Scaling
 from nanofuse.kernels.common.tuning import Gpu, aimed_at, forced
-from nanofuse.kernels.linear_relu_squared import (
-    PANEL_TERMS,
-    linear_relu_squared_bwd,
-    linear_relu_squared_fwd,
-)
+from nanofuse.kernels.linear_relu_squared import linear_relu_squared_bwd, linear_relu_squared_fwd
 from nanofuse.kernels.linear_softcap_cross_entropy import linear_softcap_cross_entropy_fwd
 from nanofuse.kernels.quantize import quantize
 
@@ -24,9 +21,9 @@ FORWARD, BACKWARD = "linear_relu_squared", "linear_relu_squared_bwd"
 LOSS = "linear_softcap_cross_entropy"
 PANELS = CASES["linear_relu_squared_panel"][1]
 HOPPER = Gpu("NVIDIA H200", (9, 0), 132)
-# each is a kernel of its own; of more than 1,024 terms parts of the left factor come with the right
-# one's
-DEPTHS = range(256, PANEL_TERMS + 1, 128)
+# each is a kernel of its own; of the longest, parts of the left factor come with the right one's
+DEPTHS = range(256, linear_relu_squared.PANEL_TERMS + 1, 128)
+DEPTHS_OF_LOSS = range(256, linear_softcap_cross_entropy.PANEL_TERMS + 1, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +135,7 @@ def test_squared_relu_of_every_share(op, shape, hopper):
 def test_squared_relu_of_every_configuration(op, terms, tile, hopper):
     name = f"linear_relu_squared_panel{op.removeprefix(FORWARD)}"
     with forced(name, tile) as asked:
-        Relu(op, (4224, terms, 1024), hopper).check()
+        Relu(op, (8576, terms, 1408), hopper).check()  # several turns, panels shared by programs
     assert asked
 
 
@@ -211,6 +208,7 @@ class Loss:
             u = grad.u.data.view(torch.uint8), grad.u.transposed.view(torch.uint8)
             return losses, lse, *u, grad.weights, grad.at_target
 
+        assert panel.takes(LOSS, self.x.data.device, *self.x.data.shape[:1], *self.w.data.shape)
         losses, lse, data, transposed, weights, at_target = same_bits(run)
         assert torch.equal(transposed, data.t())
         with monkeypatch.context() as patch:
@@ -236,7 +234,7 @@ class Loss:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("terms", DEPTHS)
+@pytest.mark.parametrize("terms", DEPTHS_OF_LOSS)
 @pytest.mark.parametrize("vocab", [640, 523])
 def test_losses_of_every_depth(vocab, terms, hopper, monkeypatch):
     Loss((384, terms, 640), vocab, hopper).check(monkeypatch)
@@ -244,7 +242,7 @@ def test_losses_of_every_depth(vocab, terms, hopper, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "shape", [(128, 256, 256), (33024, 256, 256), (4096, 1024, 32768)], ids=str
+    "shape", [(128, 256, 256), (33024, 256, 256), (4096, 1024, 32768), (8576, 1280, 1408)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_losses_of_every_share(dtype, shape, hopper, monkeypatch):
@@ -256,7 +254,7 @@ def test_losses_of_every_share(dtype, shape, hopper, monkeypatch):
 @pytest.mark.parametrize("terms", [256, 1024, 1280])
 def test_losses_of_every_configuration(terms, tile, hopper, monkeypatch):
     with forced("linear_softcap_cross_entropy_panel", tile) as asked:
-        Loss((4224, terms, 1024), 1024, hopper).check(monkeypatch)
+        Loss((8576, terms, 1408), 1408, hopper).check(monkeypatch)
     assert asked
 
 

@@ -3,7 +3,12 @@ import torch
 
 from nanofuse.bench.checks import DTYPES, assert_accurate, same_bits
 from nanofuse.kernels.common.tuning import forced
-from nanofuse.kernels.residual_gradients import Config, residual_gradients, residual_gradients_ref
+from nanofuse.kernels.residual_gradients import (
+    Config,
+    _block_of,
+    residual_gradients,
+    residual_gradients_ref,
+)
 
 ROWS_OF_TABLES = 23, 9
 SHAPES = [(1, 1, 1), (2, 3, 127), (4, 8, 128), (5, 9, 129), (3, 13, 97), (3, 5, 384), (2, 3, 768)]
@@ -50,6 +55,15 @@ def test_all_gradients(shape, dtype, tables, device):
     names = ["x0", "x0_lambdas", "e", "lambdas", "other e", "other lambdas"][: 2 + 2 * tables]
     for name, ours, theirs, exact in zip(names, flat(got), flat(same), flat(truth), strict=True):
         assert_accurate(name, ours, theirs, exact, FLOORS[dtype])
+
+
+@pytest.mark.parametrize(
+    "columns, block",
+    [(1, 8), (100, 128), (256, 256), (384, 512), (640, 256), (768, 256), (1024, 1024),
+     (1152, 256), (1280, 256), (1536, 512), (2048, 2048)],
+)  # fmt: skip
+def test_blocks_pad_little_and_fill_a_warp(columns, block):
+    assert _block_of(columns) == block
 
 
 @pytest.mark.parametrize("tables", [0, 2])
