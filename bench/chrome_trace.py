@@ -123,8 +123,8 @@ def breakdown(kernels, micro_steps, step_micro_steps):
     return classes
 
 
-def dearest(kernels, micro_steps, step_micro_steps, count=25):
-    """The kernel names that take most time: [{"name", "class", "ms", "kernels"}] per micro-step."""
+def dearest(kernels, micro_steps, step_micro_steps):
+    """[{"name", "class", "ms", "kernels"}] per micro-step of each kernel name, most time first."""
     groups = defaultdict(list)
     for kernel in kernels:
         groups[classify(kernel.name, kernel.phase), kernel.name].append(kernel)
@@ -132,4 +132,4 @@ def dearest(kernels, micro_steps, step_micro_steps, count=25):
     for (kind, name), members in groups.items():
         total = breakdown(members, micro_steps, step_micro_steps)[kind]
         rows.append({"name": name, "class": kind, **total})
-    return sorted(rows, key=lambda row: -row["ms"])[:count]
+    return sorted(rows, key=lambda row: -row["ms"])

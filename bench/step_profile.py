@@ -34,6 +34,7 @@ from nanofuse.train.optim.config import OptimConfig
 STEP_MICRO_STEPS = 8  # of 32 x 2048 tokens in a full step
 WARMUP_STEPS = CALIBRATED_STEPS + 1
 NAME_WIDTH = 90
+PRINTED = 25  # kernels; profile.json has all
 
 
 def record(built, batches, path):
@@ -126,8 +127,8 @@ def main(argv=None):
         raise UserError("the profiler recorded no kernel; CUPTI may be missing or in use")
     classes = breakdown(kernels, args.micro_steps, STEP_MICRO_STEPS)
     floor = floor_parts(workload.config, workload.rows, fp8.made.fp8)
-    top = dearest(kernels, args.micro_steps, STEP_MICRO_STEPS)
-    print("", *class_table(classes, floor), "", *kernel_table(top), "", sep="\n")
+    rows = dearest(kernels, args.micro_steps, STEP_MICRO_STEPS)
+    print("", *class_table(classes, floor), "", *kernel_table(rows[:PRINTED]), "", sep="\n")
     result = {
         "depth": args.depth,
         "backend": args.backend,
@@ -138,7 +139,7 @@ def main(argv=None):
         "date": datetime.date.today().isoformat(),
         "classes": classes,
         "floor": floor,
-        "kernels": top,
+        "kernels": rows,
     }
     (out / "profile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {out}")
