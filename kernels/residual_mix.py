@@ -174,6 +174,13 @@ def residual_mix_fwd(
     return y, rstd, normed if operand is None else operand
 
 
+def _sum(
+    shares,  # (programs,) fp32, or None
+    out,  # () fp32, or None
+):
+    return None if shares is None else torch.sum(shares, dim=0, out=out)
+
+
 def residual_mix_bwd(
     grad_normed,  # (N, C) upstream gradient of normed
     y,  # (N, C) from the forward pass
@@ -184,6 +191,7 @@ def residual_mix_bwd(
     resid_lambda=None,  # (1,) or (); 1 if None
     scaling=None,
     out=None,  # (N, C) to write grad_y to; None for a new tensor
+    sum_out=None,  # () fp32 to write the sum to; None for a new tensor
 ):
     """Total gradient of y, and the gradients of the branch and of resid_lambda in the same pass.
 
@@ -218,7 +226,7 @@ def residual_mix_bwd(
             grad_normed, y, rstd, grad_stream, stream_scale, resid_lambda, grad_y, x is y,
             *operand_args(operand, scaling),
         )  # fmt: skip
-        return grad_y, None if shares is None else shares.sum(), operand
+        return grad_y, _sum(shares, sum_out), operand
     config = _tile(op, BACKWARD_TILE, y)
     programs = triton.cdiv(n, config.rows)
     partial = None
@@ -254,7 +262,7 @@ def residual_mix_bwd(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
-    grad_resid_lambda = None if partial is None else partial.sum()
+    grad_resid_lambda = _sum(partial, sum_out)
     if operand is not None:
         return grad_y, grad_resid_lambda, operand
     return grad_y, grad_resid_lambda, grad_y if grad_branch is None else grad_branch

@@ -194,8 +194,8 @@ class FusedMix(FusedNorm):
 
     def backward(self, step, saved, grad):
         mixes, i, resid = step.mixes, self.layer, self._one(self.resid_lambdas)
-        g, mixes.sums[i], branch = self._backward(
-            step, saved, grad, resid, x=saved.x, out=mixes.grads[i]
+        g, _, branch = self._backward(
+            step, saved, grad, resid, x=saved.x, out=mixes.grads[i], sum_out=mixes.sums[i]
         )
         if i == 0:
             return StreamGrad(self._close(step))

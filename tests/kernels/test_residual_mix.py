@@ -215,6 +215,16 @@ def test_plain_backward_is_the_branch_gradient(dtype, tile, device):
     torch.testing.assert_close(branch.double(), 1.3 * grad.double(), rtol=rtol, atol=1e-6)
 
 
+def test_the_sum_is_written_where_it_is_wanted(device):
+    y, h, stream, *_ = operand_case(device, torch.bfloat16)
+    rstd = y.float().square().mean(dim=-1).add(2.0**-23).rsqrt()
+    sums = torch.full((3,), 7.0, device=device)
+    _, wanted, _ = residual_mix_bwd(h, y, rstd, stream, x=y)
+    _, found, _ = residual_mix_bwd(h, y, rstd, stream, x=y, sum_out=sums[1])
+    assert found.data_ptr() == sums[1].data_ptr()
+    assert sums.tolist() == [7.0, wanted.item(), 7.0]
+
+
 def test_nan_stays_in_its_row_and_inf_shows(device):
     case = Case((1, 40, 24), torch.float32, device)
     with torch.no_grad():
