@@ -4,9 +4,9 @@
 
 Gluon is Triton's lower language: layouts, shared memory and the roles of warps are written out. A
 program keeps a panel of BM rows of a in shared memory and walks along b's rows, so that of each
-tile b's parts alone are loaded: half of what a tile of another product reads. Parts of a
-that find no room in the panel come with b's, anew for each tile, spread evenly among the others;
-from some K on other kernels are faster. One warp loads, and a second one what some epilogues read
+tile b's parts alone are loaded: half of what a tile of another product reads. Parts of a that find
+no room in the panel come with b's, anew for each tile, spread evenly among the others; from some K
+on other kernels are faster. One warp loads, and a second one what some epilogues read
 (kernels/common/parts.py). Two groups of four or eight warps take tiles in turn: one multiplies
 while the other is in its epilogue (kernels/common/pairs.py).
 
