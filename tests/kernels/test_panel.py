@@ -208,7 +208,9 @@ class Loss:
             u = grad.u.data.view(torch.uint8), grad.u.transposed.view(torch.uint8)
             return losses, lse, *u, grad.weights, grad.at_target
 
-        assert panel.takes(LOSS, self.x.data.device, *self.x.data.shape[:1], *self.w.data.shape)
+        sizes = *self.x.data.shape[:1], *self.w.data.shape
+        most = linear_softcap_cross_entropy.PANEL_TERMS
+        assert panel.takes(LOSS, self.x.data.device, *sizes, most)
         losses, lse, data, transposed, weights, at_target = same_bits(run)
         assert torch.equal(transposed, data.t())
         with monkeypatch.context() as patch:
