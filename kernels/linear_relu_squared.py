@@ -18,7 +18,7 @@ rounds to bf16 and then to FP8: this double rounding moves about one e4m3 value 
 after scaling, so amax is not finite where value times scale overflows fp32. fp32 tensors are
 multiplied without tensor cores, for tests.
 
-On Hopper an FP8 product of at most 1,280 terms, of sizes that are multiples of 128, runs on a panel
+On Hopper an FP8 product of at most 1,664 terms, of sizes that are multiples of 128, runs on a panel
 (kernels/common/panel.py), which rounds once, to FP8, and records the amax of fp32 numbers. What
 follows, and the double rounding above, is of the other kernel.
 
@@ -53,8 +53,8 @@ from nanofuse.kernels.common.tuning import sm_count, tuned
 from nanofuse.kernels.linear_relu_squared_panel_kernels import linear_relu_squared_panel
 from nanofuse.kernels.relu_squared import relu_squared_ref
 
-PANEL_TERMS = 1280  # at most; of 1,536 a panel takes 1,118 us and 1,200 backward, and Triton's
-# kernel 1,058 and 1,148 (65,536 rows, H200)
+PANEL_TERMS = 1664  # at most; of 2,048 a panel takes 2,161 us and 2,370 backward, and Triton's
+# kernel 2,081 and 2,036 (65,536 rows, H200)
 
 
 @dataclass(frozen=True)

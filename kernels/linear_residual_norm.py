@@ -50,7 +50,7 @@ def takes(
     x,  # (N, C)
 ):
     """Whether this op computes the product of a and w: e4m3 on Hopper, a bf16 stream, sizes in
-    multiples of 128, more than 128 columns, and more than 128 and at most 1,536 terms."""
+    multiples of 128, more than 128 columns, and more than 128 and at most 2,048 terms."""
     return (
         isinstance(a, FP8Operand)
         and a.data.dtype == w.data.dtype == E4M3

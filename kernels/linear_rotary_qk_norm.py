@@ -64,7 +64,7 @@ def takes(
     head_dim,
 ):
     """Whether this op computes the product of x and w: e4m3 on Hopper, sizes that are multiples of
-    128, at most 1,536 terms and heads of 128."""
+    128, at most 2,048 terms and heads of 128."""
     return (
         isinstance(x, FP8Operand)
         and x.data.dtype == w.data.dtype == E4M3

@@ -34,7 +34,7 @@ if HAS_GLUON:
 
 BK = 128  # of a part of the inner dimension
 PARTS = 12  # of a panel and of stages, beside the room of an epilogue
-MOST_TERMS = 1536
+MOST_TERMS = 2048
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
 # after, at least
 REGISTERS = {4: (168, 232), 8: (96, 112)}

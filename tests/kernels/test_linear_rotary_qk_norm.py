@@ -37,7 +37,7 @@ SHAPES = [
     (384, 256, 2, 1, 128),
     (640, 512, 4, 2, 320),
     (33024, 384, 3, 3, 96),
-    *((640, width, width // D, width // D, 64) for width in (1152, 1280, 1408)),
+    *((640, width, width // D, width // D, 64) for width in (1152, 1280, 1408, 1792, 2048)),
     (33024, 1536, 12, 12, 256),
 ]
 
@@ -84,7 +84,7 @@ def test_what_it_takes(monkeypatch):
         assert not takes(zeros(256, 512, E5M2), w, D)
         assert not takes(zeros(200, 512), w, D) and not takes(zeros(256, 640), w, D)
         assert not takes(zeros(0, 512), w, D)
-        assert not takes(zeros(256, 1664), zeros(4992, 1664), D)
+        assert not takes(zeros(256, 2176), zeros(6528, 2176), D)
     with aimed_at(replace(HOPPER, capability=(10, 0))):
         assert not takes(x, w, D)
 
