@@ -44,19 +44,24 @@ def linear_residual_norm_ref(
     return y, rms_norm_ref(y)
 
 
+def fits(device, rows, cols, terms):
+    """Whether this op computes an FP8 product of rows x cols on this device: on Hopper, of sizes in
+    multiples of 128, more than 128 columns, and more than 128 and at most 2,048 terms."""
+    return panel.takes("residual_norm_fwd", device, rows, cols, terms)
+
+
 def takes(
     a,  # FP8Operand (N, K), or a tensor
     w,  # FP8Operand (C, K), or a tensor
     x,  # (N, C)
 ):
-    """Whether this op computes the product of a and w: e4m3 on Hopper, a bf16 stream, sizes in
-    multiples of 128, more than 128 columns, and more than 128 and at most 2,048 terms."""
+    """Whether this op computes the product of a and w: e4m3, and a bf16 stream, where it `fits`."""
     return (
         isinstance(a, FP8Operand)
         and a.data.dtype == w.data.dtype == E4M3
         and a.data.size(1) == w.data.size(1)
         and x.dtype == torch.bfloat16
-        and panel.takes("residual_norm_fwd", a.data.device, *a.data.shape[:1], *w.data.shape)
+        and fits(a.data.device, *a.data.shape[:1], *w.data.shape)
     )
 
 

@@ -58,19 +58,23 @@ def pack_angles(
     return pairs.view(torch.int32).squeeze(-1)
 
 
+def fits(device, rows, cols, terms, head_dim):
+    """Whether this op computes an FP8 product of rows x cols on this device: on Hopper, of sizes
+    that are multiples of 128, at most 2,048 terms and heads of 128."""
+    return head_dim == HEAD_DIM and panel.takes("rotary_qk_norm", device, rows, cols, terms)
+
+
 def takes(
     x,  # FP8Operand (N, C), or a tensor
     w,  # FP8Operand ((H + 2K)*D, C), or a tensor
     head_dim,
 ):
-    """Whether this op computes the product of x and w: e4m3 on Hopper, sizes that are multiples of
-    128, at most 2,048 terms and heads of 128."""
+    """Whether this op computes the product of x and w: e4m3, where it `fits`."""
     return (
         isinstance(x, FP8Operand)
         and x.data.dtype == w.data.dtype == E4M3
         and x.data.size(1) == w.data.size(1)
-        and head_dim == HEAD_DIM
-        and panel.takes("rotary_qk_norm", x.data.device, *x.data.shape[:1], *w.data.shape)
+        and fits(x.data.device, *x.data.shape[:1], *w.data.shape, head_dim)
     )
 
 

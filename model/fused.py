@@ -22,6 +22,7 @@ from nanofuse.model.fp8.operands import Operands
 from nanofuse.model.fp8.precision import Precision
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fp8.scaling import DelayedScaling, Unscaled
+from nanofuse.model.fp8.shapes import in_one, product_shapes
 from nanofuse.model.fp8.weights import Weights
 from nanofuse.model.graphs import GraphedPass
 from nanofuse.model.pieces.attention import FusedAttention
@@ -157,11 +158,15 @@ class FusedGPT(nn.Module):
     def describe(self):
         """One line for the log: which kernels run, and which do not and why."""
         ops = list(dict.fromkeys(op for piece in [*self.pieces, self.head] for op in piece.ops))
-        off = []
+        off, config = [], self.model.config
         if not self.precision.gemm.fp8:
             ops.remove("quantize")
             off.append("quantize (no FP8)")
-        if not self.model.config.table_rows:
+        else:
+            args = config.head_dim, self.model.cos.device
+            found = (in_one(x, *args) for x in product_shapes(config, config.sequence_len))
+            ops += [op for op in found if op]
+        if not config.table_rows:
             off.append("lookups (dense model)")
         return f"on: {', '.join(ops)}; off: {', '.join(off) or 'none'}"
 

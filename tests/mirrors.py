@@ -22,7 +22,6 @@ MIRRORS = {  # of files without a test of their name, relative to tests/
     "model/fp8/cublaslt": "model/fp8/test_tuned",
     "model/fp8/precision": "model/test_fused",
     "model/fp8/products": "model/test_fused",
-    "model/fp8/shapes": "model/fp8/test_tuned",
     "model/fp8/weights": "model/fp8/test_operands",
     "model/generate": "model/test_engine",
     "model/option": "train/test_settings",

@@ -11,7 +11,7 @@ import torch
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.peers import Peers
-from nanofuse.model.fp8.shapes import product_shapes
+from nanofuse.model.fp8.shapes import in_one, product_shapes
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import Choice
@@ -133,7 +133,11 @@ def assemble(
     prepared = None
     if fused and rows:
         shapes = product_shapes(config, rows * config.sequence_len)
-        prepared = fp8.made.prepare([shape for shape in shapes if shape.by_provider])
+        shapes = [shape for shape in shapes if shape.by_provider]
+        if fp8.made.fp8:
+            args = config.head_dim, machine.device
+            shapes = [shape for shape in shapes if not in_one(shape, *args)]
+        prepared = fp8.made.prepare(shapes)
         ended("products")
     raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from nanofuse.kernels import linear_residual_norm, linear_rotary_qk_norm
+
 KINDS = ("forward", "input_grad", "weight_grad")
 # those of kernels/linear_relu_squared.py and linear_softcap_cross_entropy.py; a provider does all
-# others, but for the forward products of qkv and attn_proj where kernels/linear_rotary_qk_norm.py
-# and linear_residual_norm.py take them
+# others, but for those `in_one` names
 IN_KERNELS = {("fc", "forward"), ("mlp_proj", "input_grad"), ("lm_head", "forward")}
 
 
@@ -50,3 +51,14 @@ def product_shapes(config, positions):
         "lm_head": (config.padded_vocab_size, width),
     }
     return [Shape(name, kind, positions, *w) for name, w in weights.items() for kind in KINDS]
+
+
+def in_one(shape, head_dim, device):
+    """Name of the op that computes an FP8 product on this device together with what follows it, for
+    a model with heads of this size; None where a provider computes it, or kernels in any case."""
+    sizes = device, shape.positions, shape.n, shape.k
+    if (shape.weight, shape.kind) == ("qkv", "forward"):
+        return linear_rotary_qk_norm.OP if linear_rotary_qk_norm.fits(*sizes, head_dim) else None
+    if (shape.weight, shape.kind) == ("attn_proj", "forward"):
+        return linear_residual_norm.OP if linear_residual_norm.fits(*sizes) else None
+    return None
