@@ -1,6 +1,6 @@
 """Time every candidate launch configuration of the ops; winners go to tuned.json.
 
-    python -m bench.tune [op ...] [--widths 256,512,768,1024,1280,1536] [--out FILE]
+    python -m bench.tune [op ...] [--widths 256,512,768,1024,…] [--out FILE]
 
 An op whose configuration depends on a model's width is timed at each; the others at that of d16.
 A process for each core first compiles the candidates, on small inputs; then one process times
@@ -28,7 +28,7 @@ from nanofuse.train.files import write_text_atomically
 
 DEVICE = torch.device("cuda")
 JOBS = min(32, num_cores())  # that compile; one takes 2 GB
-WIDTHS = "256,512,768,1024,1280,1536"
+WIDTHS = "256,512,768,1024,1280,1536,1664"
 GLANCE, ROUNDS_IN_TURNS = 5, 16  # rounds
 CLOSE, FINALISTS = 1.06, 4  # times the fastest's seconds; at most so many
 

@@ -53,8 +53,8 @@ from nanofuse.kernels.common.tuning import sm_count, tuned
 from nanofuse.kernels.linear_relu_squared_panel_kernels import linear_relu_squared_panel
 from nanofuse.kernels.relu_squared import relu_squared_ref
 
-PANEL_TERMS = 1664  # at most; of 2,048 a panel takes 2,161 us and 2,370 backward, and Triton's
-# kernel 2,081 and 2,036 (65,536 rows, H200)
+PANEL_TERMS = 1664  # at most: 1,198 us for Triton's 1,280; of 2,048 it is 2,161 for 2,081 (65,536
+# rows, H200). Backward with row sums, a draft, 1,328 for 1,300 and 2,370 for 2,036
 
 
 @dataclass(frozen=True)

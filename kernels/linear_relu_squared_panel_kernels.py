@@ -37,9 +37,9 @@ from nanofuse.kernels.common.panel import (
     onwards,
     rooms_of_panel,
     share_of,
+    tile_of,
     tile_product,
 )
-from nanofuse.kernels.common.tuning import tuned
 
 if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
@@ -265,5 +265,5 @@ def linear_relu_squared_panel(
         cols // 2,
         tiles,
         DTYPE=kind_of(data),
-        **launch_args(tuned(name, TILE, terms), terms),
+        **launch_args(tile_of(name, TILE, terms), terms),
     )

@@ -15,13 +15,13 @@ from nanofuse.kernels.common.panel import (
     barriers,
     described,
     grid,
-    held_parts,
     kind_of,
     launch_args,
     load_partition,
     onwards,
     rooms_of_panel,
     share_of,
+    tile_of,
     tile_product,
 )
 from nanofuse.kernels.common.parts import (
@@ -34,7 +34,7 @@ from nanofuse.kernels.common.parts import (
     rooms_of_parts,
 )
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
-from nanofuse.kernels.common.tuning import sm_count, tuned
+from nanofuse.kernels.common.tuning import sm_count
 from nanofuse.kernels.common.units import (
     PAIRS_OF_PART,
     PART,
@@ -53,7 +53,7 @@ if HAS_GLUON:
     fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
 
 OP = "linear_residual_norm"
-TILE, LONG_TILE = PanelTile(warps=4, stages=3), PanelTile(warps=4)
+TILE = PanelTile(warps=4, stages=3)
 # of the second kernel: units in shared memory, warps, registers of a thread, programs to an SM
 RING, WARPS, REGISTERS, PROGRAMS = 8, 8, 80, 2
 
@@ -261,7 +261,7 @@ def linear_residual_norm_panel(
     """Launch both kernels; sizes are as kernels.common.panel.takes says."""
     (rows, terms), cols, device = a.shape, b.size(0), a.device
     programs, tiles = grid(device, rows, cols)
-    tile = tuned(OP, TILE if held_parts(TILE, terms) * BK == terms else LONG_TILE, terms)
+    tile = tile_of(OP, TILE, terms)
     squares = torch.empty(cols // BN, rows, dtype=torch.float32, device=device)
     add_panel_kernel[programs](
         described(a, [BM, BK]),

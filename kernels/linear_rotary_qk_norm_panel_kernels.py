@@ -18,10 +18,10 @@ from nanofuse.kernels.common.panel import (
     onwards,
     rooms_of_panel,
     share_of,
+    tile_of,
     tile_product,
 )
 from nanofuse.kernels.common.rms_norm import RMS_NORM_EPS
-from nanofuse.kernels.common.tuning import tuned
 from nanofuse.kernels.rotary_qk_norm_kernels import QK_GAIN, VALUE_GATE_SCALE
 
 if HAS_GLUON:
@@ -233,5 +233,5 @@ def linear_rotary_qk_norm_panel(
         GAIN=QK_GAIN,
         GATE_SCALE=VALUE_GATE_SCALE,
         EPS=RMS_NORM_EPS,
-        **launch_args(tuned(OP, TILE, terms), terms),
+        **launch_args(tile_of(OP, TILE, terms), terms),
     )

@@ -30,10 +30,10 @@ from nanofuse.kernels.common.panel import (
     onwards,
     rooms_of_panel,
     share_of,
+    tile_of,
     tile_product,
 )
 from nanofuse.kernels.common.ptx import EXP2, LOG2_E, TANH
-from nanofuse.kernels.common.tuning import tuned
 
 if HAS_GLUON:
     fence_async_shared = hopper.fence_async_shared
@@ -236,5 +236,5 @@ def product_panel(
         CAP=softcap,
         SHIFT=shift,
         PADDED=vocab < cols,
-        **launch_args(tuned(OP, TILE, terms), terms),
+        **launch_args(tile_of(OP, TILE, terms), terms),
     )

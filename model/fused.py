@@ -155,7 +155,10 @@ class FusedGPT(nn.Module):
         self.operands = Operands(self.weights, scaling)
         self.operands.follow()
 
-    def describe(self):
+    def describe(
+        self,
+        positions,  # of a micro-step
+    ):
         """One line for the log: which kernels run, and which do not and why."""
         ops = list(dict.fromkeys(op for piece in [*self.pieces, self.head] for op in piece.ops))
         off, config = [], self.model.config
@@ -164,7 +167,7 @@ class FusedGPT(nn.Module):
             off.append("quantize (no FP8)")
         else:
             args = config.head_dim, self.model.cos.device
-            found = (in_one(x, *args) for x in product_shapes(config, config.sequence_len))
+            found = (in_one(x, *args) for x in product_shapes(config, positions))
             ops += [op for op in found if op]
         if not config.table_rows:
             off.append("lookups (dense model)")

@@ -11,7 +11,7 @@ import torch
 from nanofuse.model.backends.choice import select_attention
 from nanofuse.model.fp8.linear import set_fp8
 from nanofuse.model.fp8.peers import Peers
-from nanofuse.model.fp8.shapes import in_one, product_shapes
+from nanofuse.model.fp8.shapes import for_provider
 from nanofuse.model.fused import FusedGPT
 from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import Choice
@@ -130,13 +130,9 @@ def assemble(
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # outputs are written whole
     torch.set_float32_matmul_precision("high")
-    prepared = None
+    prepared, positions = None, (rows or 1) * config.sequence_len
     if fused and rows:
-        shapes = product_shapes(config, rows * config.sequence_len)
-        shapes = [shape for shape in shapes if shape.by_provider]
-        if fp8.made.fp8:
-            args = config.head_dim, machine.device
-            shapes = [shape for shape in shapes if not in_one(shape, *args)]
+        shapes = for_provider(config, positions, machine.device, fp8.made.fp8)
         prepared = fp8.made.prepare(shapes)
         ended("products")
     raw_model = GPT(config, machine.dtype, device=machine.device)
@@ -159,7 +155,8 @@ def assemble(
             model = FusedGPT(raw_model, fp8.made, graphs, peers_of(ranks))
         optimizer = fused_optimizer(model, optim, lr_scale, ranks)
         products = len(model.weights.all())
-        facts.append(f"kernels: {model.describe()}; CUDA graphs: {'on' if graphs else 'off'}")
+        graphed = "on" if graphs else "off"
+        facts.append(f"kernels: {model.describe(positions)}; CUDA graphs: {graphed}")
     else:
         products = set_fp8(raw_model, fp8.made.linear)
         update = partial(EagerUpdate, compile=compiled, newton_schulz_dtype=machine.dtype)

@@ -20,13 +20,13 @@ one, so who waits may not be two phases away:
     turns              of each group, to wait for b's parts: the other one has all of its own
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanofuse.kernels.common.fp8 import E4M3, E5M2
 from nanofuse.kernels.common.jit import HAS_GLUON, GluonDescriptor, gl, gluon, hopper, load_block
 from nanofuse.kernels.common.pairs import BM, BN, seen_as
 from nanofuse.kernels.common.ptx import INTERPRETED
-from nanofuse.kernels.common.tuning import capability, is_forced, sm_count
+from nanofuse.kernels.common.tuning import capability, is_forced, sm_count, tuned
 
 if HAS_GLUON:
     mbarrier = hopper.mbarrier
@@ -35,6 +35,7 @@ if HAS_GLUON:
 BK = 128  # of a part of the inner dimension
 PARTS = 12  # of a panel and of stages, beside the room of an epilogue
 MOST_TERMS = 2048
+LONG_STAGES = 6  # by default, where a panel does not hold all of a
 # of a thread, by a group's warps: before the groups take what the warp that loads gives back, and
 # after, at least
 REGISTERS = {4: (168, 232), 8: (96, 112)}
@@ -43,8 +44,8 @@ REGISTERS = {4: (168, 232), 8: (96, 112)}
 @dataclass(frozen=True)
 class PanelTile:
     """Warps of a group, 4 or 8, and the stages of b's parts, three or more. The more there are, the
-    fewer parts of a long K a panel holds; where others come anew, four at least (a third slower
-    with three: H200, K = 1,536)."""
+    fewer parts of a long K a panel holds; where others come anew, six are the fastest up to K =
+    1,664, and three a third slower (H200)."""
 
     warps: int
     stages: int = 4
@@ -85,6 +86,18 @@ def grid(device, rows, cols):
     """Programs of a product, and its tiles."""
     tiles = (rows // BM) * (cols // BN)
     return (min(sm_count(device), tiles),), tiles
+
+
+def tile_of(
+    op,
+    default,  # PanelTile
+    terms,
+):
+    """The PanelTile of `op` for so many terms: the tuned one, else the default, with more stages
+    where parts of a come anew."""
+    if held_parts(default, terms) * BK < terms:
+        default = replace(default, stages=LONG_STAGES)
+    return tuned(op, default, terms)
 
 
 def held_parts(

@@ -22,7 +22,7 @@ class Shape:
 
     @property
     def by_provider(self):
-        """Whether a provider computes it, and no kernel of ours."""
+        """Whether a provider computes it, and no kernel of ours, but for those of `in_one`."""
         return (self.weight, self.kind) not in IN_KERNELS
 
     @property
@@ -55,10 +55,17 @@ def product_shapes(config, positions):
 
 def in_one(shape, head_dim, device):
     """Name of the op that computes an FP8 product on this device together with what follows it, for
-    a model with heads of this size; None where a provider computes it, or kernels in any case."""
+    a model in bf16 with heads of this size; None where a provider computes it, or kernels do in any
+    case."""
     sizes = device, shape.positions, shape.n, shape.k
     if (shape.weight, shape.kind) == ("qkv", "forward"):
         return linear_rotary_qk_norm.OP if linear_rotary_qk_norm.fits(*sizes, head_dim) else None
     if (shape.weight, shape.kind) == ("attn_proj", "forward"):
         return linear_residual_norm.OP if linear_residual_norm.fits(*sizes) else None
     return None
+
+
+def for_provider(config, positions, device, fp8):
+    """The Shapes that a provider computes in a training pass, in FP8 or not."""
+    shapes = [shape for shape in product_shapes(config, positions) if shape.by_provider]
+    return [x for x in shapes if not (fp8 and in_one(x, config.head_dim, device))]

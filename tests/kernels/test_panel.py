@@ -49,6 +49,17 @@ def test_what_a_panel_takes(monkeypatch):
             assert not takes(128, 256, 256)
 
 
+@pytest.mark.skipif(not panel.HAS_GLUON, reason="needs Triton")
+def test_by_default_a_long_panel_has_more_stages():
+    """What a GPU without entries of its own takes, other than what tuned.json may say of one."""
+    for name, stages in (("NVIDIA H100 PCIe", {1024: 4, 1152: 6, 1536: 6}), ("NVIDIA H200", {})):
+        with aimed_at(replace(HOPPER, name=name)):
+            for terms, wanted in stages.items():
+                tile = panel.tile_of("linear_relu_squared_panel", panel.PanelTile(4), terms)
+                assert tile == panel.PanelTile(4, wanted)
+            assert panel.tile_of("linear_relu_squared_panel", panel.PanelTile(8), 1536).stages == 6
+
+
 def scaling_of(bound, dtype, device):
     return Scaling.from_bound(bound, dtype, device)
 

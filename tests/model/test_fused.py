@@ -345,9 +345,9 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     if not gemm.fp8:
         del expected["quantize"]
     assert dict(calls) == expected
-    assert fused.describe().split("; off: ")[1] == ("none" if gemm.fp8 else "quantize (no FP8)")
+    assert fused.describe(64).split("; off: ")[1] == ("none" if gemm.fp8 else "quantize (no FP8)")
     for name in {re.sub("_(fwd|bwd|dx|dw)$", "", name) for name in expected}:
-        assert name in fused.describe().split("; off:")[0] or name in UNNAMED, name
+        assert name in fused.describe(64).split("; off:")[0] or name in UNNAMED, name
     calls.clear()
     fused.eval()(*batch(config, FEW))
     del expected["linear_softcap_cross_entropy_fwd"]
@@ -356,6 +356,21 @@ def test_every_kernel_and_every_product_runs(provider, monkeypatch):
     assert gemm.calls == {"forward": 3 * 2, "input_grad": 3 * 2 + 1, "weight_grad": 4 * 2 + 1}
     listed = product_shapes(config, FEW * config.sequence_len)
     assert gemm.shapes == {(x.kind, x.positions, x.n, x.k) for x in listed if x.by_provider}
+
+
+@pytest.mark.parametrize("gemm", [TorchGemm, PlainGemm])
+def test_the_log_names_kernels_that_contain_a_product(gemm, monkeypatch):
+    """In FP8, of a micro-step's positions."""
+    fused, asked = FusedGPT(GPT(make(depth=1), device=DEVICE), gemm()), []
+
+    def one(shape, head_dim, device):
+        asked.append((shape.positions, head_dim, device.type))
+        return "linear_and_more" if (shape.weight, shape.kind) == ("qkv", "forward") else None
+
+    monkeypatch.setattr(fused_module, "in_one", one)
+    said = fused.describe(64)
+    assert ("linear_and_more" in said.split("; off: ")[0]) == gemm.fp8
+    assert set(asked) == ({(64, 32, DEVICE)} if gemm.fp8 else set())
 
 
 def test_a_width_that_the_kernels_do_not_take_is_named():
