@@ -50,14 +50,18 @@ pack() { # the metrics of all runs so far, then all of OUT
 
 work() { # jobs on one GPU
   export CUDA_VISIBLE_DEVICES=$1
-  local job least most name command began
+  local job least most name command began group status
   while job=$(take) && [ -n "$job" ]; do
     read -r least most name command <<< "$job"
     [ "$most" -gt $((limit - SECONDS)) ] && most=$((limit - SECONDS))
     began=$SECONDS
     echo "$name: started at $SECONDS s, GPU $1" >> "$out/jobs.txt"
-    timeout -k 10 "$((most > 0 ? most : 1))" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null
-    echo "$name: status $? after $((SECONDS - began)) s, at $SECONDS s, GPU $1" | tee -a "$out/jobs.txt"
+    timeout -k 10 "$((most > 0 ? most : 1))" bash -c "$command" > "$out/$name.txt" 2>&1 < /dev/null &
+    group=$! # timeout leads a process group
+    wait "$group"
+    status=$?
+    kill -KILL -- "-$group" 2> /dev/null # what outlives the command would disturb the next job
+    echo "$name: status $status after $((SECONDS - began)) s, at $SECONDS s, GPU $1" | tee -a "$out/jobs.txt"
     grep -E "val bpb|^\| [0-9]+ \||^FAILED|^(=+ )?[0-9]+ (passed|failed)" "$out/$name.txt" | cut -c1-200
     pack
   done
