@@ -28,7 +28,8 @@ from nanofuse.train.loop import settle_garbage
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
 from nanofuse.train.placement import is_small
-from nanofuse.train.ranks import ALONE, Pending, Place, Ranks
+from nanofuse.train.ranks import ALONE, Pending, Ranks
+from nanofuse.train.rendezvous import Place
 
 FIRST_STEPS = CALIBRATED_STEPS + 1 if ON_GPU else 2  # till graphs run
 REPEATS, WARMUP = (20, 5) if ON_GPU else (1, 0)  # of a collective

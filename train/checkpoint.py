@@ -21,6 +21,8 @@ from nanofuse.train.disk import SaveError, check_room, naming_save_errors, size_
 from nanofuse.train.errors import UserError
 from nanofuse.train.files import (
     atomic_folder,
+    move_aside,
+    not_read,
     remove_leftovers,
     sha256_of,
     sync,
@@ -35,6 +37,7 @@ from nanofuse.train.run_folder import (
     MODEL,
     OPTIM,
     digests,
+    is_complete,
     load_meta,
     meta_text,
     optim_files,
@@ -127,6 +130,8 @@ class _Save:
         temporary = None
         try:
             check_room(self.folder, self.needed)
+            if os.path.lexists(self.folder) and not is_complete(self.folder):
+                print(f"run: {self.folder} is not complete; it is {move_aside(self.folder)} now")
             with naming_save_errors(self.folder, self.needed), atomic_folder(self.folder) as there:
                 temporary = self.ranks.share(there)
                 files = self._write_own(there)
@@ -186,8 +191,8 @@ def load_tensors(path: Path | str) -> Tensors:
     check_digest(path)
     try:
         return load_file(path)
-    except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or cut short; {way_out(path.parent)}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(not_read(path, error, "is missing or cut short")) from None
 
 
 def check_digest(path: Path) -> None:
@@ -199,8 +204,8 @@ def check_digest(path: Path) -> None:
     digest = digests(path.parent).get(path.name)
     try:
         same = digest is None or sha256_of(path) == digest
-    except OSError:
-        raise UserError(f"{path} is missing or cut short; {way_out(path.parent)}") from None
+    except OSError as error:
+        raise UserError(not_read(path, error, "is missing or cut short")) from None
     if not same:
         raise UserError(
             f"{path} is damaged, or of another checkpoint (its SHA-256); {way_out(path.parent)}"

@@ -12,6 +12,7 @@ import traceback
 from nanofuse.train.console import (
     drop_failing_output,
     flush_or_drop,
+    name_stdout,
     open_missing,
     show_every_character,
 )
@@ -74,19 +75,14 @@ def exit_code(error):
     return 2 if isinstance(error, (UserError, OSError)) or is_out_of_memory(error) else 1
 
 
-def ending(error, shown=True):
+def ending(error):
     """The line that a command ends with for an error, without line breaks; '' where there is none
-    to say.
-
-    Args:
-        shown: whether stdout takes what is printed.
-    """
+    to say."""
     if isinstance(error, KeyboardInterrupt):
         return ""
     message = str(error)
     if isinstance(error, OSError):
-        where = error.filename or ("" if shown else "stdout")
-        message = f"{where}{': ' if where else ''}{error.strerror or error}"
+        message = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
     elif not isinstance(error, (UserError, RunEnded)) and is_out_of_memory(error):
         message = f"out of memory ({first_words(error)}); ask for a smaller size"
     elif not isinstance(error, (UserError, RunEnded)):
@@ -108,7 +104,10 @@ def run_command(main, lossy=False):
     open_missing()
     show_every_character()
     if lossy:
-        drop_failing_output()
+        drop_failing_output("stdout", "stderr")
+    else:
+        drop_failing_output("stderr")
+        name_stdout()
     try:
         main()
         sys.stdout.flush()
@@ -122,12 +121,12 @@ def run_command(main, lossy=False):
         if not is_out_of_memory(error):
             raise
         failure = error
-    shown = flush_or_drop()
+    flush_or_drop()
     if isinstance(failure, BrokenPipeError):
         sys.exit(0)
     if os.environ.get(DEBUG_ENV):
         traceback.print_exception(failure)
-    if message := ending(failure, shown):  # one line, whatever the names in it
+    if message := ending(failure):  # one line, whatever the names in it
         print(message, file=sys.stderr, flush=True)
     sys.exit(exit_code(failure))
 

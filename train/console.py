@@ -29,20 +29,23 @@ def show_every_character():
 
 
 def flush_or_drop():
-    """Whether stdout takes what was printed; where not, it is dropped, for the flush at exit."""
+    """Have stdout take what was printed; where it does not, drop it, for the flush at exit."""
     try:
         sys.stdout.flush()
-        return True
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
 
 
-class _Lossy(io.RawIOBase):
-    """A file of which failing writes are dropped."""
+class _Output(io.RawIOBase):
+    """What a stream writes to.
 
-    def __init__(self, handle):
-        self.handle = handle
+    Args:
+        handle: open file.
+        name: that an error of it gets, as a file's would have; None: failing writes are dropped.
+    """
+
+    def __init__(self, handle, name=None):
+        self.handle, self.name = handle, name
 
     def writable(self):
         return True
@@ -56,25 +59,38 @@ class _Lossy(io.RawIOBase):
     def write(self, content):
         try:
             return os.write(self.handle, content)
-        except OSError:
-            return len(content)
+        except OSError as error:
+            if self.name is None:
+                return len(content)
+            error.filename = self.name
+            raise
 
 
-def drop_failing_output():
-    """From now on what stdout and stderr do not take, such as a pipe without a reader or a full
-    disk, is dropped without a word."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
-            try:
-                handle = stream.fileno()
-                stream.flush()
-            except (OSError, ValueError):
-                continue
-            lossy = io.TextIOWrapper(
-                io.BufferedWriter(_Lossy(handle)),
-                encoding=stream.encoding,
-                errors=stream.errors,
-                line_buffering=True,
-            )
-            setattr(sys, name, lossy)
+def _put(name, named, **buffering):
+    """Have the stream sys.`name` write to an _Output."""
+    stream = getattr(sys, name)
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    try:
+        handle = stream.fileno()
+        stream.flush()
+    except (OSError, ValueError):
+        return
+    output = io.BufferedWriter(_Output(handle, name if named else None))
+    made = io.TextIOWrapper(output, encoding=stream.encoding, errors=stream.errors, **buffering)
+    setattr(sys, name, made)
+
+
+def drop_failing_output(*names):
+    """From now on what these streams do not take, as a pipe without a reader or a full disk, is
+    dropped without a word."""
+    for name in names:
+        _put(name, False, line_buffering=True)
+
+
+def name_stdout():
+    """Have errors of stdout say so: they name no file."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        _put("stdout", True, **buffering)

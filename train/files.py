@@ -2,7 +2,9 @@
 of either. Files and folders have the modes that the umask leaves."""
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -86,7 +88,7 @@ def write_atomically(path, content):
 def atomic_folder(path):
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    A folder that is there already is replaced.
+    A folder that is there already is replaced, and so is a link to one.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -99,7 +101,7 @@ def atomic_folder(path):
     try:
         yield temporary
         sync(temporary)
-        if path.exists():
+        if os.path.lexists(path):
             remove_folder(path)
         os.replace(temporary, path)
         sync(path.parent)
@@ -109,10 +111,42 @@ def atomic_folder(path):
 
 
 def remove_folder(path):
-    """Remove a folder so that half of it is never seen under its name."""
+    """Remove a folder so that half of it is never seen under its name; of a link the link alone."""
     doomed = temporary_name(Path(path))
     os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def move_aside(path):
+    """Rename what has this name to NAME.aside, or NAME.aside-2, …; returns it."""
+    for count in itertools.count(1):
+        aside = path.with_name(f"{path.name}.aside" + (f"-{count}" if count > 1 else ""))
+        if not os.path.lexists(aside):
+            os.rename(path, aside)
+            return aside
+
+
+def not_read(path, error, damage):
+    """Words on a file of a checkpoint that could not be read: that it is missing or damaged, and
+    the way out; or, where it may be whole, what keeps it from being read.
+
+    Args:
+        error: that was met.
+        damage: "is missing or …".
+    """
+    if getattr(error, "errno", None) is None:  # safetensors' own errors have no number
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except OSError as found:
+            error = found
+    number = getattr(error, "errno", None)
+    if number in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return f"{path} {damage}; {way_out(path.parent)}"
+    return f"{path} cannot be read ({os.strerror(number)})"
 
 
 def way_out(folder):

@@ -37,7 +37,7 @@ class RunLock:
     """
 
     def __init__(self):
-        self.directory = self.handle = None
+        self.directory = self.handle = self.place = None
         self.new = False
         self.made = []  # folders that were missing
 
@@ -67,6 +67,7 @@ class RunLock:
             self._remove_made()
             raise UserError(f"{directory} cannot be written to ({error.strerror})") from None
         self.directory, self.new = directory, new
+        self.place = _identity(os.stat(directory))
         remove_leftovers(directory)
         if new:
             self._clear()
@@ -83,9 +84,14 @@ class RunLock:
                 os.close(handle)
                 raise
             os.close(handle)
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # such as on a full disk
+            path.unlink()
+            os.close(handle)
+            raise
         self.handle = handle
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def _flock(self, handle, directory):
         if fcntl is None:
@@ -129,18 +135,30 @@ class RunLock:
 
     @property
     def lost(self):
-        """Whether the folder that was locked is no longer there, or another has its name."""
-        return not _same_file(self.handle, self.directory / LOCK_FILE)
+        """Whether the lock that was taken is no longer there, or another has its name."""
+        return self.handle is None or not _same_file(self.handle, self.directory / LOCK_FILE)
+
+    @property
+    def moved(self):
+        """Whether the whole folder is no longer there, or another has its name."""
+        try:
+            return _identity(os.stat(self.directory)) != self.place
+        except OSError:
+            return True
 
     def retake(self):
-        """Lock the folder anew, after it was lost; what is in it stays.
+        """Lock the folder anew, after the lock was lost; what is in it stays.
 
         Raises:
-            UserError: as `take`.
+            UserError: as `take`; it is not locked then.
         """
-        os.close(self.handle)
-        self.handle = None
+        self._close()
         self.take(self.directory)
+
+    def _close(self):
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            os.close(handle)
 
     def release(self):
         """Give the folder back, and remove it where nothing came of it."""
@@ -149,7 +167,7 @@ class RunLock:
             return
         directory, self.directory = self.directory, None
         with contextlib.suppress(OSError):
-            mine = _same_file(self.handle, directory / LOCK_FILE)
+            mine = self.handle is not None and _same_file(self.handle, directory / LOCK_FILE)
             if mine and self.new and not any(directory.glob(f"step_*/{META}")):
                 metrics = directory / METRICS_FILE
                 if not trained_steps(metrics):
@@ -157,7 +175,7 @@ class RunLock:
                         path.unlink(missing_ok=True)
             if mine:
                 (directory / LOCK_FILE).unlink()
-        os.close(self.handle)
+        self._close()
         self._remove_made()
 
     def _remove_made(self):
@@ -210,5 +228,9 @@ def _same_file(handle, path):
         there = os.stat(path)
     except OSError:
         return False
-    mine = os.fstat(handle)
-    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+    return _identity(os.fstat(handle)) == _identity(there)
+
+
+def _identity(facts):
+    """What tells a file or folder from every other one, of os.stat."""
+    return facts.st_dev, facts.st_ino

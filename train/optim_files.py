@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import way_out
+from nanofuse.train.files import not_read, way_out
 
 Rows = Mapping[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]]  # (first, count, step)
 
@@ -46,8 +46,8 @@ class OptimFiles(Mapping[str, torch.Tensor]):
         try:
             for path in paths:
                 self._add(path)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError):
-            raise UserError(f"{path} is missing or damaged; {self._hint}") from None
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise UserError(not_read(path, error, "is missing or damaged")) from None
         for name, rows in self._rows.items():
             self._check(name, rows)
 

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -24,8 +23,9 @@ from nanofuse.train.command import DEBUG_ENV, ending, exit_code
 from nanofuse.train.console import flush_or_drop
 from nanofuse.train.errors import PeerFailed, RunBroken, UserError
 from nanofuse.train.guard import START_SECONDS, Guard, NoGuard
-from nanofuse.train.launch import PARENT, STORE_FD
+from nanofuse.train.launch import PARENT
 from nanofuse.train.pace import Pace
+from nanofuse.train.rendezvous import Place, meet, open_store
 
 # of this rank's GPU, though a call of torch.distributed may raise them
 OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -37,21 +37,6 @@ NO_MULTICAST = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands: its rank of `world`, and its GPU of the host."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-    @classmethod
-    def of_environment(cls):
-        """As torchrun and --gpus say it; the only process without them."""
-        names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
-        return cls(*(int(os.environ.get(*name)) for name in names))
 
 
 class Pending:
@@ -177,18 +162,17 @@ class Ranks(Alone):
         self.local = place.local
         for name, value in NO_MULTICAST.items():
             os.environ.setdefault(name, value)
+        store = open_store(place, host=self.main)
+        meet(place, store)
+        parent = os.environ.get(PARENT)
+        self.guard = Guard(open_store(place), self.rank, self.world, parent and int(parent))
+        groups = dist.PrefixStore("groups", store)
         patience = timedelta(seconds=START_SECONDS)
         try:
-            store = open_store(place, patience, host=self.main)
-            parent = os.environ.get(PARENT)
-            self.guard = Guard(
-                open_store(place, patience), self.rank, self.world, parent and int(parent)
-            )
-            groups = dist.PrefixStore("groups", store)
             dist.init_process_group(
                 "gloo", store=groups, rank=self.rank, world_size=self.world, timeout=patience
             )
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {self.rank} does not reach the others ({reason})") from None
         self.host = self.fabric = dist.group.WORLD
@@ -281,7 +265,8 @@ class Ranks(Alone):
         """End this process for an error: the first rank to fail says its line and an exit code, the
         others in a few words that they end with it. Does not return."""
         self.guard.stop()
-        code, line = exit_code(failure), ending(failure, flush_or_drop())
+        flush_or_drop()
+        code, line = exit_code(failure), ending(failure)
         if os.environ.get(DEBUG_ENV):
             traceback.print_exception(failure)
         if isinstance(failure, (PeerFailed, RunBroken)):
@@ -308,29 +293,6 @@ class Ranks(Alone):
             dist.destroy_process_group()
         finally:
             late.cancel()
-
-
-def open_store(place, patience, host=False):
-    """A connection to the store of all ranks.
-
-    Args:
-        host: whether this process is to serve it, unless torchrun or another one does.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    listening = {}
-    if host and STORE_FD in os.environ:
-        listening = {"master_listen_fd": int(os.environ[STORE_FD])}
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=host and not served,
-        wait_for_workers=False,
-        timeout=patience,
-        **listening,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"nanofuse {attempt}", store)
 
 
 def join():

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import re
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import remove_folder, way_out, write_text_atomically
+from nanofuse.train.files import not_read, remove_folder, way_out, write_text_atomically
 from nanofuse.train.schemas import read_meta
 
 META, MODEL, OPTIM, LOADER = (
@@ -78,21 +80,47 @@ def optim_files(folder: Path) -> list[str]:
     return sorted(n for n in digests(folder) if n == OPTIM or OPTIM_PART.fullmatch(n))
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Names of a checkpoint's files that are not there."""
+    known = digests(folder)
+    names = (META, MODEL, *optim_files(folder), *({LOADER} & known.keys()))
+    return [name for name in names if not _is_there(folder / name)]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether this is a file, or one that this user may not see."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every file of a checkpoint is there."""
-    known = digests(folder)
-    names = {META, MODEL, *optim_files(folder), *({LOADER} & known.keys())}
-    return all((folder / name).is_file() for name in names)
+    return not missing_files(folder)
 
 
 def checkpoints(directory: Path | str) -> dict[int, Path]:
     """{step: folder} of a run's complete checkpoints, ascending; other names are not looked at."""
-    found = {}
-    for path in Path(directory).glob("step_*"):
-        match = STEP_NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    folders = step_folders(directory)
+    return {step: folder for step, folder in folders.items() if is_complete(folder)}
+
+
+def step_folders(directory: Path | str) -> dict[int, Path]:
+    """{step: folder} of what has a checkpoint's name in a run's folder, ascending, whole or not."""
+    found = ((STEP_NAME.fullmatch(path.name), path) for path in Path(directory).glob("step_*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def passed_over(directory: Path | str, step: int = -1) -> str | None:
+    """Words for the newest folder of a later step that is no complete checkpoint; None without."""
+    later = [folder for at, folder in step_folders(directory).items() if at > step]
+    for folder in reversed(later):
+        if names := missing_files(folder):
+            return f"{folder} has no {names[0]} and is passed over; put it back, or delete the rest"
+    return None
 
 
 def prune(directory: Path | str, keep: int) -> list[Path]:
@@ -116,18 +144,36 @@ def runs_with_checkpoints() -> Iterator[str]:
             yield directory.name
 
 
-def find_checkpoint(directory: Path | str, step: int | None = None) -> Path:
+def refuse_unreadable(directory: Path | str) -> None:
+    """Raise UserError where a folder is there and this user may not list it."""
+    try:
+        os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read ({error.strerror})") from None
+
+
+def find_checkpoint(directory: Path | str, step: int | None = None, tell: bool = True) -> Path:
     """Folder of a run's latest complete checkpoint, the one of the largest number, or of `step`.
 
+    Args:
+        tell: say on stderr that a later one is not complete.
+
     Raises:
-        UserError: the run or the step does not exist.
+        UserError: the run or the step does not exist, or cannot be read.
     """
+    refuse_unreadable(directory)
     found = checkpoints(directory)
     if not found:
         there = ", ".join(runs_with_checkpoints()) or "none"
-        raise UserError(f"no checkpoint in {directory}; runs that have one: {there}")
+        why = passed_over(directory) or f"runs that have one: {there}"
+        raise UserError(f"no checkpoint in {directory}; {why}")
     if step is None:
-        return found[max(found)]
+        newest = max(found)
+        if tell and (words := passed_over(directory, newest)):
+            print(f"run: {words}", file=sys.stderr)
+        return found[newest]
     if step not in found:
         names = ", ".join(map(str, found))
         raise UserError(f"{directory} has no checkpoint of step {step}; there are: {names}")
@@ -162,6 +208,9 @@ def load_meta(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / META
     try:
         return read_meta(path)
+    except OSError as error:
+        damage = f"is missing, damaged or of another format ({error.strerror})"
+        raise UserError(not_read(path, error, damage)) from None
     except ValueError as error:
         raise UserError(
             f"{path} is missing, damaged or of another format ({error}); {way_out(folder)}"

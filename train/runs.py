@@ -23,10 +23,11 @@ from nanofuse.train.run_folder import (
     META,
     MODEL,
     RUNS_DIR,
-    STEP_NAME,
     digests,
     load_meta,
     optim_files,
+    refuse_unreadable,
+    step_folders,
 )
 from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.schemas import tensor_shapes
@@ -56,12 +57,6 @@ class Listed:
     bytes: int
     commit: str | None
     changed: str | None
-
-
-def step_folders(directory):
-    """{step: folder} of a run, ascending, whole or not."""
-    found = ((STEP_NAME.fullmatch(path.name), path) for path in directory.glob("step_*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def read_checkpoint(folder):
@@ -153,10 +148,31 @@ def describe(directory):
     )
 
 
+def unreadable(folder):
+    """Words for a run's folder that this user may not read, or None."""
+    try:
+        refuse_unreadable(folder)
+        (folder / LOCK_FILE).exists()  # may be listed, but not entered
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror})"
+    return None
+
+
 def runs_in(directory):
-    """Listed of every run's folder in a folder, by name; others are left out."""
+    """Listed of every run's folder in a folder, by name; others are left out.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    refuse_unreadable(directory)
     for path in sorted(Path(directory).glob("*")):
         names = (LOCK_FILE, METRICS_FILE)
+        if fault := unreadable(path):
+            unknown = dict.fromkeys(("step", "steps", "bpb", "best_bpb", "commit", "changed"))
+            yield Listed(path.name, "damaged", fault, bytes=0, **unknown)
+            continue
         if path.is_dir() and (any((path / n).exists() for n in names) or step_folders(path)):
             yield describe(path)
 

@@ -13,9 +13,11 @@ from nanofuse.train.disk import SaveError
 from nanofuse.train.errors import PeerFailed, RunBroken, RunEnded, UserError, first_line
 from nanofuse.train.files import portable
 from nanofuse.train.guard import START_SECONDS
+from nanofuse.train.lock import LOCK_FILE
 from nanofuse.train.memory import out_of_memory
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.run_folder import amend_meta, checkpoints, prune
+from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.signals import Interrupted
 from nanofuse.train.versions import code, versions
 
@@ -64,18 +66,28 @@ class Saver:
         return folder
 
     def _restore(self, step):
-        """Make the run's folder again where it was lost: lock, tokenizer and metrics.
+        """Make again what was lost of the run's folder: lock, tokenizer and metrics.
 
         Raises:
             UserError: it cannot be made, or another process has it.
         """
-        if not self.lock.lost:
-            return
-        self.lost_at = step
-        self.lock.retake()
-        self.tokenizer.save(self.directory / FILE_NAME)
-        self.log.restore()
-        self.log.print(f"run: {self.directory} was removed or renamed; it is made again")
+        lost = []
+        if self.lock.lost:
+            whole = self.lock.moved
+            self.lock.retake()
+            if whole:
+                self.lost_at = step
+            else:
+                lost.append(LOCK_FILE)
+        if not (self.directory / FILE_NAME).exists():
+            self.tokenizer.save(self.directory / FILE_NAME)
+            lost.append(FILE_NAME)
+        if self.log.restore():
+            lost.append(METRICS_FILE)
+        if self.lost_at == step:
+            self.log.print(f"run: {self.directory} was removed or renamed; it is made again")
+        elif lost:
+            self.log.print(f"run: {', '.join(lost)} of {self.directory} was removed; made again")
 
     def amend(self, step, meta):
         """Bring meta.json of a step that is saved up to date."""

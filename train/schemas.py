@@ -30,7 +30,7 @@ from nanofuse.model.config import (
 )
 from nanofuse.model.option import options
 from nanofuse.train.errors import UserError
-from nanofuse.train.files import way_out
+from nanofuse.train.files import not_read
 
 FORMAT = 1
 MAX_FILE_BYTES = 2**26
@@ -213,9 +213,9 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     """meta.json of a checkpoint, as a dict.
 
     Raises:
-        ValueError: as read_json.
+        OSError, ValueError: as read_validated.
     """
-    return read_json(path, Meta).model_dump(by_alias=True, exclude_unset=True)
+    return read_validated(path, Meta).model_dump(by_alias=True, exclude_unset=True)
 
 
 def tensor_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
@@ -227,8 +227,8 @@ def tensor_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError):
-        raise UserError(f"{path} is missing or cut short; {way_out(Path(path).parent)}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(not_read(Path(path), error, "is missing or cut short")) from None
 
 
 def check_size(config: GPTConfig, shapes: dict[str, tuple[int, ...]], source: Path | str) -> None:

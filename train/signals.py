@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+# a user's, a terminal's, those that batch systems send before a limit
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 class Interrupted(BaseException):
@@ -16,7 +17,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Context manager that catches SIGINT, SIGTERM and SIGHUP (one that was ignored stays so).
+    """Context manager that catches the signals of NAMES (one that was ignored stays so).
 
     Before `defer` the first signal raises Interrupted wherever the main thread is. After it the
     signal is only noted, and `check` raises. A second signal ends the process at once, with the

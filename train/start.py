@@ -287,7 +287,7 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     refuse_empty(given)
     directory = run_dir(given["run"])
     if owner_of(directory) is None:  # else `take` refuses, and says who has it
-        find_checkpoint(directory)
+        find_checkpoint(directory, tell=False)
     lock.take(directory)
     checkpoint = find_checkpoint(directory)  # the last owner may have saved another
     meta = load_meta(checkpoint)

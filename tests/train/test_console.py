@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofuse.train.console import drop_failing_output, flush_or_drop
+from nanofuse.train.console import drop_failing_output, flush_or_drop, name_stdout
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import run_dir
 from tests.train.tiny import TINY, losses, records, steps
@@ -103,14 +103,29 @@ def test_streams_of_no_file_stay(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO())
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, stream)
-    drop_failing_output()
+    drop_failing_output("stdout", "stderr")
+    name_stdout()
     assert sys.stdout is sys.stderr is stream
 
 
-def test_whether_output_is_taken_is_known(monkeypatch, tmp_path):
-    for path, taken in ((tmp_path / "file", True), ("/dev/full", False)):
+def test_what_stdout_does_not_take_is_dropped(monkeypatch, tmp_path):
+    for path in (tmp_path / "file", "/dev/full"):
         with open(path, "w") as stream:
             monkeypatch.setattr(sys, "stdout", stream)
             stream.write("a line")
-            assert flush_or_drop() is taken
+            flush_or_drop()
+            stream.write("another")
+            stream.flush()
             monkeypatch.undo()
+    assert (tmp_path / "file").read_text() == "a lineanother"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_or_stderr(unbuffered, work_dir, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with open("/dev/full", "w") as full:
+        _, err = start("train.runs", stdout=full).communicate()
+        assert err == b"error: stdout: No space left on device\n"
+        process = start("train.sweep", "none", stderr=full)
+        process.communicate()
+        assert process.returncode == 2

@@ -1,0 +1,95 @@
+"""How the processes of a run find each other, and what is said where they do not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanofuse.train.errors import UserError
+from nanofuse.train.rendezvous import Place, address
+from tests.train.forks import ROOT
+from tests.train.tiny import TINY
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(**variables) sets those of NAMES, and no other."""
+
+    def put(**variables):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def test_a_place_is_what_the_environment_says(environment):
+    environment()
+    assert Place.of_environment() == Place(0, 1, 0)
+    environment(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1")
+    assert Place.of_environment() == Place(3, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "abc"}, "RANK='abc' is no number from 0 on; unset it"),
+        ({"RANK": ""}, "RANK='' is no number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is no number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is no number from 1 on"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1 is none of WORLD_SIZE=1"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(environment, variables, said):
+    environment(**variables)
+    with pytest.raises(UserError, match=said):
+        Place.of_environment()
+
+
+def test_an_address_has_a_host_and_a_port(environment):
+    environment(MASTER_ADDR="here", MASTER_PORT="29500")
+    assert address() == ("here", 29500)
+    environment(MASTER_PORT="29500")
+    with pytest.raises(UserError, match="MASTER_ADDR, where rank 0 is found, is not set"):
+        address()
+    for port in ("", "abc", "0", "99999"):
+        environment(MASTER_ADDR="here", MASTER_PORT=port)
+        with pytest.raises(UserError, match=f"MASTER_PORT='{port}' is no port"):
+            address()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(rank, work_dir, data_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "import nanofuse.train.rendezvous as r, nanofuse.train.run as run, sys;"
+        "r.QUIET_SECONDS = 0.1; sys.argv[0] = 'train.run'; run.run_command(run.main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, TINY), "--data", data_dir, "--run", "a"],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        },
+        cwd=work_dir,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    whom = "all 2 ranks" if rank == 0 else f"rank 0 at 127.0.0.1:{port}"
+    assert process.stderr.readline() == f"rank {rank} waits for {whom}\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "stopped by SIGTERM before the first step\n")
+    assert not (work_dir / "runs").exists()
