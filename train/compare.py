@@ -63,8 +63,7 @@ def curve_of(runs: list[Run]) -> list[Point]:
     if not steps:
         names = ", ".join(run.name for run in runs)
         raise UserError(
-            f"{names}: runs of one configuration, and no step that all of them evaluated; "
-            "compare them one by one with --apart"
+            f"{names}: runs of one configuration, and no step that all of them evaluated"
         )
     size, flops = runs[0].tokens_per_step, runs[0].flops_per_token
     points = []
@@ -99,7 +98,10 @@ def grouped(runs: list[Run], apart: bool = False) -> list[Group]:
             same[0].append(run)
         else:
             parts.append([run])
-    return [Group(part, curve_of(part)) for part in parts]
+    try:
+        return [Group(part, curve_of(part)) for part in parts]
+    except UserError as error:
+        raise UserError(f"{error}; compare them one by one with --apart") from None
 
 
 def changes(group: Group, first: Group) -> dict[str, tuple[Any, Any]] | None:

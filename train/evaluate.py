@@ -233,11 +233,9 @@ def main(argv=None):
     if tasks:
         core = measure_core(model, tokenizer, tasks, device)
         found["core"] = {"max_per_task": args.max_per_task, **core}
-    path = keep(folder, found)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print("\n".join(report(found, tasks)))
+    print(json.dumps(found, indent=1) if args.json else "\n".join(report(found, tasks)), flush=True)
+    path = keep(folder, found)  # last: what was measured is shown, wherever it cannot be written
+    if not args.json:
         print(f"kept in {path}")
 
 

@@ -142,6 +142,9 @@ def pack(path, conditions, request, entries, products=None):
                     if file.name.endswith(SHIPPED) or name.startswith("flash/"):
                         archive.write(file, name)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the temporary name says nothing to the user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size

@@ -73,6 +73,8 @@ def find_tokenizer(corpus, vocab_size, size_given):
         UserError: the tokenizer there is damaged, or not of the --vocab-size given.
     """
     path = corpus.tokenizer_path
+    if path and path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which is not there; mend it")
     if path and path.exists():
         tokenizer = Tokenizer.load(path)
         other = vocab_size not in (tokenizer.vocab_size, tokenizer.asked_vocab_size)

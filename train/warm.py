@@ -62,6 +62,8 @@ def main(argv=None):
         raise UserError(f"--out {out} is a folder; name a file in it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: no such folder")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: its folder cannot be written to; name another file")
     with tempfile.TemporaryDirectory() as folder:
         # read by Triton and FlashAttention 4 in this process, which packs, and in the compiling one
         os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))

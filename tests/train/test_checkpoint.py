@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ from nanofuse.train.run_folder import (
     amend_meta,
     checkpoints,
     find_checkpoint,
+    is_complete,
     load_meta,
     prune,
     run_dir,
@@ -124,6 +126,81 @@ def test_the_newest_is_the_largest_number_of_the_complete_ones(saved):
     assert find_checkpoint(run).name == "step_1000000"
     with pytest.raises(UserError, match="there are: 5, 999999, 1000000"):
         find_checkpoint(run, 2)
+
+
+def test_a_later_checkpoint_that_is_not_complete_is_said(saved, capsys):
+    _, folder = saved
+    later = shutil.copytree(folder, folder.parent / "step_000009")
+    (later / MODEL).unlink()
+    said = f"{later} has no {MODEL} and is passed over; put it back, or delete the rest"
+    assert find_checkpoint(folder.parent) == folder
+    assert capsys.readouterr().err == f"run: {said}\n"
+    assert find_checkpoint(folder.parent, 5) == find_checkpoint(folder.parent, tell=False) == folder
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=re.escape(f"no checkpoint in {folder.parent}; {said}")):
+        find_checkpoint(folder.parent)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "dangling"])
+def test_what_is_no_checkpoint_is_moved_aside_for_one(saved, capsys, tmp_path, kind):
+    model, folder = saved
+    place, meta = folder.parent / "step_000009", {"model_config": {}}
+    if kind == "folder":
+        shutil.copytree(folder, place)
+        (place / MODEL).unlink()
+    else:
+        (tmp_path / "disk").mkdir()
+        place.symlink_to(tmp_path / ("disk" if kind == "link" else "none"))
+    assert save_checkpoint(folder.parent, 9, meta, model) == place
+    aside = place.with_name("step_000009.aside")
+    assert capsys.readouterr().out == f"run: {place} is not complete; it is {aside} now\n"
+    assert aside.is_symlink() == (kind != "folder") and (
+        kind != "folder" or (aside / META).exists()
+    )
+    assert list(checkpoints(folder.parent)) == [5, 9]
+    (place / META).unlink()
+    save_checkpoint(folder.parent, 9, meta, model)
+    assert place.with_name("step_000009.aside-2").is_dir()
+
+
+def test_a_link_to_a_checkpoint_is_replaced_and_its_target_stays(saved, tmp_path):
+    model, folder = saved
+    moved = shutil.move(folder, tmp_path / "disk")
+    folder.symlink_to(moved)
+    save_checkpoint(folder.parent, 5, {"model_config": {}}, model)
+    assert not folder.is_symlink() and is_complete(folder) and is_complete(moved)
+    assert {path.name for path in folder.parent.iterdir()} == {"tokenizer.json", folder.name}
+
+
+@pytest.mark.parametrize("name", [MODEL, META])
+def test_a_file_that_may_be_whole_is_not_called_damaged(saved, name, monkeypatch):
+    """As where the user has no right to it, or a disk fails."""
+    _, folder = saved
+    real = open
+
+    def refusing(path, *args, **kwargs):
+        if str(path) == str(folder / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    monkeypatch.setattr("io.open", refusing)
+    with pytest.raises(UserError) as error:
+        load_meta(folder)
+        load_tensors(folder / name)
+    assert str(error.value) == f"{folder / name} cannot be read (Permission denied)"
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_empty(saved, monkeypatch):
+    _, folder = saved
+
+    def refusing(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refusing)
+    with pytest.raises(UserError, match="^runs/a cannot be read .Permission denied.$"):
+        find_checkpoint(folder.parent)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

@@ -46,6 +46,18 @@ def test_what_training_measured(trained, tokenizer, capsys):
     assert evaluate_core(model, tokenizer, load_bundle("bundle", 3), 99)["core"] == last["core"]
 
 
+def test_what_was_measured_is_shown_where_it_cannot_be_kept(trained, capsys, monkeypatch):
+    def refusing(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("nanofuse.train.files.write_text_atomically", refusing)
+    with pytest.raises(
+        UserError, match=r"evaluate-000002.json cannot be written .Permission denied"
+    ):
+        found(capsys)
+    assert json.loads(capsys.readouterr().out)["bpb"]["tokens"] == 256
+
+
 def test_other_data_beside_what_was_found(trained, data_dir, capsys):
     before = found(capsys, "--skip-bpb", "--core-bundle", "bundle")
     own = found(capsys)["bpb"]

@@ -1,6 +1,7 @@
 """A run's folder has one owner, and its name is free where nothing came of a start."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,49 @@ def test_a_folder_removed_after_the_last_save_is_made_again(args, work_dir, monk
     with pytest.raises(RunEnded, match="step 3 is saved"):
         main([*args, "--run", "a", "--sample-every", "0"])
     assert steps("a") == [3] and (run_dir("a") / "tokenizer.json").exists()
+
+
+def test_files_removed_under_the_run_are_made_again(args, monkeypatch, capsys):
+    real = Trainer.train_step
+    names = (".lock", "metrics.jsonl", "tokenizer.json")
+
+    def stepping(self):
+        if self.progress.step == 2:
+            for name in names:
+                (run_dir("a") / name).unlink()
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    main([*args, "--run", "a", "--save-every", "1"])
+    out = capsys.readouterr().out
+    assert "run: .lock, tokenizer.json, metrics.jsonl of runs/a was removed; made again" in out
+    assert steps("a") == [1, 2, 3] and len(records(run_dir("a"))) == 3
+    assert (run_dir("a") / "tokenizer.json").exists()
+
+
+def test_a_folder_that_another_run_has_taken_is_left_to_it(args, monkeypatch):
+    real, other = Trainer.train_step, RunLock()
+
+    def stepping(self):
+        if self.progress.step == 2:
+            shutil.rmtree(run_dir("a"))
+            other.take(run_dir("a"))
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    with other, pytest.raises(UserError, match="--run a: process .* is training it"):
+        main([*args, "--run", "a"])
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", full)
+        with RunLock() as lock, pytest.raises(UserError, match="No space left"):
+            lock.take(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_lock_follows_the_folder_of_its_name(tmp_path):

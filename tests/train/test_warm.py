@@ -395,11 +395,14 @@ def test_attention_is_not_imported_while_products_are_measured(data_dir, work_di
     assert events == ["products", "attention", "weights"]
 
 
-def test_flags_of_the_command(capsys):
+def test_flags_of_the_command(monkeypatch):
     own, given = warm.parse(["--arch", "sm_90", "--depth", "4", "--out", "x.zip"])
     assert given == {"depth": 4} and own == {"arch": "sm_90", "gpu": None, "out": "x.zip"}
     with pytest.raises(UserError, match="--gpu H7 is not known; choose from NVIDIA H200"):
         warm.main(["--gpu", "H7"])
     with pytest.raises(UserError, match="--out nowhere/x.zip: no such folder"):
         warm.main(["--out", "nowhere/x.zip"])
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(UserError, match="--out x.zip: its folder cannot be written to"):
+        warm.main(["--out", "x.zip"])
     assert conditions(HOPPER)["GPUs"] == "sm_90"

@@ -14,7 +14,7 @@ from nanofuse.train.files import write_text_atomically
 from nanofuse.train.metrics import Run, read_metrics
 from nanofuse.train.run_folder import run_dir
 from nanofuse.train.runlog import METRICS_FILE
-from nanofuse.train.sweeps.jobs import read_note
+from nanofuse.train.sweeps.jobs import note_path, read_note
 from nanofuse.train.sweeps.student import Paired, paired
 from nanofuse.train.tables import aligned_lines
 
@@ -55,10 +55,20 @@ class Results:
     warnings: list[str]
 
 
-def finished_run(item, note):
-    """The metrics.Run of a run that has finished."""
+def finished_run(item, note, folder):
+    """The metrics.Run of a run that has finished.
+
+    Raises:
+        UserError: its log is gone, or damaged.
+    """
     path = run_dir(item.run) / METRICS_FILE
-    train, val, core = read_metrics(path)
+    way_out = f"put a copy back, or delete {path.parent} and {note_path(folder, item.run)}"
+    try:
+        train, val, core = read_metrics(path)
+    except UserError as error:
+        raise UserError(f"{str(error).rpartition(';')[0] or error}; {way_out}") from None
+    if not val:
+        raise UserError(f"{path} holds no evaluation, though the run has finished; {way_out}")
     return Run(item.run, path, train, val, note.settings, None, note.commit, core)
 
 
@@ -93,7 +103,7 @@ def gather(sweep, folder):
     corpora, commits = set(), set()
     for item in sweep.items:
         if note := read_note(folder, item.run):
-            runs[item.variant][item.seed] = finished_run(item, note)
+            runs[item.variant][item.seed] = finished_run(item, note, folder)
             bpbs[item.variant][item.seed] = note.bpb
             if note.shared:
                 shared[item.variant].add(item.seed)

@@ -8,7 +8,9 @@ import pytest
 from nanofuse.train.data.corpus import ParquetCorpus
 from nanofuse.train.data.digest import data_digest
 from nanofuse.train.data.tokenizer import FILE_NAME
+from nanofuse.train.errors import UserError
 from nanofuse.train.run_folder import run_dir
+from nanofuse.train.runlog import METRICS_FILE
 from nanofuse.train.sweeps.definition import read_sweep
 from nanofuse.train.sweeps.jobs import Note, note_path
 from nanofuse.train.sweeps.results import gather, other_data, report
@@ -53,6 +55,18 @@ def test_steps_of_shared_gpus_are_compared_with_nothing(made, tmp_path):
 def test_a_shared_baseline_is_compared_with_nothing_either(made, tmp_path):
     results = gather(made(shared={"matrix-lr-0.25.1", "matrix-lr-0.25.2"}), tmp_path)
     assert [row.slower for row in results.rows] == [None, None, None]
+
+
+@pytest.mark.parametrize("log", ["", "no record\n"])
+def test_a_finished_run_without_its_log_is_named_with_the_way_out(made, tmp_path, log):
+    sweep = made()
+    path = run_dir(sweep.items[3].run) / METRICS_FILE
+    path.write_text(log)
+    with pytest.raises(UserError) as error:
+        gather(sweep, tmp_path)
+    text, note = str(error.value), note_path(tmp_path, sweep.items[3].run)
+    assert text.startswith(str(path))
+    assert text.endswith(f"; put a copy back, or delete {path.parent} and {note}")
 
 
 def test_expectations_of_other_data_are_not_compared(made, tmp_path, data_dir, tokenizer):
