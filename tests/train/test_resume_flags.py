@@ -95,3 +95,12 @@ def test_what_cannot_change_is_refused_before_anything_is_written(half):
     with pytest.raises(UserError, match="--device-batch-size 3"):
         main(["--run", "half", "--resume", "--device-batch-size", "3"])
     assert sorted(p.name for p in run_dir("half").iterdir()) == before
+
+
+def test_a_link_to_a_tokenizer_that_is_gone_is_refused(data_dir, tmp_path):
+    path = data_dir / "tokenizer.json"
+    path.rename(tmp_path / "kept.json")
+    path.symlink_to(tmp_path / "gone.json")
+    with pytest.raises(UserError, match="is a link to .*gone.json, which is not there; mend it"):
+        find_tokenizer(open_corpus(str(data_dir)), 320, True)
+    assert path.is_symlink()

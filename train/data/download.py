@@ -93,7 +93,6 @@ def download_shards(directory, num_shards, workers=4, hub=None):
             raise UserError(
                 "download needs huggingface_hub; install it with pip install -e '.[hub]'"
             ) from None
-    make_folder(directory)
     indices = [*range(min(num_shards, LAST_SHARD)), LAST_SHARD]
     try:
         entries = hub.HfApi().get_paths_info(
@@ -107,6 +106,7 @@ def download_shards(directory, num_shards, workers=4, hub=None):
     if missing:
         raise UserError(f"{REPO} has no {missing[0]}; ask for fewer shards with -n")
     total = sum(size for size, _ in checksums.values())
+    make_folder(directory)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="shards") as bar,
         ThreadPoolExecutor(workers) as pool,
