@@ -130,9 +130,10 @@ class _Save:
         temporary = None
         try:
             check_room(self.folder, self.needed)
-            if os.path.lexists(self.folder) and not is_complete(self.folder):
-                print(f"run: {self.folder} is not complete; it is {move_aside(self.folder)} now")
             with naming_save_errors(self.folder, self.needed), atomic_folder(self.folder) as there:
+                if os.path.lexists(self.folder) and not is_complete(self.folder):
+                    aside = move_aside(self.folder)
+                    print(f"run: {self.folder} is not complete; it is {aside} now")
                 temporary = self.ranks.share(there)
                 files = self._write_own(there)
                 write_text_atomically(there / META, meta_text({**meta, "files": files}))

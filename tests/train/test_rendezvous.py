@@ -44,8 +44,8 @@ def test_a_place_is_what_the_environment_says(environment):
         ({"RANK": ""}, "RANK='' is no number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is no number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is no number from 1 on"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2"),
-        ({"RANK": "1"}, "RANK=1 is none of WORLD_SIZE=1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is no rank of WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1 is no rank of WORLD_SIZE=1"),
     ],
 )
 def test_variables_that_make_no_sense_are_named(environment, variables, said):
