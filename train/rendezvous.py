@@ -41,8 +41,8 @@ class Place:
         place = cls(_variable("RANK", 0, 0), world, _variable("LOCAL_RANK", 0, 0))
         if place.rank >= world:
             raise UserError(
-                f"RANK={place.rank} is no rank of WORLD_SIZE={world}, of which the first is 0; unset "
-                "both for a run of one process"
+                f"RANK={place.rank} is no rank of WORLD_SIZE={world}, whose first is 0; unset both "
+                "for a run of one process"
             )
         return place
 

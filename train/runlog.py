@@ -133,16 +133,7 @@ class RunLog:
             self.failed.add(tracker.name)
 
     def restore(self):
-        """Write metrics.jsonl anew, with all it held, where it was removed under this process.
-
-        Returns:
-            whether it was.
-        """
-        try:
-            if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
-                return False
-        except FileNotFoundError:
-            pass
+        """Write metrics.jsonl anew, with all it held, after it was removed under this process."""
         self.file.seek(0)
         content = self.file.read()
         file = self.path.open("a+b", buffering=0)
@@ -151,7 +142,6 @@ class RunLog:
         os.ftruncate(file.fileno(), 0)
         while content:
             content = content[file.write(content) :]
-        return True
 
     def advance(self, status=None):
         """One step further; `status` replaces the text beside the bar."""

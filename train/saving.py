@@ -71,20 +71,17 @@ class Saver:
         Raises:
             UserError: it cannot be made, or another process has it.
         """
-        lost = []
+        names, whole = (LOCK_FILE, FILE_NAME, METRICS_FILE), False
+        lost = [name for name in names if not (self.directory / name).exists()]
         if self.lock.lost:
             whole = self.lock.moved
             self.lock.retake()
-            if whole:
-                self.lost_at = step
-            else:
-                lost.append(LOCK_FILE)
-        if not (self.directory / FILE_NAME).exists():
+        if whole or FILE_NAME in lost:
             self.tokenizer.save(self.directory / FILE_NAME)
-            lost.append(FILE_NAME)
-        if self.log.restore():
-            lost.append(METRICS_FILE)
-        if self.lost_at == step:
+        if whole or METRICS_FILE in lost:
+            self.log.restore()
+        if whole:
+            self.lost_at = step
             self.log.print(f"run: {self.directory} was removed or renamed; it is made again")
         elif lost:
             self.log.print(f"run: {', '.join(lost)} of {self.directory} was removed; made again")
