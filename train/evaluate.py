@@ -233,8 +233,14 @@ def main(argv=None):
     if tasks:
         core = measure_core(model, tokenizer, tasks, device)
         found["core"] = {"max_per_task": args.max_per_task, **core}
-    print(json.dumps(found, indent=1) if args.json else "\n".join(report(found, tasks)), flush=True)
-    path = keep(folder, found)  # last: what was measured is shown, wherever it cannot be written
+    failure = None
+    try:
+        path = keep(folder, found)
+    except UserError as error:  # what was measured is shown all the same
+        failure = error
+    print(json.dumps(found, indent=1) if args.json else "\n".join(report(found, tasks)))
+    if failure is not None:
+        raise failure
     if not args.json:
         print(f"kept in {path}")
 

@@ -162,16 +162,18 @@ class Ranks(Alone):
         self.local = place.local
         for name, value in NO_MULTICAST.items():
             os.environ.setdefault(name, value)
-        store = open_store(place, host=self.main)
-        meet(place, store)
-        parent = os.environ.get(PARENT)
-        self.guard = Guard(open_store(place), self.rank, self.world, parent and int(parent))
-        groups = dist.PrefixStore("groups", store)
         patience = timedelta(seconds=START_SECONDS)
         try:
+            store = open_store(place, host=self.main)
+            meet(place, store)
+            parent = os.environ.get(PARENT)
+            self.guard = Guard(open_store(place), self.rank, self.world, parent and int(parent))
+            groups = dist.PrefixStore("groups", store)
             dist.init_process_group(
                 "gloo", store=groups, rank=self.rank, world_size=self.world, timeout=patience
             )
+        except UserError:
+            raise
         except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {self.rank} does not reach the others ({reason})") from None

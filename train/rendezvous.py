@@ -81,6 +81,7 @@ def open_store(place, host=False):
 
     Raises:
         UserError: it is not there.
+        RuntimeError: it cannot be served, or is gone.
     """
     name, port = address()
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -90,18 +91,14 @@ def open_store(place, host=False):
     serving = host and not served
     if not serving:
         _wait(place, f"rank 0 at {name}:{port}", lambda: _answers(name, port))
-    try:
-        store = dist.TCPStore(
-            name,
-            port,
-            is_master=serving,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=START_SECONDS),
-            **listening,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"rank {place.rank} does not reach the others ({reason})") from None
+    store = dist.TCPStore(
+        name,
+        port,
+        is_master=serving,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=START_SECONDS),
+        **listening,
+    )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"nanofuse {attempt}", store)
 
@@ -111,6 +108,7 @@ def meet(place, store):
 
     Raises:
         UserError: they do not come.
+        RuntimeError: the store is gone.
     """
     keys = [f"here {rank}" for rank in range(place.world)]
     store.set(keys[place.rank], "1")

@@ -66,26 +66,47 @@ def test_an_address_has_a_host_and_a_port(environment):
             address()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(rank, work_dir, data_dir):
+CODE = (
+    "import nanofuse.train.rendezvous as r, nanofuse.train.run as run, sys;"
+    "r.QUIET_SECONDS = 0.1; sys.argv[0] = 'train.run'; run.run_command(run.main)"
+)
+
+
+@pytest.fixture
+def start(work_dir, data_dir):
+    """start(rank, world): a process that waits for the others, on one port; and the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = (
-        "import nanofuse.train.rendezvous as r, nanofuse.train.run as run, sys;"
-        "r.QUIET_SECONDS = 0.1; sys.argv[0] = 'train.run'; run.run_command(run.main)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, TINY), "--data", data_dir, "--run", "a"],
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        },
-        cwd=work_dir,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
+    processes = []
+
+    def run(rank, world):
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CODE, *map(str, TINY), "--data", data_dir, "--run", "a"],
+                env={
+                    **os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank),
+                    "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",  # as run.main sets
+                },
+                cwd=work_dir,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )  # fmt: skip
+        return processes[-1]
+
+    yield run, port
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(rank, start, work_dir):
+    run, port = start
+    process = run(rank, 2)
     whom = "all 2 ranks" if rank == 0 else f"rank 0 at 127.0.0.1:{port}"
     assert process.stderr.readline() == f"rank {rank} waits for {whom}\n"
     time.sleep(0.1)
@@ -93,3 +114,15 @@ def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(rank, work_d
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (143, "stopped by SIGTERM before the first step\n")
     assert not (work_dir / "runs").exists()
+
+
+def test_a_rank_whose_store_goes_while_it_waits_ends_in_a_line(start):
+    run, _ = start
+    first = run(0, 3)
+    assert first.stderr.readline() == "rank 0 waits for all 3 ranks\n"
+    second = run(1, 3)
+    assert second.stderr.readline() == "rank 1 waits for all 3 ranks\n"
+    first.kill()
+    _, err = second.communicate(timeout=30)
+    assert second.returncode == 2 and err.count("\n") == 1
+    assert err.startswith("error: rank 1 does not reach the others (")

@@ -10,6 +10,7 @@ import pytest
 
 from nanofuse.train import lock as lock_module
 from nanofuse.train import run
+from nanofuse.train.errors import UserError
 from nanofuse.train.lock import LOCK_FILE, RunLock, owner_of
 from nanofuse.train.run_folder import META, MODEL
 from nanofuse.train.runs import bytes_in, last_change, main
@@ -129,6 +130,29 @@ def test_damage_is_said_with_the_way_out(runs, listed, capsys, damage, message):
     assert listed()["a"]["state"] == "damaged"
     main([])
     assert message in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("folder", ["runs/a", "runs"])
+def test_a_folder_that_may_not_be_read_is_said(runs, listed, monkeypatch, folder):
+    for name in "ab":
+        write_run(runs / name, {0: 3.0, 100: 2.0})
+    real = os.listdir
+
+    def refusing(path="."):
+        if str(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr("os.listdir", refusing)
+    said = f"{folder} cannot be read (Permission denied)"
+    if folder == "runs":
+        with pytest.raises(UserError) as error:
+            main([])
+        assert str(error.value) == said
+        return
+    found = listed()
+    assert [found[name]["state"] for name in "ab"] == ["damaged", "no checkpoint"]
+    assert found["a"]["detail"] == said
 
 
 def test_a_real_run(runs, data_dir, listed):
