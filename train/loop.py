@@ -110,9 +110,7 @@ class Trainer:
 
     def due(self, every):
         """Whether something that happens every `every` steps, and at the end, happens now."""
-        step = self.progress.step
-        last = step == self.plan.num_iterations
-        return last or (every > 0 and step > 0 and step % every == 0)
+        return self.plan.due(self.progress.step, every)
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -331,7 +329,7 @@ class Trainer:
         s, step = self.settings.reports, self.progress.step
         due = {
             "save": self.due(s.save_every),
-            "val": self.due(s.eval_every) or (step == 0 and not s.skip_initial_eval),
+            "val": self.plan.evaluates(step, s),
             "core": s.core_every >= 0 and self.due(s.core_every),
             "sample": s.sample_every >= 0 and self.due(s.sample_every),
         }

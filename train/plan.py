@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from nanofuse.model.config import GPTConfig
 from nanofuse.train.errors import UserError
 from nanofuse.train.schedules import auto_batch_size, batch_lr_scale, scaled_weight_decay
-from nanofuse.train.settings import LENGTHS, MAX_STEPS, Settings, flag_name
+from nanofuse.train.settings import LENGTHS, MAX_STEPS, Reports, Settings, flag_name
 
 REFERENCE_DEPTH = 12
 
@@ -33,6 +33,15 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.num_iterations * self.total_batch_size
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether what happens every `every` steps, and at the end, is due after a step."""
+        return step == self.num_iterations or (every > 0 and step > 0 and step % every == 0)
+
+    def evaluates(self, step: int, reports: Reports) -> bool:
+        """Whether BPB is measured after a step, 0: before the first."""
+        first = step == 0 and not reports.skip_initial_eval
+        return first or self.due(step, reports.eval_every)
 
 
 def make_plan(

@@ -32,7 +32,7 @@ class Tokens:
         self.encoders = encoders
 
     def groups(self, shard, first, end):
-        """Iterator of (TokenGroup, whether it lies in a mapped file) of row groups first to end.
+        """Iterator of the TokenGroups of row groups first to end.
 
         Raises:
             UserError: a row group cannot be read.
@@ -42,7 +42,7 @@ class Tokens:
         if cached:
             with contextlib.closing(cached), contextlib.suppress(ValueError):  # damaged, and gone
                 while group < min(end, cached.num_groups):
-                    yield cached.group(group), True
+                    yield cached.group(group)
                     group += 1
         if group == end:
             return
@@ -52,7 +52,7 @@ class Tokens:
         with contextlib.closing(encoded), self._keeping(shard, group) as keep:
             for found in encoded:
                 keep(found)
-                yield found, False
+                yield found
 
     @contextlib.contextmanager
     def _keeping(self, shard, group):
@@ -147,7 +147,7 @@ class DocumentStream:
     Args:
         tokens: Tokens.
         split: "train" or "val".
-        row_len: of documents that do not lie in a mapped file no more tokens are kept.
+        row_len: of a document no more tokens are kept.
         whole: keep all of them.
         epoch, unit, row: the first row to read.
         num_read, epoch_size: of the state that is continued; see LoaderState.
@@ -173,8 +173,8 @@ class DocumentStream:
             if epoch and not self.epoch_size and self.num_read is not None:
                 self.epoch_size = self.num_read
             with contextlib.closing(self._groups(first)) as groups:
-                for unit, group, mapped in groups:
-                    for piece, end in self._slices(unit, group, mapped, row):
+                for unit, group in groups:
+                    for piece, end in self._slices(unit, group, row):
                         text = text or max(piece.lengths) > 1
                         self.epoch, self.unit, self.row = epoch, unit, end
                         if self.num_read is not None:
@@ -186,7 +186,7 @@ class DocumentStream:
             first, whole = 0, True
 
     def _groups(self, first):
-        """(unit, TokenGroup, mapped) of the units from `first` to the end of the epoch."""
+        """(unit, TokenGroup) of the units from `first` to the end of the epoch."""
         while first < len(self.units):
             shard, group, _, _ = self.units[first]
             count = 1
@@ -196,11 +196,10 @@ class DocumentStream:
                 count += 1
             found = self.tokens.groups(shard, group, group + count)
             with contextlib.closing(found):
-                for unit, item in enumerate(found, first):
-                    yield unit, *item
+                yield from enumerate(found, first)
             first += count
 
-    def _slices(self, unit, group, mapped, first):
+    def _slices(self, unit, group, first):
         """(Slice, row after it) of a unit's rows from row `first`."""
         _, _, low, high = self.units[unit]
         tokens, offsets = group
@@ -213,15 +212,11 @@ class DocumentStream:
                 continue
             keys = [unit << ROW_BITS | row for row in rows]
             lengths = [bounds[row + 1] - bounds[row] for row in rows]
-            if mapped:
-                sources = [(tokens, bounds[row]) for row in rows]
-            else:  # in memory of their own, as a view would keep the whole row group
-                ends = [min(bounds[row] + most, bounds[row + 1]) for row in rows]
-                heads = [
-                    tokens[bounds[row] : stop_at].copy()
-                    for row, stop_at in zip(rows, ends, strict=True)
-                ]
-                sources = [(head, 0) for head in heads]
+            ends = [min(bounds[row] + most, bounds[row + 1]) for row in rows]
+            sources = [  # in memory of their own, as a view would keep the whole row group
+                (tokens[bounds[row] : stop_at].copy(), 0)
+                for row, stop_at in zip(rows, ends, strict=True)
+            ]
             yield Slice(keys, [0] * len(rows), lengths, sources), stop
 
 

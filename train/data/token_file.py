@@ -1,8 +1,9 @@
-"""The file that keeps a shard's tokens: written row group by row group, read through a memory map.
+"""The file that keeps a shard's tokens: written and read row group by row group.
 
 An Arrow IPC file: a record batch per row group with one column of token lists, a list per row, and
 the CRC-32 of its bytes. It says in its schema what it belongs to, and may hold the first row groups
-only.
+only. It is read, not mapped: where a disk fails, or the file is cut short in place, a read raises
+an error, and a mapped page would end the process by SIGBUS.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ def host():
 
 
 class CachedShard:
-    """The cached row groups of a shard, of a file that is mapped.
+    """The cached row groups of a shard.
 
     Args:
         path: the file.
@@ -68,7 +69,7 @@ class CachedShard:
 
     def __init__(self, path, facts):
         self.path, self.checked = path, set()
-        self.file = pa.memory_map(portable(str(path)))
+        self.file = pa.OSFile(portable(str(path)), "rb")
         self.inode = os.stat(path).st_ino
         try:
             self.reader = pa.ipc.open_file(self.file)
@@ -92,7 +93,7 @@ class CachedShard:
         return ValueError(f"{self.path} is damaged ({error})")
 
     def group(self, index):
-        """A row group's TokenGroup; its tokens lie in the mapped file, and stay there after close.
+        """A row group's TokenGroup, in memory of its own.
 
         Raises:
             ValueError: it is damaged; the file was removed.
@@ -111,14 +112,16 @@ class CachedShard:
         return TokenGroup(tokens, offsets.astype(np.int64))
 
     def num_tokens(self):
-        """Tokens that are there, whose checksums are not looked at.
+        """Tokens that are there, whose checksums are not looked at: only metadata is read, of the
+        file as it is mapped.
 
         Raises:
             ValueError: the file is damaged, and was removed.
         """
         try:
-            batches = map(self.reader.get_batch, range(self.num_groups))
-            return sum(len(batch.column(0).values) for batch in batches)
+            with pa.memory_map(portable(str(self.path))) as file:
+                batches = map(pa.ipc.open_file(file).get_batch, range(self.num_groups))
+                return sum(len(batch.column(0).values) for batch in batches)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(error) from None
 

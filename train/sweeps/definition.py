@@ -308,6 +308,22 @@ def expectations(content: Content, names: list[str], path: Path) -> dict[str, di
     return found
 
 
+def refuse_unevaluated(expected: Mapping[str, Mapping[int, float]], items: list[Item], path: Path):
+    """Refuse a BPB that is expected at a step after which none is measured.
+
+    Raises:
+        UserError: names file, variant and step.
+    """
+    for item in items:
+        plan, reports = item.plan, item.settings.reports
+        for step in expected.get(item.variant, {}):
+            if not plan.evaluates(step, reports):
+                raise UserError(
+                    f"{path}, [expected.{item.variant}]: step {step} is not evaluated, of "
+                    f"{plan.num_iterations:,} with --eval-every {reports.eval_every}; name another"
+                )
+
+
 def make_item(run: str, variant: str, given: Mapping[str, Any], device_type: str) -> Item:
     """The run of one variant and one seed.
 
@@ -374,5 +390,7 @@ def read_sweep(path: Path, extra: Mapping[str, Any], gpu: bool) -> Sweep:
             )
         except UserError as error:
             raise UserError(f"{path}, {name!r}: {error}") from None
+    if not (content.corpus and extra):  # else they may be of other data, of which nothing is known
+        refuse_unevaluated(expected, items, path)
     known = path.stem, path, content.about, baseline, seeds, variants, items
     return Sweep(*known, content.tolerance, expected, content.corpus)

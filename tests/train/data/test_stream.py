@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -80,9 +81,12 @@ def test_it_is_that_of_the_shards_again_and_again(folder, tokenizer, cache):
     assert (folder / ".tokens").exists() == (cache != "no cache")
 
 
-def test_documents_in_memory_keep_a_row_of_tokens_at_most(folder, tokenizer):
+@pytest.mark.parametrize("cache", [False, True])
+def test_documents_in_memory_keep_a_row_of_tokens_at_most(folder, tokenizer, cache):
     """And nothing else: not the row group that they came with."""
-    for piece, _ in streamed(folder, tokenizer, 6, whole=False):
+    if cache:
+        list(streamed(folder, tokenizer, 7, cache=True))
+    for piece, _ in streamed(folder, tokenizer, 6, cache=cache, whole=False):
         for length, (source, begin) in zip(piece.lengths, piece.sources, strict=True):
             assert begin == 0 and len(source) == min(length, ROW) and source.base is None
 
@@ -171,6 +175,17 @@ def test_a_damaged_cache_is_made_anew(folder, tokenizer):
         path.write_bytes(content)
     found = list(streamed(folder, tokenizer, len(one), cache=True))
     assert [tokens_of(piece) for piece, _ in found] == one
+
+
+def test_a_cache_that_is_cut_short_while_it_is_read(folder, tokenizer):
+    """In place, where a mapped file would end the process."""
+    one = list(reference(folder, tokenizer))
+    list(streamed(folder, tokenizer, len(one) + 1, cache=True))
+    pieces = streamed(folder, tokenizer, len(one), cache=True)
+    found = [tokens_of(next(pieces)[0])]
+    for path in (folder / ".tokens").iterdir():
+        os.truncate(path, 300)
+    assert found + [tokens_of(piece) for piece, _ in pieces] == one
 
 
 def test_damage_before_the_first_unit_ends_nothing(folder, tokenizer):

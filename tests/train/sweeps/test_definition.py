@@ -86,6 +86,12 @@ REFUSED = [
     (LIST + "[expected.b]\n1 = 2.0\n", "tolerance and .expected. need each other"),
     ("tolerance = 1.0\n" + LIST + "[expected.c]\n1 = 2.0\n", "no such variant; there are a, b"),
     ("tolerance = 1.0\n" + LIST + "[expected.a]\nx = 2.0\n", "a step must be a whole number"),
+    ("tolerance = 1.0\n" + LIST.replace("4", "4\nnum-iterations = 9\neval-every = 4")
+     + "[expected.a]\n0 = 3.0\n8 = 2.0\n9 = 2.0\n7 = 2.0\n",
+     r"s.toml, \[expected.a\]: step 7 is not evaluated, of 9 with --eval-every 4; name another"),
+    ("tolerance = 1.0\n" + LIST.replace("4", "4\nskip-initial-eval = true")
+     + "[expected.b]\n0 = 3.0\n",
+     "step 0 is not evaluated"),
 ]  # fmt: skip
 
 
