@@ -3,11 +3,10 @@ holds it against."""
 
 import torch.distributed as dist
 
-from nanofuse.train.ranks import Pending
+from nanofuse.train.ranks import Pending, all_gather_single
 
-# under the names of torch 2.13, which warns of the older ones
+# under the name of torch 2.13, which warns of the older one
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Collectives:
@@ -42,4 +41,4 @@ class Collectives:
         part,  # (n, ...), may be its place in `whole`
     ):
         """Write every rank's part."""
-        return Pending([_all_gather(whole, part, group=self.group, async_op=True)])
+        return Pending([all_gather_single(whole, part, group=self.group, async_op=True)])

@@ -110,7 +110,7 @@ class Contender:
 
     def _watch(self, built):
         """Have the product's exchange within the phases of the step."""
-        sharing, weights = built.optimizer.sharing, getattr(built.model, "weights", None)
+        sharing, operands = built.optimizer.sharing, getattr(built.model, "operands", None)
         return_values = sharing.return_values
 
         def in_phase(run):
@@ -126,14 +126,14 @@ class Contender:
         for name in ("start", "sum_gradients", "add_gradients"):
             setattr(sharing, name, in_phase(getattr(sharing, name)))
         sharing.return_values = give_back
-        if weights is not None:
-            arrive = weights.arrive
+        if operands is not None:
+            arrive = operands.arrive
 
             def operands_arrive():
                 with self.phase("values"):
                     arrive()
 
-            weights.arrive = operands_arrive
+            operands.arrive = operands_arrive
 
     def step(self):
         """Take a step that begins on all ranks at once; {phase: seconds} and the first loss.

@@ -160,9 +160,9 @@ class Nanochat:
         for _, p in roles["matrices"]:
             shapes.setdefault(p.shape, []).append(p)
         self.chunks = [_Chunk(params, collectives) for params in shapes.values()]
-        self.update_tables = update(self.tables, [], self.tables, config)
-        self.updates = [update([], [chunk], self.tables, config) for chunk in self.chunks]
-        self.always = torch.ones(1, device=self.parameters[0].device)
+        shared = self.tables, config, torch.ones(1, device=self.parameters[0].device)
+        self.update_tables = update(self.tables, [], *shared)
+        self.updates = [update([], [chunk], *shared) for chunk in self.chunks]
 
     def note(
         self,
@@ -180,7 +180,7 @@ class Nanochat:
             chunks = [chunk.reduce() for chunk in self.chunks]
             for pending in tables:
                 pending.wait()
-        self.update_tables(numbers, self.always)
+        self.update_tables(numbers)
         with self.phase("values"):
             returns = [pending for table in self.tables for pending in table.give_back()]
         for chunk, pending, update in zip(self.chunks, chunks, self.updates, strict=True):
@@ -188,7 +188,7 @@ class Nanochat:
                 pending.wait()
             chunk.take()
             if chunk.mine:
-                update(numbers, self.always)
+                update(numbers)
             with self.phase("values"):
                 returns += chunk.give_back()
         with self.phase("values"):

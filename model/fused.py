@@ -152,7 +152,9 @@ class FusedGPT(nn.Module):
             # no element of C normalised ones exceeds sqrt(C): a static scale
             norm_scaling = Scaling.from_bound(config.n_embd**0.5, E4M3, device)
         self.precision = Precision(gemm, scaling, norm_scaling)
-        self.operands = Operands(self.weights, scaling)
+        # one GPU's host is ahead of it by many micro-steps: more graphs would only take memory
+        self.pool = torch.cuda.graph_pool_handle() if graphs and peers else None
+        self.operands = Operands(self.weights, scaling, self.pool)
         self.operands.follow()
 
     def describe(

@@ -1,18 +1,69 @@
-"""The fused micro-step as CUDA graphs, which removes launch overhead and gaps between kernels.
+"""CUDA graphs, which remove launch overhead and gaps between kernels.
 
-Forward and backward pass are two graphs that share one memory pool; a batch is copied into their
-input buffers. All other tensors that they read or write must keep their addresses: parameters,
-gradients, the weights' operands, the FP8 scales.
+Of the fused micro-step, forward and backward pass are two graphs that share one memory pool; a
+batch is copied into their input buffers. All other tensors that they read or write must keep their
+addresses: parameters, gradients, the weights' operands, the FP8 scales.
 """
 
 import torch
 
 
+def recorded(function, pool=None):
+    """Record the kernels that function() launches. Recording itself runs nothing on the GPU.
+
+    Args:
+        function: every kernel of it has run before, because compilation cannot be recorded.
+        pool: of the graph's memory. Graphs share one that never run at once, where what one leaves
+            there is not needed when another runs that was recorded after it was freed. None: its
+            own.
+
+    Returns:
+        The CUDAGraph and what the function returned, tensors that a replay writes.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # frees memory cached by eager passes first; other threads may call CUDA meanwhile, as that of
+    # NCCL does
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
+
+
+class Launches:
+    """The kernels of one function, in whose place the host launches a CUDA graph from its second
+    call on: the first compiles them.
+
+    Args:
+        pool: as of `recorded`; None: no graph.
+
+    Attributes:
+        graph: the CUDAGraph, or None.
+    """
+
+    def __init__(self, pool):
+        self.pool, self.graph, self.ran = pool, None, False
+
+    def __call__(self, function, settled=True):
+        """Run it.
+
+        Args:
+            function: the same in every call, without arguments; what it reads and writes stays
+                where it is.
+            settled: whether it launches the kernels that it launches ever after; other calls do not
+                count.
+        """
+        if not settled or self.pool is None or not self.ran:
+            function()
+            self.ran = settled
+            return
+        if self.graph is None:
+            self.graph, _ = recorded(function, self.pool)
+        self.graph.replay()
+
+
 class GraphedPass:
     """FusedGPT.loss and FusedGPT.backward as recorded graphs, for batches of one shape.
 
-    Every kernel must have run before, because compilation cannot be recorded. Recording itself
-    runs nothing on the GPU.
+    Every kernel must have run before.
 
     Args:
         fused: model.fused.FusedGPT.
@@ -22,13 +73,9 @@ class GraphedPass:
     def __init__(self, fused, tokens, targets):
         self.tokens, self.targets = tokens.clone(), targets.clone()
         self.grad_loss = torch.ones((), device=tokens.device)
-        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # other threads may call CUDA meanwhile, as that of NCCL does
-        mode = {"capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.graphs[0], **mode):  # first frees memory cached by eager passes
-            self.mean, state = fused.loss(self.tokens, self.targets)
-        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool(), **mode):
-            fused.backward(state, self.grad_loss)
+        forward, (self.mean, state) = recorded(lambda: fused.loss(self.tokens, self.targets))
+        backward, _ = recorded(lambda: fused.backward(state, self.grad_loss), forward.pool())
+        self.graphs = forward, backward
         self.runs = 0
 
     def loss(

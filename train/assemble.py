@@ -17,7 +17,7 @@ from nanofuse.model.gpt import GPT
 from nanofuse.model.providers import Choice
 from nanofuse.train.device import choosing
 from nanofuse.train.optim.muon_adamw import MuonAdamW
-from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate
+from nanofuse.train.optim.updates import EagerUpdate, KernelUpdate, NumbersOnDevice
 from nanofuse.train.placement import matrix_owners, row_blocks
 from nanofuse.train.ranks import ALONE
 from nanofuse.train.settings import naming_flags
@@ -79,7 +79,9 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     roles, width = fused.model.param_roles(), fused.model.config.n_embd
     stored, masters = fused.weights.stacks, fused.weights.masters
     shared = stored, ranks, masters, fused.model.lookups
-    optimizer = MuonAdamW(roles, optim, width, lr_scale, KernelUpdate, *shared)
+    numbers = NumbersOnDevice(fused.weights.stacks[0][2].device)
+    update = partial(KernelUpdate, pool=fused.pool, numbers=numbers)
+    optimizer = MuonAdamW(roles, optim, width, lr_scale, update, *shared)
     fused.operands.taken = optimizer.watch.ok
     if ranks.world > 1:
         optimizer.operands = fused.operands

@@ -29,6 +29,8 @@ from nanofuse.train.rendezvous import Place, meet, open_store
 
 # of this rank's GPU, though a call of torch.distributed may raise them
 OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+# under the name of torch 2.13, which warns of the older one
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 MOST_VOTES = 6  # of one agreement
 LEAVING_SECONDS = 60  # for the others to leave as well, when all is said and saved
 POLL_SECONDS = 0.0005  # between two looks at a word that is on its way
@@ -69,7 +71,8 @@ class Alone:
 
         Args:
             sends, receives: [(rank, tensor)], contiguous; what two ranks move between each other
-                stands in one order on both sides, and has its size; what is empty stays.
+                stands in one order on both sides, and has its size; what is empty stays. The most
+                tensors that a rank moves to or from another one are as many on every rank.
 
         Returns:
             Pending; until it was waited for the tensors must stay as they are.
@@ -211,6 +214,13 @@ class Ranks(Alone):
                 ) from None
 
     def swap(self, sends, receives):
+        if self.device.type == "cuda":
+            with self._among_others():
+                works = [
+                    dist.all_to_all(come, go, group=self.fabric, async_op=True)
+                    for come, go in in_rounds(sends, receives, self.world)
+                ]
+            return Pending(works, self._exposed)
         ops = [dist.P2POp(dist.isend, x, peer, self.fabric) for peer, x in sends if x.numel()]
         ops += [dist.P2POp(dist.irecv, x, peer, self.fabric) for peer, x in receives if x.numel()]
         with self._among_others():
@@ -220,7 +230,7 @@ class Ranks(Alone):
     def gather(self, x):
         parts = x.new_empty(self.world, *x.shape)
         with self._exposed():
-            dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.fabric)
+            all_gather_single(parts.view(-1), x.reshape(-1), group=self.fabric)
         return parts
 
     def maximum_(self, x):
@@ -295,6 +305,31 @@ class Ranks(Alone):
             dist.destroy_process_group()
         finally:
             late.cancel()
+
+
+def in_rounds(sends, receives, world):
+    """What `swap` moves as calls of all_to_all, whose host time is that of one transfer. NCCL has
+    every rank meet every other one in each, whatever moves: all ranks must make as many.
+
+    Returns:
+        [(what comes, what goes)], of each rank a tensor (n,) uint8, empty where nothing moves. The
+        n-th tensor between two ranks is in the n-th pair of both.
+    """
+    if not sends and not receives:
+        return []
+    nothing = (sends or receives)[0][1].new_empty(0, dtype=torch.uint8)
+
+    def by_rank(pairs):
+        found = [[] for _ in range(world)]
+        for rank, x in pairs:
+            found[rank].append(x.view(-1).view(torch.uint8) if x.numel() else nothing)
+        return found
+
+    coming, going = by_rank(receives), by_rank(sends)
+    return [
+        tuple([x[i] if i < len(x) else nothing for x in way] for way in (coming, going))
+        for i in range(max(map(len, (*coming, *going))))
+    ]
 
 
 def join():

@@ -8,9 +8,12 @@ ranks train, the optimiser has this happen within its step, so that operands tra
 of the update: `settle_scales`, `lead` and `arrive`.
 """
 
+from functools import partial
+
 import torch
 
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
+from nanofuse.model.graphs import Launches
 
 
 class Operands:
@@ -19,6 +22,8 @@ class Operands:
     Args:
         weights: model.fp8.weights.Weights.
         scaling: DelayedScaling or Unscaled.
+        pool: of CUDA graphs' memory: where scales are not calibrated, the host launches a graph in
+            place of the kernels that make operands. None: it launches every kernel.
 
     Attributes:
         steps: optimiser steps that the scales have followed.
@@ -28,8 +33,9 @@ class Operands:
             takes every step.
     """
 
-    def __init__(self, weights, scaling):
+    def __init__(self, weights, scaling, pool=None):
         self.weights, self.scaling = weights, scaling
+        self.refreshing, self.completing = Launches(pool), Launches(pool)
         self.steps, self.recorded, self.taken = 0, False, None
         self._version = None  # of the weights that the operands were made of
 
@@ -58,7 +64,8 @@ class Operands:
     @torch.no_grad()
     def arrive(self):
         """Have what the device does next wait for the operands that other ranks made."""
-        self.weights.arrive()
+        if self.weights.arrived():
+            self.completing(self.weights.complete, self.settled)
 
     @torch.no_grad()
     def lead(self):
@@ -70,8 +77,7 @@ class Operands:
         self._version = version
         # once each: the weights' operands here, the other tensors in the micro-step that follows
         self.scaling.calibrate(self.steps < CALIBRATED_STEPS)
-        for weight in self.weights.all():
-            weight.refresh(self.scaling)
+        self.refreshing(partial(self.weights.refresh, self.scaling), self.settled)
         self.weights.exchange()
 
     def state_dict(self):

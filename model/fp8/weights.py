@@ -11,6 +11,8 @@ of the matrix. What wants the values themselves asks for them: `Weights.gathered
 """
 
 import contextlib
+import dataclasses
+from itertools import pairwise
 
 import torch
 
@@ -102,9 +104,26 @@ class LinearWeight:
         operand = self.operand
         return operand.data.view(torch.uint8) if isinstance(operand, FP8Operand) else operand
 
+    def lie_in(
+        self,
+        room,  # (n,) uint8, as many bytes as `wire`
+    ):
+        """Have the operand travel from there, and be there."""
+        operand, wire = self.operand, self.wire
+        data = room.view(wire.dtype).view(wire.shape)
+        data.copy_(wire)
+        if isinstance(operand, FP8Operand):
+            data = dataclasses.replace(operand, data=data.view(operand.data.dtype))
+        self.operand = data
+
+    @property
+    def turned(self):
+        """Whether it is turned here, as rows of it come from other ranks, one layout alone."""
+        return isinstance(self.operand, FP8Operand) and not self.owned
+
     def complete(self):
-        """Make the rest of an operand of which other ranks' rows have come."""
-        if isinstance(self.operand, FP8Operand) and not self.owned:
+        """Make the other layout of what has come."""
+        if self.turned:
             transpose(self.operand.data, self.operand.transposed)
 
     def show(
@@ -144,6 +163,7 @@ class Weights:
         self.peers, self.rank = peers, peers.rank if peers else 0
         self.stacks, self.masters = [], {}
         self.coming = None  # Pending of `exchange`
+        self.wires = []  # what it moves, as Peers.spread takes it
         kinds, shapes = {}, {}
         for weight in self.weights:
             weight.dtype = dtype
@@ -259,19 +279,47 @@ class Weights:
             linear.weight.grad = grad
         self.stacks.append(([linear.weight for linear in linears], values, grads, owners))
 
+    def refresh(self, scaling):
+        """Make this rank's rows of every operand anew."""
+        for weight in self.weights:
+            weight.refresh(scaling)
+
     def exchange(self):
-        """Start bringing every rank what others have made anew of the operands; `arrive` waits for
+        """Start bringing every rank what others have made anew of the operands; `arrived` waits for
         it."""
         if self.peers is not None:
-            self.coming = self.peers.spread([(x.parts, x.wire) for x in self.weights])
+            self.wires = self.wires or self._laid_out()
+            self.coming = self.peers.spread(self.wires)
 
-    def arrive(self):
-        """Complete the operands that are on their way."""
-        if self.coming is not None:
-            self.coming.wait()
-            self.coming = None
-            for weight in self.weights:
-                weight.complete()
+    def _laid_out(self):
+        """The operands as they travel: those of all matrices in one tensor, owner by owner, so that
+        an owner sends one."""
+        stacked = [weight for weight in self.weights if weight.stacked]
+        stacked.sort(key=lambda weight: weight.parts[0][0])
+        sizes = [weight.wire.nbytes for weight in stacked]
+        room = torch.empty(sum(sizes), dtype=torch.uint8, device=stacked[0].wire.device)
+        ends = {}
+        at = 0
+        for weight, part in zip(stacked, room.split(sizes), strict=True):
+            weight.lie_in(part)
+            at += len(part)
+            ends[weight.parts[0][0]] = at
+        starts = [0, *ends.values()]
+        parts = [(owner, slice(*x)) for owner, x in zip(ends, pairwise(starts), strict=True)]
+        return [(parts, room), *((x.parts, x.wire) for x in self.weights if not x.stacked)]
+
+    def arrived(self):
+        """Have what the device does next wait for the operands that are on their way; whether some
+        of them are to be completed."""
+        coming, self.coming = self.coming, None
+        if coming is not None:
+            coming.wait()
+        return coming is not None and any(weight.turned for weight in self.weights)
+
+    def complete(self):
+        """Make the rest of the operands that have come."""
+        for weight in self.weights:
+            weight.complete()
 
     @contextlib.contextmanager
     def gathered(self):

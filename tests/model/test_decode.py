@@ -81,8 +81,8 @@ def test_the_second_step_is_recorded_and_replayed(monkeypatch):
     recorded = []
 
     @contextmanager
-    def record(graph, **mode):
-        recorded.append(mode)
+    def record(graph, pool, capture_error_mode):
+        recorded.append(capture_error_mode)
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -95,7 +95,7 @@ def test_the_second_step_is_recorded_and_replayed(monkeypatch):
     decoder.step(tokens)
     assert not recorded and decoder.graph is None
     second = decoder.step(tokens)
-    assert recorded == [{"capture_error_mode": "thread_local"}] and FakeGraph.replays == 1
+    assert recorded == ["thread_local"] and FakeGraph.replays == 1
     assert decoder.step(tokens) is second and FakeGraph.replays == 2 and len(recorded) == 1
     decoder.start(prefilled(model, [1, 2]), 1, 10)  # the same buffers, and the same graph
     decoder.step(tokens)

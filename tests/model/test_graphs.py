@@ -10,6 +10,7 @@ import torch
 
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
+from nanofuse.model.graphs import Launches
 from tests.helpers import random_model
 from tests.model.test_fused import DEVICE, batch, make
 
@@ -81,3 +82,31 @@ def test_another_shape_is_refused(recorded):
     fused, (tokens, targets) = recorded
     with pytest.raises(ValueError, match="run that batch without"):
         fused(tokens[:1], targets[:1])
+
+
+def test_launches_are_recorded_once_they_are_settled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: nullcontext())
+    launches, function = Launches((0, 1)), lambda: calls.append("call")
+    launches(function, settled=False)
+    launches(function)  # compiles what it launches from now on
+    assert launches.graph is None and len(calls) == 2
+    launches(function)
+    graph = launches.graph
+    assert graph.replays == 1 and len(calls) == 3  # it was recorded
+    launches(function)
+    assert graph.replays == 2 and len(calls) == 3
+    launches(function, settled=False)  # such as with scales that are calibrated anew
+    launches(function)
+    assert graph.replays == 2 and len(calls) == 5
+    launches(function)
+    assert launches.graph is graph and graph.replays == 3 and len(calls) == 5
+
+
+def test_launches_without_a_pool_are_calls():
+    calls = []
+    launches = Launches(None)
+    for _ in range(3):
+        launches(lambda: calls.append("call"))
+    assert launches.graph is None and len(calls) == 3

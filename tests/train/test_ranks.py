@@ -4,8 +4,10 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from nanofuse.kernels.common.jit import HAS_TRITON
+from nanofuse.train.ranks import in_rounds
 from nanofuse.train.run_folder import checkpoints
 from tests.train.bundles import write_bundle
 from tests.train.forks import Forks
@@ -138,3 +140,33 @@ def test_a_signal_to_one_rank_ends_all(forks, data_dir, work_dir):
     code, err = forks.run(args, work_dir, fault=("SIGTERM", 1, 3))
     assert code == 143 and err.startswith("stopped by SIGTERM after step 3; step 3 is saved")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_rounds_bring_every_tensor_where_it_belongs(world):
+    """As all_to_all moves them: what goes to a rank in its n-th round comes in the n-th there."""
+    generator = torch.Generator().manual_seed(world)
+    sizes = torch.randint(0, 4, (world, world, 3), generator=generator)  # empty ones among them
+    dtypes = torch.float32, torch.bfloat16, torch.int32
+    sends, receives = [[] for _ in range(world)], [[] for _ in range(world)]
+    for sender in range(world):
+        for receiver in range(world):
+            for size, dtype in zip(sizes[sender, receiver].tolist(), dtypes, strict=True):
+                if sender != receiver:
+                    x = torch.randint(99, (size, 2), generator=generator).to(dtype)
+                    sends[sender].append((receiver, x))
+                    receives[receiver].append((sender, torch.zeros_like(x)))
+    rounds = [in_rounds(*pair, world) for pair in zip(sends, receives, strict=True)]
+    assert {len(own) for own in rounds} == {3}
+    for receiver, own in enumerate(rounds):
+        for number, (coming, going) in enumerate(own):
+            assert len(coming) == len(going) == world and not going[receiver].numel()
+            for sender, x in enumerate(coming):
+                if x.numel():
+                    x.copy_(rounds[sender][number][1][receiver])
+    sent = [(s, r, x) for s, pairs in enumerate(sends) for r, x in pairs]
+    came = [(s, r, x) for r, pairs in enumerate(receives) for s, x in pairs]
+    for (*_, x), (*_, y) in zip(sent, sorted(came, key=lambda each: each[:2]), strict=True):
+        assert torch.equal(x, y)
+    assert in_rounds([], [], world) == []
+    assert len(in_rounds([], [(1, torch.empty(0))], world)) == 1  # the others wait for this rank

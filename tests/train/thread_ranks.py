@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nanofuse.train.ranks import Alone, Pending
+from nanofuse.train.ranks import Alone, Pending, in_rounds
 
 
 class _Board:
@@ -21,6 +21,7 @@ class _Board:
         self.turn = threading.Lock()
         self.mail = defaultdict(list)  # (from, to, which swap): tensors on their way, events
         self.read = defaultdict(list)  # (to, from, which swap): events
+        self.rounds = defaultdict(list)  # which swap: calls of all_to_all that each rank would make
 
     def wait(self):
         """Let the others come here, too."""
@@ -48,6 +49,7 @@ class _Arrival:
     def __init__(self, ranks, sends, receives):
         self.ranks, self.receives, self.swap = ranks, receives, ranks.swaps
         self.peers = [peer for peer, _ in sends]
+        ranks.board.rounds[self.swap].append(len(in_rounds(sends, receives, ranks.world)))
         for peer, x in sends:
             assert x.is_contiguous() and peer != ranks.rank
             ranks.board.mail[ranks.rank, peer, self.swap].append((x, _event(x)))
@@ -55,6 +57,7 @@ class _Arrival:
     def wait(self):
         board, rank = self.ranks.board, self.ranks.rank
         board.wait()
+        assert len(set(board.rounds[self.swap])) == 1  # else NCCL waits for ever
         for peer, x in self.receives:
             there, sent = board.mail[peer, rank, self.swap].pop(0)
             assert x.is_contiguous() and there.shape == x.shape and there.dtype == x.dtype

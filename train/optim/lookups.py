@@ -28,23 +28,23 @@ class Route:
     sent: dict = field(default_factory=dict)
     landed: dict = field(default_factory=dict)
 
-    def pack(
+    def rows_to(
         self,
-        grad,  # (n, ...), the rows of an owner
         owner,
+        grad,  # (n, ...), the rows of an owner
     ):
-        """What goes to the owner, contiguous."""
+        """The shape of what goes to the owner, and its rows' numbers, None for all."""
         rows = self.sent.get(owner)
-        return grad.contiguous() if rows is None else grad.index_select(0, rows)
+        return (grad.shape if rows is None else (len(rows), *grad.shape[1:])), rows
 
-    def room(
+    def shape_from(
         self,
-        grad,  # (n, ...), the rows of this rank
         sender,
+        grad,  # (n, ...), the rows of this rank
     ):
-        """A tensor for what comes of a sender."""
+        """The shape of what comes of a sender."""
         rows = self.landed.get(sender)
-        return grad.new_empty(grad.shape if rows is None else (len(rows), *grad.shape[1:]))
+        return grad.shape if rows is None else (len(rows), *grad.shape[1:])
 
 
 ALL = Route()
@@ -99,22 +99,46 @@ class Lookups:
     def _swap_numbers(self, rows, counts):
         """As `routes`, of this rank's rows by table and owner, and of how many every rank has."""
         world, me = self.ranks.world, self.ranks.rank
-        sends, receives, routes = [], [], {}
-        for index, (mask, tables) in enumerate(zip(self.masks, self.tables, strict=True)):
-            row_bytes, device = sum(table[0].nbytes for table in tables), tables[0].device
-            own = [len(range(len(mask))[owned]) for owned in row_slices(world)]
-            route = Route()
-            for peer in (rank for rank in range(world) if rank != me):
+        going, coming, numbers = [], [], [numpy.empty(0, dtype=numpy.int64)]
+        for peer in (rank for rank in range(world) if rank != me):
+            for index, (mask, tables) in enumerate(zip(self.masks, self.tables, strict=True)):
+                row_bytes = sum(table[0].nbytes for table in tables)
+                own = [len(range(len(mask))[owned]) for owned in row_slices(world)]
                 out, come = counts[me][index][peer], counts[peer][index][me]
                 if go_as_rows(out, own[peer], row_bytes):
-                    route.sent[peer] = _on_device(rows[index][peer], device)
-                    sends.append((peer, route.sent[peer]))
+                    going.append((peer, index, out))
+                    numbers.append(rows[index][peer])
                 if go_as_rows(come, own[me], row_bytes):
-                    route.landed[peer] = torch.empty(come, dtype=torch.int32, device=device)
-                    receives.append((peer, route.landed[peer]))
-            routes |= dict.fromkeys(tables, route)
-        self.ranks.swap(sends, receives).wait()
-        return routes
+                    coming.append((peer, index, come))
+        device = self.tables[0][0].device
+        sent = _on_device(numpy.concatenate(numbers), device)
+        landed = sent.new_empty(sum(count for *_, count in coming))
+        peers = [rank for rank in range(world) if rank != me]
+        pending = self.ranks.swap(_by_peer(sent, going, peers), _by_peer(landed, coming, peers))
+        routes = [Route() for _ in self.tables]
+        for (peer, index, _), x in zip(going, _apart(sent, going), strict=True):
+            routes[index].sent[peer] = x
+        for (peer, index, _), x in zip(coming, _apart(landed, coming), strict=True):
+            routes[index].landed[peer] = x
+        pending.wait()
+        pairs = zip(routes, self.tables, strict=True)
+        return {table: route for route, tables in pairs for table in tables}
+
+
+def _apart(
+    numbers,  # (n,), of all parts in a row
+    parts,  # [(peer, index of a table, how many)]
+):
+    """The numbers of each part."""
+    return numbers.split([count for *_, count in parts])
+
+
+def _by_peer(numbers, parts, peers):
+    """[(peer, its numbers)] of all peers; parts of one stand in a row."""
+    counts = dict.fromkeys(peers, 0)
+    for peer, _, count in parts:
+        counts[peer] += count
+    return list(zip(counts, numbers.split(list(counts.values())), strict=True))
 
 
 def _on_device(

@@ -44,7 +44,7 @@ class MuonAdamW:
         config: OptimConfig.
         width: C of the model, for the width scaling of AdamW's learning rates.
         lr_scale: the batch's factor on learning rates, of all groups that it scales.
-        update: update(tables, stacks, shares, config) makes an update of updates.py.
+        update: update(tables, stacks, shares, config, take, total) makes an update of updates.py.
         stored: [(parameters, matrices (n, R, C), gradients (N, R, C), owners)] of matrices that lie
             together, Weights.stacks; None: those of one shape are stacked for each step.
         ranks: train.ranks.Ranks. Every method that takes a step is called by all of them.
@@ -90,13 +90,16 @@ class MuonAdamW:
         self.matrices = [p for _, p in roles["matrices"]]
         stored = stored or stacks_of_a_shape(self.matrices, ranks.world)
         self.buckets = make_buckets(tables, stored, masters or {}, ranks)
-        for bucket in self.buckets:
-            if shares := bucket.shares:
-                bucket.update = update(bucket.tables, bucket.stacks, shares, config)
-                bucket.squares = bucket.update.squares_of(shares)
-        self.last_of_matrices = [b for b in self.buckets if b.matrices][-1]
         self.sharing = Sharing(ranks, lookups) if ranks.world > 1 else None
         self.watch = GradientWatch(named, self.parameters[0].device)
+        self.total = torch.zeros_like(self.watch.norm)  # squares of gradients that this rank owns
+        for bucket in self.buckets:
+            if shares := bucket.shares:
+                # what is everybody's counts once
+                total = self.total if self.sharing and (bucket.owned or ranks.main) else None
+                parts = bucket.tables, bucket.stacks, shares
+                bucket.update = update(*parts, config, self.watch.ok, total)
+        self.last_of_matrices = [b for b in self.buckets if b.matrices][-1]
         self.update = self.buckets[0].update
         self.squares = self.update.squares_of([Share(p) for p in self.parameters])
 
@@ -138,7 +141,7 @@ class MuonAdamW:
         if self.sharing:
             self._step_together(numbers)
         else:
-            self.update(numbers, self.watch.ok)
+            self.update(numbers)
             self._changed()
 
     def _changed(self):
@@ -153,7 +156,7 @@ class MuonAdamW:
             self.operands.settle_scales()
         common, *others = self.buckets
         self.sharing.sum_gradients(common)
-        squares = torch.zeros_like(self.watch.norm)
+        self.total.zero_()
         returns, arriving, waiting = [], collections.deque(), collections.deque(others)
         for bucket in self.buckets:
             ahead = sum(each.nbytes for each, _ in arriving)
@@ -163,9 +166,7 @@ class MuonAdamW:
             if bucket is not common:
                 self.sharing.add_gradients(*arriving.popleft())
             if bucket.update:
-                if bucket.owned or self.ranks.main:  # what is everybody's counts once
-                    squares += bucket.squares().sum()
-                bucket.update(numbers, self.watch.ok)
+                bucket.update(numbers)
             returns.append(self.sharing.return_values(bucket))
             if bucket is self.last_of_matrices:
                 self._changed()
@@ -175,7 +176,7 @@ class MuonAdamW:
             self.operands.arrive()
         for pending in returns:
             pending.wait()
-        self.watch.norm.copy_(self.ranks.total(squares).sqrt())
+        self.watch.norm.copy_(self.ranks.total(self.total).sqrt())
 
     def zero_grad(self):
         """Drop every gradient, unless the update has cleared it where it lies."""

@@ -125,7 +125,6 @@ class Bucket:
         matrices: whether there is a factor of the forward pass's products in it, of any rank.
         nbytes: of the values of all that has an owner.
         update: of updates.py; None where this rank has nothing to update.
-        squares: called for the sums of squares of this rank's gradients.
     """
 
     tables: list[Table]
@@ -134,7 +133,6 @@ class Bucket:
     matrices: bool = False
     nbytes: int = 0
     update: Any = None
-    squares: Any = None
 
     @property
     def shares(self):

@@ -2,13 +2,15 @@
 
     g = sum over the ranks, in their order, of their gradients        fp32 or wider, rounded once
 
-A bucket (train/optim/parts.py) moves as one. What is everybody's is summed on every rank. What is
-contiguous travels from where it lies to where it belongs; rows of tables are packed, all that an
-owner has or those that occurred (lookups.py). What arrives of gradients lies beside the owner's
-until it is added. A row that did not occur has a gradient of zero on its sender, which adds
+A bucket (train/optim/parts.py) moves as one: from one rank to another as one tensor, as the host
+takes longer to start a transfer than to pack tensors into one. What is alone in it and contiguous
+travels from where it lies to where it belongs. Rows of tables are packed, all that an owner has or
+those that occurred (lookups.py). What arrives of gradients lies beside the owner's until it is
+added. A row that did not occur has a gradient of zero on its sender, which adds
 nothing: sums do not depend on how they travelled.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ import torch
 
 from nanofuse.train.optim.lookups import ALL, Lookups
 from nanofuse.train.ranks import Pending
+
+ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,43 @@ def _in_words(
     apart element by element."""
     whole = x.size(-1) * x.element_size() % 8 == 0
     return x.view(torch.int64) if whole else x
+
+
+def room_for(
+    shapes,
+    like,  # a tensor for each, of its dtype; all on one device
+):
+    """Room for tensors that travel as one: a contiguous tensor, and a view of it for each. Those
+    whose rows are multiples of more bytes come first, so that all are aligned as they want it."""
+    if len(shapes) == 1:
+        room = like[0].new_empty(shapes[0])
+        return room, [room]
+    rows = [math.prod(s[1:]) * x.element_size() for s, x in zip(shapes, like, strict=True)]
+    order = sorted(range(len(shapes)), key=lambda i: -math.gcd(rows[i], ALIGNMENT))
+    sizes = [shapes[i][0] * rows[i] for i in order]
+    room = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
+    views = dict(zip(order, room.split(sizes), strict=True))
+    return room, [
+        views[i].view(x.dtype).view(shape)
+        for i, (shape, x) in enumerate(zip(shapes, like, strict=True))
+    ]
+
+
+def _packed(
+    tensors,  # (n, ...) each
+    shapes,
+    rows,  # of each None, or int32 numbers (k,) of its rows that go
+):
+    """What goes of tensors, as one; a single one that is contiguous is not copied."""
+    if len(tensors) == 1 and rows[0] is None and tensors[0].is_contiguous():
+        return tensors[0]
+    room, views = room_for(shapes, tensors)
+    for x, some, view in zip(tensors, rows, views, strict=True):
+        if some is None:
+            _in_words(view).copy_(_in_words(x))
+        else:
+            torch.index_select(x, 0, some, out=view)
+    return room
 
 
 @dataclass(frozen=True)
@@ -137,13 +178,21 @@ class Sharing:
     def send_gradients(self, bucket):
         """Start sending every gradient of a bucket to its owner; the Sent."""
         sends, receives, landed = [], [], {}
+        by_owner = {rank: [] for rank in range(self.ranks.world)}
         for part in bucket.owned:
-            grad, route = part.grad(), self._route(part)
-            if part.owner == self.ranks.rank:
-                landed[part] = {rank: route.room(grad, rank) for rank in self.others}
-                receives += landed[part].items()
-            else:
-                sends.append((part.owner, route.pack(grad, part.owner)))
+            by_owner[part.owner].append((part, part.grad(), self._route(part)))
+        own = by_owner[self.ranks.rank]
+        for rank in self.others:
+            if own:
+                shapes = [route.shape_from(rank, grad) for _, grad, route in own]
+                room, views = room_for(shapes, [grad for _, grad, _ in own])
+                receives.append((rank, room))
+                for (part, *_), view in zip(own, views, strict=True):
+                    landed.setdefault(part, {})[rank] = view
+            if theirs := by_owner[rank]:
+                ways = [route.rows_to(rank, grad) for _, grad, route in theirs]
+                packed = _packed([grad for _, grad, _ in theirs], *zip(*ways, strict=True))
+                sends.append((rank, packed))
         return Sent(self.ranks.swap(sends, receives), landed, sends)
 
     def add_gradients(self, bucket, sent):
@@ -175,18 +224,21 @@ class Sharing:
             Returning.
         """
         sends, receives, apart = [], [], []
-        for part in bucket.owned:
-            if part.value is None:
+        for owner in range(self.ranks.world):
+            parts = [part for part in bucket.owned if part.owner == owner]
+            values = [part.value.detach() for part in parts if part.value is not None]
+            shapes = [x.shape for x in values]
+            if not values:
                 continue
-            if part.owner == self.ranks.rank:
-                packed = _in_words(part.value.detach()).contiguous()
-                sends += [(rank, packed) for rank in self.others]
-                continue
-            room = part.value
-            if not room.is_contiguous():
-                room = room.new_empty(room.shape)
-                apart.append((part.value.detach(), room))
-            receives.append((part.owner, _in_words(room.detach())))
+            if owner == self.ranks.rank:
+                packed = _packed(values, shapes, [None] * len(values))
+                sends = [(rank, packed) for rank in self.others]
+            elif len(values) == 1 and values[0].is_contiguous():
+                receives.append((owner, values[0]))
+            else:
+                room, views = room_for(shapes, values)
+                receives.append((owner, room))
+                apart += zip(values, views, strict=True)
         return Returning(self.ranks.swap(sends, receives), apart, sends, self.ranks.exposed)
 
     @torch.no_grad()

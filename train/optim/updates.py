@@ -13,6 +13,7 @@ import torch
 from nanofuse.kernels.adamw import AdamWTensors, adamw, adamw_ref, adamw_schedule
 from nanofuse.kernels.gradient_squares import GradientSquares
 from nanofuse.kernels.muon_update import muon_hyper, muon_update, muon_update_ref
+from nanofuse.model.graphs import Launches
 
 RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
 
@@ -29,6 +30,29 @@ class Numbers:
     weight_decay: float
 
 
+class NumbersOnDevice:
+    """A step's Numbers as the kernels read them, where they are in every step: a CUDA graph reads
+    what is there.
+
+    Attributes:
+        schedule: of kernels.adamw, (2,) fp32.
+        hyper: of kernels.muon_update, (3,) fp32.
+    """
+
+    def __init__(self, device):
+        self.schedule, self.hyper = (torch.zeros(n, device=device) for n in (2, 3))
+        self.latest = None
+
+    def take(self, numbers):
+        """Put a step's numbers there, the first time."""
+        if numbers is self.latest:
+            return
+        self.latest, device = numbers, self.hyper.device
+        self.schedule.copy_(adamw_schedule(numbers.lr_mult, numbers.step, device))
+        rates = numbers.matrix_lr, numbers.momentum, numbers.weight_decay
+        self.hyper.copy_(muon_hyper(*rates, device))
+
+
 class EagerUpdate:
     """The reference: torch's ops, for gradients as autograd leaves them.
 
@@ -36,7 +60,7 @@ class EagerUpdate:
     "skip", which waits for the device.
 
     Args:
-        tables, stacks, shares, config: MuonAdamW's.
+        tables, stacks, shares, config, take, total: MuonAdamW's.
         compile: run the formulas through torch.compile.
         newton_schulz_dtype: dtype of Muon's matrix products.
     """
@@ -44,9 +68,18 @@ class EagerUpdate:
     clears = False  # gradients are dropped, and autograd makes new ones
 
     def __init__(
-        self, tables, stacks, shares, config, compile=False, newton_schulz_dtype=torch.float32
+        self,
+        tables,
+        stacks,
+        shares,
+        config,
+        take,  # (1,) fp32, 0 where the step is to be left out
+        total=None,  # () fp32, to which the sums of squares of the shares' gradients are added
+        compile=False,
+        newton_schulz_dtype=torch.float32,
     ):
-        self.tables, self.stacks = tables, stacks
+        self.tables, self.stacks, self.take, self.total = tables, stacks, take, total
+        self.squares = None if total is None else self.squares_of(shares)
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus, newton_schulz_dtype
         self.waits = shares[0].param.device.type == "cpu" or config.on_nonfinite == "skip"
         self.adamw, self.muon = adamw_ref, muon_update_ref
@@ -66,12 +99,10 @@ class EagerUpdate:
 
         return squares
 
-    def __call__(
-        self,
-        numbers,
-        take,  # (1,) fp32, 0 where the step is to be left out
-    ):
-        if self.waits and not take.item():
+    def __call__(self, numbers):
+        if self.total is not None:
+            self.total += self.squares().sum()
+        if self.waits and not self.take.item():
             return
         # 0-d CPU tensors, so that a compiled update does not specialise on changing numbers
         step = torch.tensor(float(numbers.step))
@@ -94,37 +125,59 @@ class KernelUpdate:
     not to be taken changes nothing else, which is decided on the device.
 
     Args:
-        tables, stacks, shares, config: MuonAdamW's.
+        tables, stacks, shares, config, take, total: MuonAdamW's.
+        pool: of CUDA graphs' memory: from the second call on the host launches one graph in place
+            of every kernel. None: it launches every kernel.
+        numbers: NumbersOnDevice, which the updates of one optimiser share; None: its own.
     """
 
     clears = True
 
-    def __init__(self, tables, stacks, shares, config):
-        self.stacks = stacks
+    def __init__(
+        self,
+        tables,
+        stacks,
+        shares,
+        config,
+        take,  # (1,) fp32, 0 where the step is to be left out
+        total=None,  # () fp32, to which the sums of squares of the shares' gradients are added
+        pool=None,
+        numbers=None,
+    ):
+        self.stacks, self.take, self.total = stacks, take, total
+        self.squares = None if total is None else self.squares_of(shares)
         self.options = config.muon_beta2, config.muon_eq, config.muon_plus
-        self.device = shares[0].param.device
         fields = [(x.param, x.grad, x.exp_avg, x.exp_avg_sq, x.hyper) for x in tables]
         self.tensors = AdamWTensors(*zip(*fields, strict=True)) if tables else None
+        self.numbers = numbers or NumbersOnDevice(shares[0].param.device)
+        self.graphed = Launches(pool)
 
     @staticmethod
     def squares_of(shares):
         """A function that gives the sum of squares of each share's gradient, (S,) fp32."""
         return GradientSquares([share.grad for share in shares])
 
-    def __call__(
-        self,
-        numbers,
-        take,  # (1,) fp32, 0 where the step is to be left out
-    ):
+    def __call__(self, numbers):
+        """Take a step.
+
+        Raises:
+            ValueError: a tensor of a table has moved.
+        """
+        self.numbers.take(numbers)
+        if self.graphed.graph is not None and self.tensors is not None:
+            self.tensors.check_addresses()
+        self.graphed(self._launch)
+
+    def _launch(self):
+        if self.total is not None:
+            self.total += self.squares().sum()
         if self.tensors is not None:
-            schedule = adamw_schedule(numbers.lr_mult, numbers.step, self.device)
-            adamw(self.tensors, schedule, clear_grad=True, take=take)
-        rates = numbers.matrix_lr, numbers.momentum, numbers.weight_decay
-        hyper = muon_hyper(*rates, self.device)
+            adamw(self.tensors, self.numbers.schedule, clear_grad=True, take=self.take)
         for stack in self.stacks:
             values, grads = stack.gather()
-            tensors, clear = (values, grads, stack.momentum, stack.second), stack.in_place
-            muon_update(*tensors, hyper, *self.options, clear_grad=clear, take=take)
+            tensors = values, grads, stack.momentum, stack.second, self.numbers.hyper
+            clear = stack.in_place
+            muon_update(*tensors, *self.options, clear_grad=clear, take=self.take)
             if not clear:
                 stack.scatter(values)
                 stack.clear()

@@ -9,7 +9,7 @@ from nanofuse.model.fp8.products import PlainGemm, TorchGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.train.assemble import peers_of
 from tests.helpers import random_model
-from tests.model.test_fused import make
+from tests.model.test_fused import DEVICE, make
 from tests.train.thread_ranks import run_ranks
 
 
@@ -30,7 +30,7 @@ def test_a_rank_sends_its_rows_to_all_and_receives_those_of_their_owners():
 @pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
 def test_masters_lie_with_their_owners_alone(gemm):
     def build(ranks):
-        model = random_model(make(depth=2, aspect=8, vocab_size=64), torch.float32)
+        model = random_model(make(depth=2, aspect=8, vocab_size=64), torch.float32, device=DEVICE)
         weights = FusedGPT(model, gemm(), peers=peers_of(ranks)).weights
         held = {weight.name: weight.master.numel() for weight in weights.all()}
         there = sum(weight.whole is not None for weight in weights.all())
@@ -53,3 +53,32 @@ def test_masters_lie_with_their_owners_alone(gemm):
     taken = sum(nbytes for _, nbytes, _ in found)
     assert 0 <= taken - 4 * (whole - lm_head) < 200
     assert all(held["lm_head"] == lm_head / 2 for held, *_ in found)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels need Triton")
+@pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
+def test_operands_are_those_of_one_rank_from_the_start(gemm):
+    """Before any update, and where they lay when they were first read."""
+
+    def build(ranks):
+        model = random_model(make(depth=2, aspect=8, vocab_size=64), torch.float32, device=DEVICE)
+        fused = FusedGPT(model, gemm(), peers=peers_of(ranks) if ranks.world > 1 else None)
+        weights = fused.weights.all()
+        before = [weight.wire.data_ptr() for weight in weights]
+        wires = {weight.name: weight.wire.clone() for weight in weights}
+        turned = {
+            weight.name: weight.operand.transposed.view(torch.uint8).clone()
+            for weight in weights
+            if gemm is TorchGemm
+        }
+        with fused.weights.gathered():  # as after a step, in which all are made anew
+            fused.operands.load_state_dict({})
+        fused.operands.follow()
+        assert [weight.wire.data_ptr() for weight in weights] == before
+        return wires, turned
+
+    (truth,) = run_ranks(1, build)
+    for found in run_ranks(2, build):
+        for mine, wanted in zip(found, truth, strict=True):
+            assert mine.keys() == wanted.keys()
+            assert all(torch.equal(x, wanted[name]) for name, x in mine.items())

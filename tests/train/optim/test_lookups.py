@@ -81,19 +81,18 @@ def test_tokens_outside_of_a_table_count_as_its_ends():
     assert first == [{1: [1, 4]}, {1: [0]}] and second == [{0: [0]}, {0: [1, 4]}]
 
 
-def test_parts_are_packed_into_the_room_for_them():
+def test_what_goes_has_the_shape_of_what_comes():
     def check(ranks):
         made, grad = Lookups(ranks, lookups), torch.arange(40.0).view(ROWS, 4)
         for x in TOKENS[ranks.rank]:
             made.note(torch.tensor(x))
         route, other = made.routes()[BY_TOKEN[0]], 1 - ranks.rank
         mine, theirs = grad[ranks.rank :: 2], grad[other::2]
-        packed, room = route.pack(theirs, other), route.room(mine, other)
-        whole, full = ALL.pack(theirs, other), ALL.room(mine, other)
-        assert packed.is_contiguous() and whole.is_contiguous() and torch.equal(whole, theirs)
-        assert torch.equal(packed, theirs[route.sent[other].long()])
-        assert full.shape == mine.shape
-        return packed.shape, room.shape
+        sent, rows = route.rows_to(other, theirs)
+        assert torch.equal(rows, route.sent[other]) and sent == theirs[rows.long()].shape
+        assert ALL.rows_to(other, theirs) == (theirs.shape, None)
+        assert ALL.shape_from(other, mine) == mine.shape
+        return sent, route.shape_from(other, mine)
 
     (sent, room), (back, landed) = run_ranks(2, check)
     assert (sent, back) == (landed, room) and sent[0] < ROWS // 2

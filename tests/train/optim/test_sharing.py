@@ -1,3 +1,4 @@
+import math
 import zlib
 from functools import partial
 
@@ -16,7 +17,7 @@ from nanofuse.train.errors import UserError
 from nanofuse.train.optim import parts
 from nanofuse.train.optim.config import OptimConfig
 from nanofuse.train.optim.muon_adamw import MuonAdamW
-from nanofuse.train.optim.sharing import _in_words, add_in_rank_order
+from nanofuse.train.optim.sharing import _in_words, add_in_rank_order, room_for
 from nanofuse.train.optim.updates import EagerUpdate
 from nanofuse.train.ranks import Pending
 from tests.helpers import not_looked_up, random_model, small_config
@@ -236,7 +237,7 @@ def trained_on_a_gpu(ranks, gemm, graphs):
     called = FusedGPT(model, gemm(), graphs, peers_of(ranks)).train()
     optimizer = fused_optimizer(called, OptimConfig(), 0.5, ranks)
     generator, found = torch.Generator().manual_seed(ranks.rank), []
-    for _ in range(CALIBRATED_STEPS + 4):
+    for step in range(CALIBRATED_STEPS + 4):
         for _ in range(2):
             tokens, targets = torch.randint(128, (2, 8, 64), generator=generator)
             found.append(called(tokens.cuda(), targets.cuda()))
@@ -244,10 +245,15 @@ def trained_on_a_gpu(ranks, gemm, graphs):
             # each rank in its own thread: autograd has one for all of a GPU, and in FP8 ranks meet
             with torch.autograd.set_multithreading_enabled(False):
                 (0.25 * found[-1]).backward()
-        optimizer.step(0.5, 0.9, 0.1)
+        optimizer.step(0.5, 0.9 + 0.01 * (step % 3), 0.1)
         optimizer.zero_grad()
         follow(called)
     assert (called.graphed is not None) == graphs
+    updates = [bucket.update for bucket in optimizer.buckets if bucket.update]
+    assert all((update.graphed.graph is not None) == graphs for update in updates)
+    assert (called.operands.refreshing.graph is not None) == graphs
+    completed = called.operands.completing.graph is not None
+    assert completed == (graphs and called.precision.gemm.fp8)
     with gathered(called):
         return [x.detach().clone() for x in (*found, *model.parameters())]
 
@@ -281,6 +287,18 @@ def test_what_is_under_way_changes_nothing_on_a_gpu(gemm, graphs):
         return trained_on_a_gpu(ranks, gemm, graphs)
 
     for found, wanted in zip(run_ranks(2, poisoned), run_ranks(2, at_once), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gemm", [PlainGemm, TorchGemm])
+def test_graphs_change_nothing_on_a_gpu(gemm):
+    """Bit for bit, of the pass and of each bucket's update."""
+    with_graphs, without = (
+        run_ranks(2, lambda ranks, graphs=graphs: trained_on_a_gpu(ranks, gemm, graphs))
+        for graphs in (True, False)
+    )
+    for found, wanted in zip(with_graphs, without, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
@@ -383,6 +401,24 @@ def total(*values, dtype=torch.float32, out=None):
     place = torch.empty(1, dtype=dtype) if out is None else parts[out]
     add_in_rank_order(parts, place)
     return place.item()
+
+
+def test_what_travels_as_one_is_aligned_as_each_wants_it():
+    like = [
+        torch.empty(0, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    ]
+    shapes = [(5, 3), (3, 4), (7, 8), (2, 1), (3, 1)]  # rows of 6, 16, 16, 8 and 4 bytes
+    room, views = room_for(shapes, like)
+    assert room.nbytes == sum(view.nbytes for view in views) and room.is_contiguous()
+    for number, (view, shape, x) in enumerate(zip(views, shapes, like, strict=True)):
+        assert view.shape == shape and view.dtype == x.dtype
+        row = shape[1] * x.element_size()
+        assert (view.data_ptr() - room.data_ptr()) % math.gcd(row, 16) == 0
+        view.fill_(number)
+    assert all((view == number).all() for number, view in enumerate(views))
+    (alone,) = room_for(shapes[:1], like[:1])[1]
+    assert alone.dtype == torch.bfloat16 and alone.shape == (5, 3)
 
 
 @pytest.mark.parametrize("out", [None, 0, 1, 2])

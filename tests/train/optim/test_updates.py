@@ -1,9 +1,13 @@
 """The kernels' update against the eager one: the same numbers, the same state, interchangeable."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nanofuse.bench.checks import ON_GPU
+from nanofuse.model import graphs
 from nanofuse.model.config import GPTConfig
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
@@ -140,3 +144,51 @@ def test_torch_hears_of_every_change():
         optimizer.step(*NUMBERS[0])
         after = [p._version for p in model.parameters()]
         assert all(a > b for a, b in zip(after, before, strict=True))
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """Memory for the graphs of an update; on a CPU a replay calls what was recorded once more."""
+    if ON_GPU:
+        return torch.cuda.graph_pool_handle()
+    again = lambda function, pool: (SimpleNamespace(replay=function), None)  # noqa: E731
+    monkeypatch.setattr(graphs, "recorded", again)
+    return (0, 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1}], ids=str)
+def test_a_recorded_update_takes_every_steps_numbers(fields, pool):
+    """Bit for bit as each kernel by itself, and so is a step that is left out."""
+    found = []
+    for update in (KernelUpdate, partial(KernelUpdate, pool=pool)):
+        (truth, _), (fused, _) = twins(**fields)
+        model, width = fused.model, fused.model.config.n_embd
+        stored = fused.weights.stacks
+        ours = MuonAdamW(model.param_roles(), OptimConfig(), width, 0.5, update, stored)
+        taken = []
+        for step in range(5):
+            give_gradients(truth, model, step)
+            if step == 3:
+                next(model.parameters()).grad.fill_(float("nan"))
+            ours.step(*NUMBERS[step % 2])
+            ours.zero_grad()
+            taken.append(ours.watch.ok.item())
+        assert taken == [1, 1, 1, 0, 1]
+        assert (ours.update.graphed.graph is not None) == (update is not KernelUpdate)
+        found.append([*model.parameters(), *ours.state_dict().values()])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_recorded_update_refuses_gradients_that_moved(pool):
+    (truth, _), (fused, _) = twins()
+    update, stored = partial(KernelUpdate, pool=pool), fused.weights.stacks
+    roles, width = fused.model.param_roles(), fused.model.config.n_embd
+    ours = MuonAdamW(roles, OptimConfig(), width, 0.5, update, stored)
+    for _ in range(3):
+        give_gradients(truth, fused.model, 0)
+        ours.step(*NUMBERS[0])
+        ours.zero_grad()
+    moved = fused.model.transformer.wte.weight
+    moved.grad = moved.grad.clone()
+    with pytest.raises(ValueError, match="not the registered gradient"):
+        ours.step(*NUMBERS[0])
