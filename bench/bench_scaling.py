@@ -6,7 +6,8 @@ For every --depth and every number of ranks that the machine has GPUs for (--wor
    GPUs are apart (skew: the slowest in times of the mean).
 2. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
    values', on GPUs that do nothing else.
-3. The schemes take turns, a step each on the same batches, till every one has --rounds steps:
+3. The schemes take turns, a step each on the same batches, in the other order every second time,
+   till every one has --rounds steps, without the first few, for which memory is still found:
    "owned" is the product (train/optim/sharing.py), "nanochat" and "all-reduce" are written for the
    bench (bench/schemes.py) on the same model and kernels. A scheme that memory has no room for
    beside the others is left out, and that is said; --schemes chooses.
@@ -16,17 +17,26 @@ once; a step's time is the slowest rank's, medians are reported. On a CPU one an
 Gloo train a tiny model, which times nothing.
 """
 
+import itertools
 import statistics
 
 import pytest
 import torch
 
 from nanofuse.bench.harness import CLOCK, ON_GPU, listed
-from nanofuse.bench.scaling import WORLDS, Crew, own_seconds, scheme_figures, step_seconds
+from nanofuse.bench.scaling import (
+    WORLDS,
+    Crew,
+    differences,
+    own_seconds,
+    scheme_figures,
+    step_seconds,
+)
 from nanofuse.bench.scaling_worker import Task
 from nanofuse.bench.training import STEP_ROWS, Workload, gpu_workload, tiny_workload
 
 CPU_ROUNDS, CPU_WORLDS = 1, (1, 2)
+WARMUP_ROUNDS = 8 if ON_GPU else 0  # building a scheme frees what those before it kept for reuse
 FIRST_LOSS_TOLERANCE, LOSS_TOLERANCE = 0.02, 0.1  # and of the other first steps'
 
 
@@ -68,13 +78,17 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
             library, nbytes = crew.ask("library")[0]
             told |= {name: crew.ask("build", name) for name in wanted}
         running = [name for name in wanted if told[name][0]]
+        orders = itertools.cycle([running, running[::-1]])
 
         def one_round():
-            for name in running:
+            for name in next(orders):
                 steps[name].append(crew.ask("step", name))
             first = steps[running[0]] if running else alone
             CLOCK.now += step_seconds(first[-1])
 
+        for _ in range(WARMUP_ROUNDS):
+            for name in running:
+                crew.ask("step", name)
         benchmark.pedantic(one_round, rounds=rounds)
     by_gpu = [statistics.median(map(own_seconds, each)) for each in zip(*alone, strict=True)]
     whole = told["alone"][0]["losses"]
@@ -97,5 +111,6 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
         library_ms={name: 1e3 * seconds for name, seconds in library.items()},
         nbytes=nbytes,  # of all gradients, as of all values
         schemes={name: scheme_figures(steps[name], told[name], by_gpu) for name in running},
+        against=differences(steps, running),
         left_out=[f"{name} is left out: no room" for name in wanted if name not in running],
     )

@@ -6,6 +6,7 @@ import socket
 import statistics
 from multiprocessing.connection import wait
 
+from nanofuse.bench.against import difference
 from nanofuse.bench.scaling_worker import work
 
 SCHEMES = ("owned", "nanochat", "all-reduce")
@@ -121,6 +122,17 @@ def scheme_figures(steps, told, alone):
     return figures
 
 
+def differences(steps, names):
+    """What the first scheme's step takes more than each other one's: {name: (median, (low, high))}
+    of the rounds' relative differences, with its 95 % interval.
+
+    Args:
+        steps: {name: as of scheme_figures}, in turns.
+    """
+    seconds = {name: list(map(step_seconds, steps[name])) for name in names}
+    return {name: difference(seconds[names[0]], seconds[name]) for name in names[1:]}
+
+
 def _number(x, digits=1):
     return "" if x is None else f"{x:,.{digits}f}"
 
@@ -155,5 +167,8 @@ def scaling_table(benches):
             scatter, gather = (info["library_ms"][name] for name in WAITING)
             size = f"{start}{info['nbytes'] / 1e6:,.0f} MB, "
             yield f"{size}library's reduce-scatter {scatter:.2f}, all-gather {gather:.2f} ms"
+        for name, (median, (low, high)) in info["against"].items():
+            first = next(iter(info["schemes"]))
+            yield f"{start}{first} against {name} {median:+.2%} ({low:+.2%} to {high:+.2%})"
         for line in info["left_out"]:
             yield start + line

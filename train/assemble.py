@@ -88,6 +88,23 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     return optimizer
 
 
+def prepare_products(provider, shapes, ranks):
+    """Have a provider of products choose what suits them: rank 0 measures, and all take its choice,
+    as one run has to repeat bit by bit.
+
+    Returns:
+        rank 0's line about it, or None.
+    """
+
+    def choose():
+        return provider.prepare(shapes), provider.choices
+
+    line, choices = ranks.by_main(choose)
+    if not ranks.main:
+        provider.prepare(shapes, choices=choices)
+    return line
+
+
 def assemble(
     config,
     machine,
@@ -135,7 +152,7 @@ def assemble(
     prepared, positions = None, (rows or 1) * config.sequence_len
     if fused and rows:
         shapes = for_provider(config, positions, machine.device, fp8.made.fp8)
-        prepared = fp8.made.prepare(shapes)
+        prepared = prepare_products(fp8.made, shapes, ranks)
         ended("products")
     raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)

@@ -7,7 +7,8 @@ A linear layer y = x @ w.T takes three products, each a method of a provider:
     weight_grad   dw += g.T @ x      (M, N), (M, K) -> added to (N, K) in fp32, in place
 
 `prepare` is told the shapes once, before the first step: a provider may measure what suits them
-(model/fp8/tuned.py), and returns a line about it, or None.
+(model/fp8/tuned.py), and returns a line about it, or None. `choices` is what it chose, in plain
+data, which another process's provider takes in place of measuring.
 
 Provider `off` takes plain bf16 or fp32 tensors. `te` (Transformer Engine's general_gemm) and
 `torch` (torch._scaled_mm) take FP8Operands, which hold a matrix row-major and transposed: Hopper's
@@ -35,9 +36,9 @@ from nanofuse.model.fp8.linear import ScaledMatmul, ScaledMatmulE4M3
 class Gemm:
     """What every provider here has."""
 
-    gradients = E5M2
+    gradients, choices = E5M2, None
 
-    def prepare(self, shapes, say=print):
+    def prepare(self, shapes, say=print, choices=None):
         """Shapes (model/fp8/shapes.py) of the products to come: nothing to choose here."""
 
 

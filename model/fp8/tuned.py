@@ -124,17 +124,20 @@ class NvmathGemm:
         self.winners = Winners(self.library, graph_seconds, store)
         self._plans = {}  # Product: Plan, or None: torch
 
-    def prepare(self, shapes, say=print):
+    def prepare(self, shapes, say=print, choices=None):
         """Choose for the products to come, by measurement where no earlier process did.
 
         Args:
             shapes: model.fp8.shapes.Shape of each.
             say: called with a line before the measurement.
+            choices: another process's, taken before those that are kept here.
 
         Returns:
             a line that says what was chosen.
         """
         chosen, tuned, started = {}, {}, time.perf_counter()
+        if choices:
+            self.winners.learn(choices)
         wanted = {self._product(shape): shape for shape in shapes}
         for product in wanted:
             chosen[product] = self.winners.recall(product)
@@ -145,6 +148,7 @@ class NvmathGemm:
             tuned[product] = self._tune(product, wanted[product])
         chosen |= tuned
         self._plans |= {product: winner.plan for product, winner in chosen.items()}
+        self.choices = self.winners.told(chosen)
         by_torch = sum(winner.plan is None for winner in chosen.values())
         line = f"products: {len(chosen) - by_torch} of {len(chosen)} shapes by nvmath"
         line += f", {by_torch} by torch; " if by_torch else "; "

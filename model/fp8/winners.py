@@ -58,12 +58,15 @@ class Winners:
         self.library, self.measure, self.store = library, measure, store
         self._kept = None  # the store's entries, read once
 
+    def _entries(self):
+        if self._kept is None:
+            self._kept = self.store.entries()
+        return self._kept
+
     def recall(self, product):
         """The Winner of a product as an earlier process kept it; None where there is none that
         still holds."""
-        if self._kept is None:
-            self._kept = self.store.entries()
-        entry = self._kept.get(str(product))
+        entry = self._entries().get(str(product))
         if not isinstance(entry, dict) or "algorithm" not in entry:
             return None
         seconds = entry.get("seconds"), entry.get("default_seconds")
@@ -73,6 +76,16 @@ class Winners:
             return Winner(None, *seconds)
         plan = self.library.restore(product, entry["algorithm"])
         return plan and Winner(plan, *seconds)
+
+    def told(self, winners):
+        """{product: Winner} in plain data, for `learn`."""
+        entries = {str(product): each.entry() for product, each in winners.items()}
+        return {"section": self.store.section, "entries": entries}
+
+    def learn(self, told):
+        """Recall what another process told from now on, if it has the same GPU and versions."""
+        if told["section"] == self.store.section:
+            self._kept = {**self._entries(), **told["entries"]}
 
     def tune(self, product, run, other, result=lambda call: call()):
         """Measure the library's plans and the other library in turns, and choose.
@@ -114,4 +127,4 @@ class Winners:
 
     def keep(self, winners):
         """Put {product: Winner} into the store; returns None, or why that failed."""
-        return self.store.add({str(product): each.entry() for product, each in winners.items()})
+        return self.store.add(self.told(winners)["entries"])

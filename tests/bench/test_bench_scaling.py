@@ -3,7 +3,7 @@
 import pytest
 
 from nanofuse.bench import training
-from nanofuse.bench.scaling import scaling_table, scheme_figures, skew, step_seconds
+from nanofuse.bench.scaling import differences, scaling_table, scheme_figures, skew, step_seconds
 from nanofuse.bench.scaling_worker import Worker
 
 
@@ -54,6 +54,7 @@ def test_the_table_has_a_row_for_each_scheme():
         "nbytes": 1234e6,
         "library_ms": {"gradients": 1.0, "values": 2.0},
         "schemes": {"owned": figures},
+        "against": {"nanochat": (-0.01, (-0.02, 0.005))},
         "left_out": ["nanochat is left out: no room"],
     }
     lines = list(scaling_table([info]))
@@ -63,8 +64,20 @@ def test_the_table_has_a_row_for_each_scheme():
     assert lines[4:] == [
         "d4 on 2: alone 3,000.0, 3,000.0 ms",
         "d4 on 2: 1,234 MB, library's reduce-scatter 1.00, all-gather 2.00 ms",
+        "d4 on 2: owned against nanochat -1.00% (-2.00% to +0.50%)",
         "d4 on 2: nanochat is left out: no room",
     ]
+
+
+def test_differences_are_those_of_a_round():
+    """A round in which both are slow changes none."""
+    seconds = {"owned": (0.9, 1.9, 0.9), "nanochat": (1.0, 2.0, 1.0), "all-reduce": (0.9, 1.9, 0.9)}
+    steps = {name: [ranks((x - 0.5, 0, 0)) for x in each] for name, each in seconds.items()}
+    found = differences(steps, list(seconds))
+    assert found["nanochat"][0] == pytest.approx(-0.1)
+    assert found["nanochat"][1] == pytest.approx((-0.1, -0.05))
+    assert found["all-reduce"] == (0, (0, 0))
+    assert differences(steps, []) == {}
 
 
 def test_ranks_with_different_weights_are_refused():

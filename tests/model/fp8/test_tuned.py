@@ -17,9 +17,11 @@ from nanofuse.model.fp8.shapes import KINDS, Shape, product_shapes
 from nanofuse.model.fp8.tuned import NvmathGemm, NvmathPlainGemm
 from nanofuse.model.fused import FusedGPT
 from nanofuse.train import assemble as assemble_module
+from nanofuse.train.assemble import prepare_products
 from nanofuse.train.device import Machine
 from nanofuse.train.optim.config import OptimConfig
 from tests.helpers import random_model
+from tests.train.thread_ranks import run_ranks
 
 FP8_AND_PLAIN = pytest.mark.parametrize("made_of", [NvmathGemm, NvmathPlainGemm])
 SHAPES = [
@@ -144,6 +146,34 @@ def test_the_best_is_measured_taken_and_kept(fake, tmp_path, made_of):
 
 
 @FP8_AND_PLAIN
+def test_all_ranks_take_rank_0s_choices(fake, tmp_path, made_of, capsys):
+    """Though each finds other algorithms the fastest, and no file is shared."""
+    stores = [Store(tmp_path / name, "GPU") for name in "abc"]
+    gemms = [
+        fake(made_of, store, best) for store, best in zip(stores, (8.0, 9.99, 9.99), strict=True)
+    ]
+    fake(made_of, stores[2], 9.99).prepare(SHAPES)  # an earlier run's
+    capsys.readouterr()
+    lines = run_ranks(3, lambda ranks: prepare_products(gemms[ranks.rank], SHAPES, ranks))
+    assert len(set(lines)) == 1 and f"kept in {stores[0].path}" in lines[0]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for gemm in gemms:
+        assert gemm.choices == gemms[0].choices
+        assert gemm.library.listed == (3 if gemm is gemms[0] else 0)
+        gemm.library.ran.clear()
+        check_products(gemm)
+        assert gemm.library.ran == ["best"] * 3
+
+
+@FP8_AND_PLAIN
+def test_choices_of_another_gpu_are_not_taken(fake, tmp_path, made_of):
+    one, other = (fake(made_of, Store(tmp_path / name, f"GPU {name}")) for name in "ab")
+    one.prepare(SHAPES)
+    assert f"kept in {tmp_path / 'b'}" in other.prepare(SHAPES, choices=one.choices)
+    assert other.library.listed == 3
+
+
+@FP8_AND_PLAIN
 def test_where_torch_wins_it_computes(fake, tmp_path, made_of):
     gemm = fake(made_of, Store(tmp_path / "file" / "x.json", "GPU"), best=9.99)
     (tmp_path / "file").write_text("")
@@ -211,7 +241,7 @@ def test_a_run_prepares_before_its_model_is_built(monkeypatch):
     order = []
 
     class Prepared(PlainGemm):
-        def prepare(self, shapes, say=print):
+        def prepare(self, shapes, say=print, choices=None):
             order.append(shapes)
             return "products: as told"
 
