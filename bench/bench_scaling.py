@@ -2,12 +2,13 @@
 
 For every --depth and every number of ranks that the machine has GPUs for (--worlds takes fewer):
 
-1. Every GPU trains by itself, all at once: the step that others are held against, and how far the
-   GPUs are apart (skew: the slowest in times of the mean).
-2. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
+1. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
    values', on GPUs that do nothing else.
-3. The schemes take turns, a step each on the same batches, in the other order every second time,
-   till every one has --rounds steps, without the first few, for which memory is still found:
+2. "alone", every GPU by itself, all at once: the step that others are held against, and how far the
+   GPUs are apart (skew: the slowest in times of the mean).
+3. It and the schemes take turns, a step each on the same batches, in the other order every second
+   time, till every one has --rounds steps, without the first few, for which memory is still found
+   (where memory has no room beside it, "alone" takes its steps first):
    "owned" is the product (train/optim/sharing.py), "nanochat" and "all-reduce" are written for the
    bench (bench/schemes.py) on the same model and kernels. A scheme that memory has no room for
    beside the others is left out, and that is said; --schemes chooses.
@@ -70,27 +71,30 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
     task = Task(workload, "fused" if ON_GPU else "eager", fp8)
     with Crew(world, task) as crew:
         told = {"alone": crew.ask("build", "alone")}
-        alone = [crew.ask("step", "alone") for _ in range(rounds)]
-        library, nbytes = {}, 0
-        steps = {name: [] for name in wanted}
-        if world > 1:
+        steps = {name: [] for name in ("alone", *wanted)}
+        library, nbytes = crew.ask("library")[0] if world > 1 else ({}, 0)
+        told |= {name: crew.ask("build", name) for name in wanted[:1]}
+        beside = all(told[name][0] for name in wanted[:1])
+        if not beside:
+            steps["alone"] = [crew.ask("step", "alone") for _ in range(rounds)]
             crew.ask("drop")
-            library, nbytes = crew.ask("library")[0]
-            told |= {name: crew.ask("build", name) for name in wanted}
+            told[wanted[0]] = crew.ask("build", wanted[0])
+        told |= {name: crew.ask("build", name) for name in wanted[1:]}
         running = [name for name in wanted if told[name][0]]
-        orders = itertools.cycle([running, running[::-1]])
+        turns = ["alone", *running] if beside else running
+        orders = itertools.cycle([turns, turns[::-1]])
 
         def one_round():
             for name in next(orders):
                 steps[name].append(crew.ask("step", name))
-            first = steps[running[0]] if running else alone
-            CLOCK.now += step_seconds(first[-1])
+            CLOCK.now += step_seconds(steps[[*running, "alone"][0]][-1])
 
         for _ in range(WARMUP_ROUNDS):
-            for name in running:
+            for name in turns:
                 crew.ask("step", name)
         benchmark.pedantic(one_round, rounds=rounds)
-    by_gpu = [statistics.median(map(own_seconds, each)) for each in zip(*alone, strict=True)]
+    alone = zip(*steps["alone"], strict=True)
+    by_gpu = [statistics.median(map(own_seconds, each)) for each in alone]
     whole = told["alone"][0]["losses"]
     for name in running:
         # of each step's first micro-step, which rank 0 has everywhere
@@ -112,5 +116,6 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
         nbytes=nbytes,  # of all gradients, as of all values
         schemes={name: scheme_figures(steps[name], told[name], by_gpu) for name in running},
         against=differences(steps, running),
-        left_out=[f"{name} is left out: no room" for name in wanted if name not in running],
+        left_out=[f"{name} is left out: no room" for name in wanted if name not in running]
+        + ["alone is measured before the others: no room"] * (not beside),
     )

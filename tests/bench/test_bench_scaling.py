@@ -1,7 +1,10 @@
 """Figures of steps that several ranks take together."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from nanofuse.bench import bench_scaling as module
 from nanofuse.bench import training
 from nanofuse.bench.scaling import differences, scaling_table, scheme_figures, skew, step_seconds
 from nanofuse.bench.scaling_worker import Worker
@@ -96,3 +99,67 @@ def test_ranks_with_different_weights_are_refused():
     worker.contenders = {"owned": Made()}
     with pytest.raises(AssertionError, match="owned: the ranks' weights differ"):
         worker.check()
+
+
+class FakeCrew:
+    """Two ranks that take no time; `no_room` says what cannot be built beside what."""
+
+    def __init__(self, no_room):
+        self.no_room, self.built, self.asked = no_room, [], []
+
+    def __call__(self, world, task):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def ask(self, command, *names):
+        self.asked.append((command, *names))
+        if command == "library":
+            return [({"gradients": 1.0, "values": 1.0}, 8)] * 2
+        if command == "drop":
+            self.built.clear()
+        if command == "build":
+            if any((names[0], there) in self.no_room for there in self.built):
+                return [{}] * 2
+            self.built.extend(names)
+            return [{"losses": [4.0], "facts": [], "peak_gib": 1.0}] * 2
+        if command == "step":
+            assert names[0] in self.built
+            return ranks((1.0, 0.2, 0.1), (1.0, 0.2, 0.1))
+        return [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("no_room", "beside", "left_out"),
+    [
+        ((), True, []),
+        ((("nanochat", "owned"),), True, ["nanochat is left out: no room"]),
+        ((("owned", "alone"),), False, ["alone is measured before the others: no room"]),
+    ],
+)
+def test_alone_takes_turns_where_there_is_room(monkeypatch, no_room, beside, left_out):
+    crew = FakeCrew(no_room)
+    monkeypatch.setattr(module, "Crew", crew)
+    rounds, options = 3, {"--schemes": "owned,nanochat", "--bigram-factor": 5}
+    monkeypatch.setattr(module, "CPU_ROUNDS", rounds)
+
+    def pedantic(function, rounds):
+        for _ in range(rounds):
+            function()
+
+    benchmark = SimpleNamespace(disabled=False, extra_info={}, pedantic=pedantic)
+    config = SimpleNamespace(getoption=lambda name: options.get(name, 1))
+    request = SimpleNamespace(config=config)
+    module.bench_scaling(benchmark, request, rounds, 1, "off", 2)
+    steps = [each[1] for each in crew.asked if each[0] == "step"]
+    running = ["owned"] if ("nanochat", "owned") in no_room else ["owned", "nanochat"]
+    assert sorted(steps) == sorted(rounds * ["alone", *running])
+    turns = ["alone", *running] if beside else running
+    assert steps[-2 * len(turns) :] == turns[::-1] + turns
+    assert ("drop",) not in crew.asked or not beside
+    assert benchmark.extra_info["left_out"] == left_out
+    assert benchmark.extra_info["alone_ms"] == [1500.0, 1500.0]
