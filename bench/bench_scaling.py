@@ -2,23 +2,21 @@
 
 For every --depth and every number of ranks that the machine has GPUs for (--worlds takes fewer):
 
-1. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
-   values', on GPUs that do nothing else.
-2. "alone", every GPU by itself, all at once: the step that others are held against, and how far the
-   GPUs are apart (skew: the slowest in times of the mean).
-3. It and the schemes take turns, a step each on the same batches, in the other order every second
-   time, till every one has --rounds steps, without the first few, for which memory is still found
-   (where memory has no room beside it, "alone" takes its steps first):
+1. The schemes take turns, a step each on the same batches, in the other order every second time,
+   till every one has --rounds steps, without the first few, for which memory is still found:
    "owned" is the product (train/optim/sharing.py), "nanochat" and "all-reduce" are written for the
    bench (bench/schemes.py) on the same model and kernels. A scheme that memory has no room for
    beside the others is left out, and that is said; --schemes chooses.
+2. The library's own reduce-scatter of as many bytes as the gradients have, and all-gather of the
+   values', on GPUs that do nothing else.
+3. Every GPU trains by itself, all at once, when they are as hot as before: the step that others are
+   held against, and how far the GPUs are apart (skew: the slowest in times of the mean).
 
 Before a number counts, losses are compared, and weights of all ranks. Steps begin on all ranks at
 once; a step's time is the slowest rank's, medians are reported. On a CPU one and two processes of
 Gloo train a tiny model, which times nothing.
 """
 
-import itertools
 import statistics
 
 import pytest
@@ -32,6 +30,7 @@ from nanofuse.bench.scaling import (
     own_seconds,
     scheme_figures,
     step_seconds,
+    take_turns,
 )
 from nanofuse.bench.scaling_worker import Task
 from nanofuse.bench.training import STEP_ROWS, Workload, gpu_workload, tiny_workload
@@ -70,29 +69,21 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
     wanted = listed(option("--schemes")) if world > 1 else []
     task = Task(workload, "fused" if ON_GPU else "eager", fp8)
     with Crew(world, task) as crew:
-        told = {"alone": crew.ask("build", "alone")}
-        steps = {name: [] for name in ("alone", *wanted)}
-        library, nbytes = crew.ask("library")[0] if world > 1 else ({}, 0)
-        told |= {name: crew.ask("build", name) for name in wanted[:1]}
-        beside = all(told[name][0] for name in wanted[:1])
-        if not beside:
-            steps["alone"] = [crew.ask("step", "alone") for _ in range(rounds)]
-            crew.ask("drop")
-            told[wanted[0]] = crew.ask("build", wanted[0])
-        told |= {name: crew.ask("build", name) for name in wanted[1:]}
+        told = {name: crew.ask("build", name) for name in wanted}
         running = [name for name in wanted if told[name][0]]
-        turns = ["alone", *running] if beside else running
-        orders = itertools.cycle([turns, turns[::-1]])
+        steps = take_turns(crew, running, rounds, WARMUP_ROUNDS)
+        library, nbytes = {}, 0
+        if world > 1:
+            crew.ask("drop")
+            library, nbytes = crew.ask("library")[0]
+        told["alone"] = crew.ask("build", "alone")
+        steps |= take_turns(crew, ["alone"], rounds, WARMUP_ROUNDS)
+    taken = map(step_seconds, steps[[*running, "alone"][0]])
 
-        def one_round():
-            for name in next(orders):
-                steps[name].append(crew.ask("step", name))
-            CLOCK.now += step_seconds(steps[[*running, "alone"][0]][-1])
+    def pass_time():
+        CLOCK.now += next(taken)
 
-        for _ in range(WARMUP_ROUNDS):
-            for name in turns:
-                crew.ask("step", name)
-        benchmark.pedantic(one_round, rounds=rounds)
+    benchmark.pedantic(pass_time, rounds=rounds)
     alone = zip(*steps["alone"], strict=True)
     by_gpu = [statistics.median(map(own_seconds, each)) for each in alone]
     whole = told["alone"][0]["losses"]
@@ -116,6 +107,5 @@ def bench_scaling(benchmark, request, rounds, depth, fp8, world):
         nbytes=nbytes,  # of all gradients, as of all values
         schemes={name: scheme_figures(steps[name], told[name], by_gpu) for name in running},
         against=differences(steps, running),
-        left_out=[f"{name} is left out: no room" for name in wanted if name not in running]
-        + ["alone is measured before the others: no room"] * (not beside),
+        left_out=[f"{name} is left out: no room" for name in wanted if name not in running],
     )

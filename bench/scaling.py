@@ -1,6 +1,7 @@
 """Ranks for bench_scaling, and what their steps say: starts the processes of
 bench/scaling_worker.py, and makes figures and tables of their answers."""
 
+import itertools
 import multiprocessing
 import socket
 import statistics
@@ -70,6 +71,20 @@ class Crew:
             for process in self.processes:
                 process.kill()
                 process.join()
+
+
+def take_turns(crew, names, rounds, warmup):
+    """Steps of contenders that take turns, in the other order every second time.
+
+    Returns:
+        {name: what every rank answers of each step}, without the first `warmup` rounds.
+    """
+    steps = {name: [] for name in names}
+    orders = itertools.cycle([names, names[::-1]])
+    for _ in range(warmup + rounds):
+        for name in next(orders):
+            steps[name].append(crew.ask("step", name))
+    return {name: taken[warmup:] for name, taken in steps.items()}
 
 
 def own_seconds(phases):

@@ -22,7 +22,7 @@ from nanofuse.bench.schemes import AllReduced, Nanochat
 from nanofuse.bench.training import PhaseClock, Workload, synchronize, train_step
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
 from nanofuse.model.fused import FusedGPT
-from nanofuse.train.assemble import assemble, gathered
+from nanofuse.train.assemble import assemble, gathered, prepare_products
 from nanofuse.train.device import select_fp8, select_machine
 from nanofuse.train.loop import settle_garbage
 from nanofuse.train.optim.config import OptimConfig
@@ -85,6 +85,9 @@ class Contender:
         self.tokens = [inputs.cpu() for inputs, _ in self.batches]
         owned = self.crew if name == "owned" else ALONE
         fp8 = select_fp8(task.fp8, machine, workload.config, workload.rows)
+        if machine.backend == "fused":  # or each would choose algorithms for itself
+            sizes = workload.config, workload.rows, machine.device
+            prepare_products(fp8.made, *sizes, ranks)
         self.built = built = assemble(
             workload.config, machine, optim, fp8, rows=workload.rows, ranks=owned
         )

@@ -19,7 +19,7 @@ from nanofuse.kernels.relu_squared import relu_squared_fwd
 from nanofuse.kernels.softcap_cross_entropy import softcap_ref
 from nanofuse.model.fp8.weights import LinearWeight
 from nanofuse.model.fused import EVALUATION, fused_pieces
-from nanofuse.model.graphs import recorded
+from nanofuse.model.graphs import captured
 from nanofuse.model.pieces.mix import LOOKBACK
 from nanofuse.model.pieces.stream import MicroStep, Stream
 
@@ -164,7 +164,7 @@ class Decoder:
         if not self.graphs or self.steps == 1:  # kernels are compiled by their first run
             return self._step()
         if self.graph is None:
-            self.graph, self.logits = recorded(self._step)
+            self.graph, self.logits = captured(self._step)
         self.graph.replay()
         return self.logits
 

@@ -115,7 +115,8 @@ class FusedGPT(nn.Module):
     Args:
         model: GPT; its matrices become views of the stacks of model.fp8.weights.Weights.
         gemm: a provider of model.fp8.products.
-        graphs: record CUDA graphs of the training pass once the FP8 scales are known.
+        graphs: record CUDA graphs of the training pass once the FP8 scales are known, and with
+            several ranks of making operands and of the updates.
         peers: model.fp8.peers.Peers, where several ranks share the optimiser. Every rank then makes
             its FusedGPT at once, and what is not a rank's own leaves its memory: evaluation in FP8,
             and what else reads the parameters, goes within `gathered`.

@@ -8,7 +8,7 @@ addresses: parameters, gradients, the weights' operands, the FP8 scales.
 import torch
 
 
-def recorded(function, pool=None):
+def captured(function, pool=None):
     """Record the kernels that function() launches. Recording itself runs nothing on the GPU.
 
     Args:
@@ -28,12 +28,12 @@ def recorded(function, pool=None):
     return graph, result
 
 
-class Launches:
+class GraphedCall:
     """The kernels of one function, in whose place the host launches a CUDA graph from its second
     call on: the first compiles them.
 
     Args:
-        pool: as of `recorded`; None: no graph.
+        pool: as of `captured`; None: no graph.
 
     Attributes:
         graph: the CUDAGraph, or None.
@@ -56,7 +56,7 @@ class Launches:
             self.ran = settled
             return
         if self.graph is None:
-            self.graph, _ = recorded(function, self.pool)
+            self.graph, _ = captured(function, self.pool)
         self.graph.replay()
 
 
@@ -73,8 +73,8 @@ class GraphedPass:
     def __init__(self, fused, tokens, targets):
         self.tokens, self.targets = tokens.clone(), targets.clone()
         self.grad_loss = torch.ones((), device=tokens.device)
-        forward, (self.mean, state) = recorded(lambda: fused.loss(self.tokens, self.targets))
-        backward, _ = recorded(lambda: fused.backward(state, self.grad_loss), forward.pool())
+        forward, (self.mean, state) = captured(lambda: fused.loss(self.tokens, self.targets))
+        backward, _ = captured(lambda: fused.backward(state, self.grad_loss), forward.pool())
         self.graphs = forward, backward
         self.runs = 0
 

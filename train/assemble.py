@@ -88,20 +88,27 @@ def fused_optimizer(fused, optim, lr_scale=1.0, ranks=ALONE):
     return optimizer
 
 
-def prepare_products(provider, shapes, ranks):
-    """Have a provider of products choose what suits them: rank 0 measures, and all take its choice,
-    as one run has to repeat bit by bit.
+def prepare_products(provider, config, rows, device, ranks=ALONE, say=print):
+    """Have a provider of products choose what suits those of a training pass: rank 0 measures, and
+    all take its choice, as a run has to repeat bit by bit.
+
+    Args:
+        provider: of model.fp8.products.
+        config: GPTConfig.
+        rows: of a micro-step.
+        say: called with a line before a measurement.
 
     Returns:
         rank 0's line about it, or None.
     """
+    shapes = for_provider(config, rows * config.sequence_len, device, provider.fp8)
 
     def choose():
-        return provider.prepare(shapes), provider.choices
+        return provider.prepare(shapes, say), provider.choices
 
     line, choices = ranks.by_main(choose)
     if not ranks.main:
-        provider.prepare(shapes, choices=choices)
+        provider.prepare(shapes, say, choices)
     return line
 
 
@@ -120,6 +127,7 @@ def assemble(
     ranks=ALONE,
     ready=lambda: None,
     ended=lambda phase: None,
+    say=print,
 ):
     """Build model and optimiser.
 
@@ -131,7 +139,8 @@ def assemble(
         attention: name of a record of providers.ATTENTION, or "auto".
         deterministic: ask torch and the attention backend for the same bits every time.
         compile_mode: torch.compile's, for the backend "compile".
-        cuda_graphs: let the fused backend record its training pass, on a GPU.
+        cuda_graphs: let the fused backend record its training pass, on a GPU, and with several
+            ranks the update.
         lr_scale: the batch's factor on learning rates.
         set_weights: called with the GPT before anything depends on its weights.
         rows: of a micro-step, for which a provider of products may measure what suits them, before
@@ -139,6 +148,7 @@ def assemble(
         ranks: train.ranks.Ranks that share the optimiser.
         ready: called before the first kernel of this project or of an attention backend.
         ended: called with the name of each phase of the work as it ends.
+        say: called with a line before products are measured.
 
     Raises:
         UserError: an attention backend or FP8 provider that cannot run here.
@@ -151,8 +161,7 @@ def assemble(
     torch.set_float32_matmul_precision("high")
     prepared, positions = None, (rows or 1) * config.sequence_len
     if fused and rows:
-        shapes = for_provider(config, positions, machine.device, fp8.made.fp8)
-        prepared = prepare_products(fp8.made, shapes, ranks)
+        prepared = prepare_products(fp8.made, config, rows, machine.device, ranks, say)
         ended("products")
     raw_model = GPT(config, machine.dtype, device=machine.device)
     set_weights(raw_model)

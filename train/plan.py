@@ -40,8 +40,9 @@ class Plan:
 
     def evaluates(self, step: int, reports: Reports) -> bool:
         """Whether BPB is measured after a step, 0: before the first."""
-        first = step == 0 and not reports.skip_initial_eval
-        return first or self.due(step, reports.eval_every)
+        if step == 0:
+            return not reports.skip_initial_eval
+        return step <= self.num_iterations and self.due(step, reports.eval_every)
 
 
 def make_plan(

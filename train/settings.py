@@ -179,7 +179,7 @@ class MachineOptions:
     kernel_cache: str = option(
         "", "compiled kernels, of python -m train.warm", metavar="FILE", since="0.2"
     )
-    cuda_graphs: bool = option(True, "record the fused training pass as CUDA graphs")
+    cuda_graphs: bool = option(True, "record the fused pass, and ranks' updates, as CUDA graphs")
     deterministic: bool = option(False, "same bits every time, attention included (slower)")
 
 

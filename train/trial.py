@@ -58,7 +58,7 @@ def choose_rows(settings: Settings, config, machine, fp8, world=1, total=None) -
     return settings.replace({ROWS: rows})
 
 
-def _train(settings, config, machine, fp8):
+def _train(settings, config, machine, fp8, say):
     """What takes memory in training, with the rows of the settings."""
     rows, options = settings.horizon.device_batch_size, settings.machine
     built = assemble(
@@ -71,6 +71,7 @@ def _train(settings, config, machine, fp8):
         options.compile_mode,
         options.cuda_graphs,
         rows=rows,
+        say=say,
     )
     generator = torch.Generator(machine.device).manual_seed(0)
     shape = rows, config.sequence_len + 1
@@ -87,15 +88,16 @@ def _train(settings, config, machine, fp8):
         built.model(*batch, reduction="none").sum().item()
 
 
-def fits(settings, config, machine, fp8):
+def fits(settings, config, machine, fp8, say=print):
     """Whether training with the rows of the settings fits: tried, and nothing of it kept.
 
     Args:
         fp8: providers.Choice of the products.
+        say: as of assemble.
     """
     cuda = machine.device.type == "cuda"
     try:
-        _train(settings, config, machine, fp8)
+        _train(settings, config, machine, fp8, say)
         return True
     except (MemoryError, RuntimeError) as error:
         told = str(error).lower()
@@ -130,7 +132,8 @@ def settle_rows(start, ready=lambda: None):
         ranks.by_main(ready)
         while True:
             rows = start.settings.horizon.device_batch_size
-            good = fits(start.settings, start.config, start.machine, start.fp8)
+            trial = start.settings, start.config, start.machine, start.fp8
+            good = fits(*trial, print if ranks.main else lambda line: None)
             peak = torch.cuda.max_memory_reserved(device)
             bad, peak = ranks.agree(not good, peak)
             if not bad:

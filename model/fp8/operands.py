@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from nanofuse.model.fp8.scaling import CALIBRATED_STEPS
-from nanofuse.model.graphs import Launches
+from nanofuse.model.graphs import GraphedCall
 
 
 class Operands:
@@ -35,7 +35,7 @@ class Operands:
 
     def __init__(self, weights, scaling, pool=None):
         self.weights, self.scaling = weights, scaling
-        self.refreshing, self.completing = Launches(pool), Launches(pool)
+        self.refreshing, self.completing = GraphedCall(pool), GraphedCall(pool)
         self.steps, self.recorded, self.taken = 0, False, None
         self._version = None  # of the weights that the operands were made of
 

@@ -127,4 +127,6 @@ class Winners:
 
     def keep(self, winners):
         """Put {product: Winner} into the store; returns None, or why that failed."""
-        return self.store.add(self.told(winners)["entries"])
+        told = self.told(winners)
+        self.learn(told)
+        return self.store.add(told["entries"])

@@ -6,7 +6,14 @@ import pytest
 
 from nanofuse.bench import bench_scaling as module
 from nanofuse.bench import training
-from nanofuse.bench.scaling import differences, scaling_table, scheme_figures, skew, step_seconds
+from nanofuse.bench.scaling import (
+    differences,
+    scaling_table,
+    scheme_figures,
+    skew,
+    step_seconds,
+    take_turns,
+)
 from nanofuse.bench.scaling_worker import Worker
 
 
@@ -133,33 +140,38 @@ class FakeCrew:
         return [None] * 2
 
 
-@pytest.mark.parametrize(
-    ("no_room", "beside", "left_out"),
-    [
-        ((), True, []),
-        ((("nanochat", "owned"),), True, ["nanochat is left out: no room"]),
-        ((("owned", "alone"),), False, ["alone is measured before the others: no room"]),
-    ],
-)
-def test_alone_takes_turns_where_there_is_room(monkeypatch, no_room, beside, left_out):
+@pytest.mark.parametrize("no_room", [(), (("nanochat", "owned"),)])
+def test_schemes_take_turns_and_then_each_is_alone(monkeypatch, no_room):
     crew = FakeCrew(no_room)
     monkeypatch.setattr(module, "Crew", crew)
-    rounds, options = 3, {"--schemes": "owned,nanochat", "--bigram-factor": 5}
-    monkeypatch.setattr(module, "CPU_ROUNDS", rounds)
+    monkeypatch.setattr(module, "CPU_ROUNDS", 3)
+    monkeypatch.setattr(module, "ON_GPU", False)
+    monkeypatch.setattr(module, "WARMUP_ROUNDS", 2)
+    monkeypatch.setattr(module.CLOCK, "now", 0.0)
+    passed = []
 
     def pedantic(function, rounds):
         for _ in range(rounds):
             function()
+            passed.append(module.CLOCK.now)
 
     benchmark = SimpleNamespace(disabled=False, extra_info={}, pedantic=pedantic)
+    options = {"--schemes": "owned,nanochat"}
     config = SimpleNamespace(getoption=lambda name: options.get(name, 1))
-    request = SimpleNamespace(config=config)
-    module.bench_scaling(benchmark, request, rounds, 1, "off", 2)
+    module.bench_scaling(benchmark, SimpleNamespace(config=config), 3, 1, "off", 2)
+    turns = ["owned"] if no_room else ["owned", "nanochat"]
     steps = [each[1] for each in crew.asked if each[0] == "step"]
-    running = ["owned"] if ("nanochat", "owned") in no_room else ["owned", "nanochat"]
-    assert sorted(steps) == sorted(rounds * ["alone", *running])
-    turns = ["alone", *running] if beside else running
-    assert steps[-2 * len(turns) :] == turns[::-1] + turns
-    assert ("drop",) not in crew.asked or not beside
-    assert benchmark.extra_info["left_out"] == left_out
-    assert benchmark.extra_info["alone_ms"] == [1500.0, 1500.0]
+    assert steps == 2 * (turns + turns[::-1]) + turns + 5 * ["alone"]
+    assert crew.asked.index(("drop",)) < crew.asked.index(("build", "alone"))
+    assert passed == pytest.approx([1.8, 3.6, 5.4])
+    found = benchmark.extra_info
+    assert found["left_out"] == (["nanochat is left out: no room"] if no_room else [])
+    assert found["alone_ms"] == [1500.0, 1500.0] and list(found["schemes"]) == turns
+
+
+def test_the_first_rounds_are_left_out():
+    crew = FakeCrew(())
+    crew.built, numbers = ["a", "b"], iter(range(10))
+    crew.ask = lambda command, name: (name, next(numbers))
+    found = take_turns(crew, ["a", "b"], rounds=2, warmup=3)
+    assert found == {"a": [("a", 7), ("a", 8)], "b": [("b", 6), ("b", 9)]}

@@ -10,7 +10,7 @@ import torch
 
 from nanofuse.model.fp8.products import PlainGemm
 from nanofuse.model.fused import FusedGPT
-from nanofuse.model.graphs import Launches
+from nanofuse.model.graphs import GraphedCall
 from tests.helpers import random_model
 from tests.model.test_fused import DEVICE, batch, make
 
@@ -88,7 +88,7 @@ def test_launches_are_recorded_once_they_are_settled(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: nullcontext())
-    launches, function = Launches((0, 1)), lambda: calls.append("call")
+    launches, function = GraphedCall((0, 1)), lambda: calls.append("call")
     launches(function, settled=False)
     launches(function)  # compiles what it launches from now on
     assert launches.graph is None and len(calls) == 2
@@ -106,7 +106,7 @@ def test_launches_are_recorded_once_they_are_settled(monkeypatch):
 
 def test_launches_without_a_pool_are_calls():
     calls = []
-    launches = Launches(None)
+    launches = GraphedCall(None)
     for _ in range(3):
         launches(lambda: calls.append("call"))
     assert launches.graph is None and len(calls) == 3

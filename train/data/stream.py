@@ -133,7 +133,8 @@ class Tokens:
         if rows and max(rows) >= (len(found.offsets) - 1 if found else len(texts)):
             raise UserError(OTHER_DATA.format(self.corpus.name))
         if found:
-            return [found.tokens[found.offsets[row] : found.offsets[row + 1]] for row in rows]
+            # in memory of their own, as a view would keep the whole row group
+            return [found.tokens[slice(*found.offsets[row : row + 2])].copy() for row in rows]
         tokens, offsets = self.tokenizer.encode_flat([texts[row] for row in rows])
         return [tokens[i:j] for i, j in itertools.pairwise(offsets.tolist())]
 

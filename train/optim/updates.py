@@ -13,7 +13,7 @@ import torch
 from nanofuse.kernels.adamw import AdamWTensors, adamw, adamw_ref, adamw_schedule
 from nanofuse.kernels.gradient_squares import GradientSquares
 from nanofuse.kernels.muon_update import muon_hyper, muon_update, muon_update_ref
-from nanofuse.model.graphs import Launches
+from nanofuse.model.graphs import GraphedCall
 
 RECOMPILE_LIMIT = 64  # a compiled update has one graph per parameter shape; torch's limit is 8
 
@@ -150,7 +150,7 @@ class KernelUpdate:
         fields = [(x.param, x.grad, x.exp_avg, x.exp_avg_sq, x.hyper) for x in tables]
         self.tensors = AdamWTensors(*zip(*fields, strict=True)) if tables else None
         self.numbers = numbers or NumbersOnDevice(shares[0].param.device)
-        self.graphed = Launches(pool)
+        self.graphed = GraphedCall(pool)
 
     @staticmethod
     def squares_of(shares):

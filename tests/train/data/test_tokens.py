@@ -72,7 +72,7 @@ def names(cache, shard=0):
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_what_is_kept_is_what_was_encoded(tmp_path, tokenizer, monkeypatch, kind, dtype):
-    """Whatever the type of the column, nulls and empty ones included; views of the mapped file."""
+    """Whatever the type of the column, nulls and empty ones included."""
     monkeypatch.setattr(Tokenizer, "dtype", np.dtype(dtype))
     array = pa.array(TEXTS)
     column = array.dictionary_encode() if pa.types.is_dictionary(kind) else array.cast(kind)

@@ -152,7 +152,7 @@ def pool(monkeypatch):
     if ON_GPU:
         return torch.cuda.graph_pool_handle()
     again = lambda function, pool: (SimpleNamespace(replay=function), None)  # noqa: E731
-    monkeypatch.setattr(graphs, "recorded", again)
+    monkeypatch.setattr(graphs, "captured", again)
     return (0, 1)
 
 

@@ -89,6 +89,8 @@ REFUSED = [
     ("tolerance = 1.0\n" + LIST.replace("4", "4\nnum-iterations = 9\neval-every = 4")
      + "[expected.a]\n0 = 3.0\n8 = 2.0\n9 = 2.0\n7 = 2.0\n",
      r"s.toml, \[expected.a\]: step 7 is not evaluated, of 9 with --eval-every 4; name another"),
+    ("tolerance = 1.0\n" + LIST.replace("4", "4\nnum-iterations = 9\neval-every = 4")
+     + "[expected.b]\n12 = 2.0\n", "step 12 is not evaluated, of 9"),
     ("tolerance = 1.0\n" + LIST.replace("4", "4\nskip-initial-eval = true")
      + "[expected.b]\n0 = 3.0\n",
      "step 0 is not evaluated"),
