@@ -127,6 +127,15 @@ def test_documents_of_a_buffer_are_read_again(folder, tokenizer, cache):
     ]
 
 
+def test_rows_of_a_cached_group_do_not_keep_it(folder, tokenizer):
+    list(streamed(folder, tokenizer, 7, cache=True))
+    corpus = ParquetCorpus(folder)
+    found = Tokens(corpus, tokenizer, TokenCache(corpus, tokenizer)).rows(0, 0, [0, 5, 7])
+    expected = Tokens(corpus, tokenizer).rows(0, 0, [0, 5, 7])
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    assert all(x.base is None for x in found)
+
+
 def test_documents_that_are_others_are_refused(folder, tokenizer):
     tokens = Tokens(ParquetCorpus(folder), tokenizer)
 
