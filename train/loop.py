@@ -231,6 +231,7 @@ class Trainer:
             "loader": {
                 **self.state.position(),
                 "corpus": self.corpus.fingerprint,
+                "content": self.corpus.content,
                 "at": self.corpus.describe("train", self.state.unit),
             },
         }

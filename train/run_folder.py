@@ -187,7 +187,10 @@ def find_run(given: str, step: int | None = None) -> tuple[Path, Path]:
     Raises:
         UserError: there is none.
     """
-    for path in (Path(given), RUNS_DIR / given):
+    places = Path(given), RUNS_DIR / given
+    if places[0].is_dir() and not checkpoints(places[0]) and checkpoints(places[1]):
+        places = places[::-1]  # a folder here has the name of a run
+    for path in places:
         if STEP_NAME.fullmatch(path.name) and is_complete(path):
             number = int(path.name.removeprefix("step_"))
             if step not in (None, number):

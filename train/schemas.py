@@ -112,6 +112,7 @@ class Position(Strict):
     unit: Count
     document: Count
     corpus: str
+    content: str | None = None  # not known of 0.1's and of the standard library
 
 
 class Meta(Strict):

@@ -306,7 +306,9 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     plan = make_resumed_plan(settings, saved, config, *at)
     job = settings.job
     corpus = open_corpus(job.data, job.text_column, job.val_shard)
-    if meta["loader"]["corpus"] != corpus.fingerprint:
+    trained = meta["loader"]
+    known = trained.get("content") and corpus.content
+    if trained["corpus"] != corpus.fingerprint or known and trained["content"] != corpus.content:
         raise UserError(f"--resume: {corpus.name} differ from the run's data; pass its --data")
     tokenizer = load_tokenizer(directory, config, meta)
     options = settings.machine

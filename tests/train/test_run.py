@@ -440,10 +440,34 @@ def write_shard(path, texts):
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
 
 
+def test_resume_refuses_other_text_of_the_same_size(data_dir, work_dir):
+    def write(turn):
+        for index in range(3):
+            texts = [f"{index} {i:03d} birds sang {i:03d} {index}"[::turn] for i in range(400)]
+            table = pa.table({"text": texts})
+            path = data_dir / f"shard_{index:05d}.parquet"
+            pq.write_table(table, path, compression="none", use_dictionary=False)
+
+    write(1)
+    train(data_dir, "a", "--num-iterations", 2)
+    meta_path = find_checkpoint(run_dir("a")) / "meta.json"
+    write(-1)
+    more = ["--run", "a", "--resume", "--num-iterations", "3"]
+    with pytest.raises(UserError, match="differ from the run's data"):
+        main(more)
+    write(1)
+    meta = json.loads(meta_path.read_text())
+    assert meta["loader"].pop("content")
+    meta_path.write_text(json.dumps(meta))  # as 0.1 wrote it
+    main(more)
+
+
 @pytest.mark.parametrize("flags", [(), ("--skip-initial-eval",)])
 def test_a_validation_split_without_text_is_found_before_the_first_step(data_dir, work_dir, flags):
     write_shard(data_dir / "shard_00002.parquet", ["", None])
-    with pytest.raises(UserError, match="no validation document holds text"):
+    with pytest.raises(
+        UserError, match="no validation document .* --val-shard than shard_00002.parquet"
+    ):
         train(data_dir, "a", "--num-iterations", 2, *flags)
     assert not (work_dir / "runs").exists()
 

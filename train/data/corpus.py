@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from nanofuse.train.data.library import StdlibCorpus
 from nanofuse.train.data.shards import (
-    HINT,
     SPLIT_NAMES,
     SPLITS,
     choose_validation,
+    damaged,
     decode_texts,
     find_shards,
-    first_line,
+    footer_of,
     listed,
     open_shard,
     signature,
@@ -76,7 +76,7 @@ class ParquetCorpus:
             raise UserError(f"--val-shard needs a folder of shards, and --data {path} is one file")
         self.shards = [path] if self.one_file else find_shards(path)
         if not self.one_file and len(self.shards) < 2:
-            found, way_out = "0 parquet shards", FETCH_HINT
+            found, way_out = "0 parquet shards", f"{FETCH_HINT} (sub-folders are not looked at)"
             if self.shards:
                 found, way_out = "1 parquet shard", f"name it as --data {self.shards[0]}"
             raise UserError(
@@ -86,7 +86,8 @@ class ParquetCorpus:
         names = [shard.name for shard in self.shards]
         self.reordered = names != sorted(names)
         self.val_shards, self.left_out, self.by_name = choose_validation(names, val_shard, path)
-        self.documents, self.row_groups, self.signatures = [], [], []  # per shard
+        self.documents, self.row_groups = [], []  # per shard
+        self.signatures, self.footers = [], []  # as they were at the start
         self.units = {split: [] for split in SPLITS}  # (shard, row group, first row, end or None)
         for index, shard in enumerate(self.shards):
             self._add(index, shard)
@@ -115,6 +116,7 @@ class ParquetCorpus:
         """Take up one shard."""
         metadata = open_shard(path, self.text_column).metadata
         self.signatures.append(signature(path))
+        self.footers.append(footer_of(path))
         rows, groups = metadata.num_rows, metadata.num_row_groups
         self.documents.append(rows)
         self.row_groups.append(groups)
@@ -148,6 +150,11 @@ class ParquetCorpus:
         if self.text_column != TEXT_COLUMN:
             facts = [*facts, ("column", self.text_column)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def content(self):
+        """Changes when the text of a shard does, as far as its footer shows."""
+        return hashlib.sha256(repr(self.footers).encode()).hexdigest()
 
     @property
     def tokenizer_path(self):
@@ -215,9 +222,10 @@ class ParquetCorpus:
         if self.opened[0] != index:
             file = open_shard(self.shards[index], self.text_column)
             size, *_ = signature(self.shards[index])
-            found = size, file.metadata.num_rows, file.metadata.num_row_groups
-            known = self.signatures[index][0], self.documents[index], self.row_groups[index]
-            if found != known:
+            if (size, footer_of(self.shards[index])) != (
+                self.signatures[index][0],
+                self.footers[index],
+            ):
                 raise UserError(
                     f"shard {self.shards[index]} has changed since the start; put the old one "
                     "back, or start a new run"
@@ -262,10 +270,8 @@ class ParquetCorpus:
             if count > 1:
                 groups = range(first, first + count)
                 return [self.read_groups(shard, group, 1)[0] for group in groups]
-            raise UserError(
-                f"row group {first} of shard {self.shards[shard]} is damaged "
-                f"({first_line(error)}); copy the shard anew from where it came"
-            ) from None
+            what = f"row group {first} of shard {self.shards[shard]}"
+            raise damaged(what, error, "copy the shard anew from where it came") from None
 
     def head(self):
         """Iterator of the training documents, read HEAD_DOCUMENTS at a time, whatever the size of
@@ -292,9 +298,7 @@ class ParquetCorpus:
                     if rows == high:
                         break
             except (pa.ArrowException, OSError) as error:
-                raise UserError(
-                    f"shard {self.shards[index]} is damaged ({first_line(error)}); {HINT}"
-                ) from None
+                raise damaged(f"shard {self.shards[index]}", error) from None
 
     def tell_replaced(self):
         """A line on documents that were not UTF-8 where a split's have not been told of, or None.

@@ -4,11 +4,13 @@ The last shard of the data set is nanochat's validation shard and is always fetc
 figures compare (https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle).
 """
 
+import contextlib
 import hashlib
 import os
+import queue
 import shutil
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +23,7 @@ LAST_SHARD = 6542
 ATTEMPTS = 5
 BACKOFF_SECONDS = 1.0
 CHUNK = 1 << 20
+ANSWER_SECONDS = 60  # for the list of shards
 
 
 def shard_name(index):
@@ -75,6 +78,58 @@ def fetch_shard(hub, name, directory, size, sha256):
     raise UserError(f"{name} did not arrive after {ATTEMPTS} attempts ({reason}); try again later")
 
 
+def outcome(function, *args, **options):
+    """(what it returns, None), or (None, what it raised)."""
+    try:
+        return function(*args, **options), None
+    except Exception as error:
+        return None, error
+
+
+def listing(hub, names):
+    """{name: (bytes, SHA-256 or None)} of those shards that the hub has.
+
+    Raises:
+        UserError: it cannot be reached, does not answer, or answers otherwise than it should.
+    """
+    answers = queue.SimpleQueue()
+
+    def ask():
+        answers.put(outcome(hub.HfApi().get_paths_info, REPO, names, repo_type="dataset"))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        entries, error = answers.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        what = f"the hub does not answer within {ANSWER_SECONDS} s"
+        raise UserError(f"{what}; check the network, or try again later") from None
+    if error:  # the hub's HTTP client, and so its errors, vary by version
+        if getattr(error, "response", None) is None:
+            raise UserError(f"the hub cannot be reached ({_first_line(error)}); check the network")
+        raise UserError(f"the hub refuses ({_first_line(error)}); try again later")
+    found = {}
+    for entry in entries:
+        size, lfs = getattr(entry, "size", None), getattr(entry, "lfs", None)
+        if not isinstance(size, int) or size < 0:
+            raise UserError(f"the hub has no size for {entry.path}; try again later")
+        if entry.path in names:
+            found[entry.path] = size, lfs.sha256 if lfs else None
+    return found
+
+
+def refuse_folder(directory):
+    """Refuse a folder that cannot be one, before anything is asked for.
+
+    Raises:
+        UserError: it, or the first one above it that is there, is a file or may not be written to.
+    """
+    there = next(p for p in (directory, *directory.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(there):
+        raise UserError(f"{there} is not a folder; move it away, or name another --data")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} may not be written to; name another --data")
+
+
 def download_shards(directory, num_shards, workers=4, hub=None):
     """Fetch the first num_shards training shards and the validation shard, in parallel.
 
@@ -94,33 +149,37 @@ def download_shards(directory, num_shards, workers=4, hub=None):
                 "download needs huggingface_hub; install it with pip install -e '.[hub]'"
             ) from None
     indices = [*range(min(num_shards, LAST_SHARD)), LAST_SHARD]
-    try:
-        entries = hub.HfApi().get_paths_info(
-            REPO, [shard_name(i) for i in indices], repo_type="dataset"
-        )
-    except Exception as error:  # as above
-        reason = _first_line(error)
-        raise UserError(f"the hub cannot be reached ({reason}); check the network") from None
-    checksums = {e.path: (e.size, e.lfs.sha256 if e.lfs else None) for e in entries}
-    missing = [shard_name(i) for i in indices if shard_name(i) not in checksums]
+    names = [shard_name(i) for i in indices]
+    refuse_folder(directory)
+    entries = listing(hub, names)
+    missing = [name for name in names if name not in entries]
     if missing:
         raise UserError(f"{REPO} has no {missing[0]}; ask for fewer shards with -n")
-    total = sum(size for size, _ in checksums.values())
     make_folder(directory)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="shards") as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        jobs = {
-            pool.submit(fetch_shard, hub, name, directory, size, sha256): size
-            for name, (size, sha256) in checksums.items()
-        }
-        try:
-            paths = []
-            for job in as_completed(jobs):
-                paths.append(job.result())
-                bar.update(jobs[job])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+    for name in names:
+        todo.put(name)
+
+    def work():
+        while not todo.empty():
+            with contextlib.suppress(queue.Empty):
+                name = todo.get_nowait()
+                done.put(outcome(fetch_shard, hub, name, directory, *entries[name]))
+
+    # threads that end with the process: a signal or a failure need not wait for whole shards
+    for _ in range(workers):
+        threading.Thread(target=work, daemon=True).start()
+    paths, total = [], sum(size for size, _ in entries.values())
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="shards") as bar:
+            for _ in names:
+                path, error = done.get()
+                if error:
+                    raise error
+                paths.append(path)
+                bar.update(entries[path.name][0])
+    finally:
+        while not todo.empty():
+            with contextlib.suppress(queue.Empty):
+                todo.get_nowait()
     return sorted(paths)

@@ -1,5 +1,6 @@
 """Parquet shards: which files of a folder they are, their order, which validate, their text."""
 
+import hashlib
 import os
 import re
 import stat
@@ -31,11 +32,25 @@ def listed(names):
     return ", ".join(names[:VIEWED]) + more
 
 
-def without_text(name, split):
+def damaged(what, error, hint=HINT):
+    """The UserError for a shard, or a part of it, that pyarrow does not read.
+
+    Raises:
+        MemoryError: there is no memory for it.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    if "decrypt" in str(error).lower():
+        return UserError(f"{what} is encrypted; name another --data")
+    return UserError(f"{what} is damaged ({first_line(error)}); {hint}")
+
+
+def without_text(corpus, split):
     """The UserError for data of which no document of a split holds text."""
-    return UserError(
-        f"{name}: no {SPLIT_NAMES[split]} document holds text; name another --data or --text-column"
-    )
+    found = f"{corpus.name}: no {SPLIT_NAMES[split]} document holds text; name another "
+    if split == "val" and (names := getattr(corpus, "val_shards", [])):
+        return UserError(f"{found}--val-shard than {listed(names)}, --data or --text-column")
+    return UserError(f"{found}--data or --text-column")
 
 
 def natural_key(name):
@@ -88,11 +103,34 @@ def choose_validation(names, val_shard, directory):
 
 
 def is_text(kind):
-    """Whether an Arrow type holds text, or bytes that may be text."""
+    """Whether an Arrow type holds text, or bytes that may be text, or nothing but nulls."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    tests = (
+        "string",
+        "large_string",
+        "string_view",
+        "binary",
+        "large_binary",
+        "binary_view",
+        "null",
+    )
     return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+
+
+def footer_of(path):
+    """SHA-256 of a parquet file's footer, hexadecimal. It has places, sizes and statistics of all
+    pages: other text has another one, but for what takes as many bytes and has no statistics.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))  # its length, little-endian, and MAGIC
+        length = min(int.from_bytes(file.read(4), "little"), size - 8)
+        file.seek(size - 8 - length)
+        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def signature(path):
@@ -128,6 +166,9 @@ def open_shard(path, column, buffer_size=0):
     except FileNotFoundError:
         what = "is a link to a file that does not exist" if path.is_symlink() else "is gone"
         raise UserError(f"shard {path} {what}; {HINT}") from None
+    except PermissionError:
+        way_out = "give yourself the right to read it, or name another --data"
+        raise UserError(f"shard {path} cannot be read (Permission denied); {way_out}") from None
     except OSError as error:
         raise UserError(f"shard {path} cannot be read ({error.strerror}); {HINT}") from None
     if not size:
@@ -139,12 +180,14 @@ def open_shard(path, column, buffer_size=0):
         raise UserError(f"shard {path} is not a parquet file (it begins with {head!r}); {way_out}")
     if tail != MAGIC or size < 3 * len(MAGIC):
         raise UserError(f"shard {path} is truncated or damaged (its end is missing); {HINT}")
+    name = portable(str(path))  # pyarrow takes it in UTF-8 whatever the locale
+    if name.encode() != os.fsencode(path):
+        raise UserError(f"shard {path}: its name is not UTF-8; rename the file or its folder")
     try:
-        name = portable(str(path))  # pyarrow takes it in UTF-8 whatever the locale
         file = pq.ParquetFile(name, page_checksum_verification=True, buffer_size=buffer_size)
         fields = file.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"shard {path} is damaged ({first_line(error)}); {HINT}") from None
+        raise damaged(f"shard {path}", error) from None
     check_column(path, fields, column)
     return file
 

@@ -183,7 +183,7 @@ class DocumentStream:
                         yield piece
                     row = 0
             if whole and not text:
-                raise without_text(self.tokens.corpus.name, self.split)
+                raise without_text(self.tokens.corpus, self.split)
             first, whole = 0, True
 
     def _groups(self, first):
@@ -255,7 +255,10 @@ def fetch_documents(tokens, split, documents, kept, most=None):
         else:
             document = found[key >> ROW_BITS][key & (1 << ROW_BITS) - 1]
             if len(document) != start + length:
-                raise UserError("the saved state of the data loader is of another tokenizer")
+                raise UserError(
+                    f"the saved state of the data loader is not of {tokens.corpus.name}, or of "
+                    "another tokenizer; put back what the run began with"
+                )
         end = None if most is None else start + most
         sources.append((document[start:end].copy(), 0))
     return Slice(keys, starts, lengths, sources)

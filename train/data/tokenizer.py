@@ -354,6 +354,6 @@ def train_on_corpus(
             if total > max_chars:
                 return
         if not total:
-            raise without_text(corpus.name, "train")
+            raise without_text(corpus, "train")
 
     return Tokenizer.train(texts(), vocab_size)

@@ -283,10 +283,38 @@ def test_a_shard_that_changed_since_the_start_is_refused(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.parquet", documents(50), row_group_size=10)
     corpus = ParquetCorpus(tmp_path)
-    for texts, size in ((documents(50), 5), (documents(50, seed=1), 10), (documents(49), 10)):
+    turned = [text[::-1] for text in documents(50)]
+    changes = (documents(50), 5), (documents(50, seed=1), 10), (documents(49), 10), (turned, 10)
+    for texts, size in changes:
         write(tmp_path / "a.parquet", texts, row_group_size=size)
         with pytest.raises(UserError, match=r"a\.parquet has changed since the start"):
             corpus.read_groups(0, 0, 1)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(UserError, match=r"a\.parquet is gone"):
         corpus.read_groups(0, 0, 1)
+
+
+def test_a_column_of_nulls_alone_is_rows_without_text(tmp_path):
+    """As pandas writes a shard whose texts are all None."""
+    for name in "abc":
+        texts = documents(50) if name != "b" else [None] * 20
+        pq.write_table(pa.table({"text": pa.array(texts)}), tmp_path / f"{name}.parquet")
+    corpus = ParquetCorpus(tmp_path)
+    assert corpus.read_groups(1, 0, 1) == [[None] * 20]
+    assert len(list(corpus.head())) == 50
+
+
+def test_text_in_the_place_of_other_text_of_its_size_is_other_content(tmp_path):
+    found = []
+    for turn in (1, -1):
+        for name in "ab":
+            texts = [f"{i:04d} birds sang {i:04d}"[::turn] for i in range(50)]
+            pq.write_table(
+                pa.table({"text": texts}), tmp_path / f"{name}.parquet",
+                compression="none", use_dictionary=False,
+            )  # fmt: skip
+        found.append(ParquetCorpus(tmp_path))
+    assert found[0].fingerprint == found[1].fingerprint
+    assert found[0].content != found[1].content
+    with pytest.raises(UserError, match="has changed since the start"):
+        found[0].read_groups(0, 0, 1)

@@ -1,6 +1,8 @@
 """The download command against a hub that lives in this process."""
 
 import hashlib
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +100,66 @@ def test_unreachable_hub_and_missing_shards(tmp_path):
         download.download_shards(tmp_path, 1, hub=Unreachable())
     with pytest.raises(UserError, match="has no shard_00020.parquet"):
         download.download_shards(tmp_path, 21, hub=FakeHub())
+
+
+def test_a_failure_waits_for_no_other_shard(tmp_path):
+    """Nor does a signal, which comes where the failure does."""
+    release, hub = threading.Event(), FakeHub(shard_00000=["raise"] * 99)
+    fetch = hub.hf_hub_download
+
+    def slow(repo, name, **kwargs):
+        if name != "shard_00000.parquet":
+            release.wait(60)
+        return fetch(repo, name, **kwargs)
+
+    hub.hf_hub_download = slow
+    began = time.monotonic()
+    with pytest.raises(UserError, match="shard_00000.parquet did not arrive"):
+        download.download_shards(tmp_path, 9, workers=2, hub=hub)
+    assert time.monotonic() - began < 30
+    release.set()
+    assert len(set(hub.transfers)) <= 2  # what had begun
+
+
+def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
+    release, hub = threading.Event(), FakeHub()
+    hub.get_paths_info = lambda *args, **kwargs: release.wait(60)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"does not answer within 0\.2 s"):
+        download.download_shards(tmp_path / "new", 1, hub=hub)
+    release.set()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", [{"size": None}, {"size": "big"}, {"size": -5}, {}])
+def test_what_the_hub_lists_without_a_size(tmp_path, entry):
+    """As it does a folder."""
+    hub = FakeHub()
+    hub.get_paths_info = lambda repo, paths, repo_type: [
+        SimpleNamespace(path=path, **entry) for path in paths
+    ]
+    with pytest.raises(UserError, match="has no size for shard_00000.parquet; try again later"):
+        download.download_shards(tmp_path, 1, hub=hub)
+
+
+def test_a_hub_that_refuses_was_reached(tmp_path):
+    class Refused(Exception):
+        response = "401"
+
+    def refuse(*args, **kwargs):
+        raise Refused("401 Unauthorized")
+
+    hub = FakeHub()
+    hub.get_paths_info = refuse
+    with pytest.raises(UserError, match=r"the hub refuses \(401 Unauthorized\)"):
+        download.download_shards(tmp_path, 1, hub=hub)
+
+
+def test_a_folder_that_cannot_be_one_is_told_before_the_hub_is_asked(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file is not a folder; move it away, or name another"):
+            download.download_shards(path, 1, hub=SimpleNamespace())
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,6 @@ def make_unreadable(folder):
         "int64": (array([1, 2], pa.int64()), "'text' of .* is of type int64"),
         "list": (array([["a"], ["b"]], pa.list_(pa.string())), "is of type list"),
         "struct": (array([{"a": "b"}], pa.struct([("a", pa.string())])), "is of type struct"),
-        "nulls": (array([None], pa.null()), "is of type null"),
         "time": (array([1], pa.timestamp("us")), "is of type timestamp"),
         "hashes": (array([b"ab"], pa.binary(2)), r"is of type fixed_size_binary\[2\]"),
     }
@@ -270,7 +269,7 @@ def make_unreadable(folder):
 
 KINDS = (
     "empty|ten bytes|half|a byte less|footer|csv|encrypted|folder|link|pipe|no column|no columns|"
-    "twice|int64|list|struct|nulls|time|hashes"
+    "twice|int64|list|struct|time|hashes"
 ).split("|")
 
 

@@ -145,7 +145,7 @@ def test_documents_that_are_others_are_refused(folder, tokenizer):
     for key in (99 << 32, 199 << 32, 1 << 32 | 200):
         with pytest.raises(UserError, match="is of other data"):
             fetch(key, 3)
-    with pytest.raises(UserError, match="is of another tokenizer"):
+    with pytest.raises(UserError, match="or of another tokenizer; put back"):
         fetch(2, 3000)
     cached = ParquetCorpus(folder)
     list(streamed(folder, tokenizer, 9, cache=True))
