@@ -39,6 +39,8 @@ def test_a_run_is_a_name_a_folder_or_a_checkpoint(run):
     assert find_run("a", 5) == find_run(str(early)) == find_run(str(early), 5) == (directory, early)
     os.unlink(run / MODEL)
     assert find_run("a") == (directory, early)
+    Path("a").mkdir()  # a folder here has the run's name
+    assert find_run("a") == (directory, early)
     for given, step, message in (
         ("b", None, "runs that have a checkpoint: a"),
         ("a", 7, "no checkpoint of step 7"),

@@ -10,7 +10,7 @@ import pytest
 
 from nanofuse.train.data.__main__ import main
 from nanofuse.train.data.corpus import ParquetCorpus
-from nanofuse.train.data.shards import decode_texts, natural_key
+from nanofuse.train.data.shards import damaged, decode_texts, natural_key, open_shard
 from nanofuse.train.errors import UserError
 from tests.helpers import documents, texts_of, units_of
 
@@ -351,3 +351,23 @@ def test_a_text_file_is_told_how_to_become_data(tmp_path):
     (tmp_path / "mine.txt").write_text("some text")
     with pytest.raises(UserError, match=r"mine\.txt is not a parquet .*quickstart\.md says how"):
         ParquetCorpus(tmp_path / "mine.txt")
+
+
+def test_a_name_that_is_not_utf8_is_said_to_be_one(data_dir):
+    """pyarrow would look for another file."""
+    shard = data_dir / "shard_00000.parquet"
+    strange = data_dir / os.fsdecode(b"s_\xe9.parquet")
+    try:
+        shutil.copy(shard, strange)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    with pytest.raises(UserError, match="its name is not UTF-8; rename the file or its folder"):
+        open_shard(strange, "text")
+
+
+def test_what_is_no_damage():
+    with pytest.raises(MemoryError):
+        damaged("shard x", pa.ArrowMemoryError("malloc of size 60 failed"))
+    assert "is encrypted; name" in str(damaged("shard x", OSError("Cannot decrypt ColumnMetadata")))
+    assert "is damaged (OSError" not in str(damaged("shard x", OSError("bad page")))
+    assert str(damaged("shard x", OSError("bad page"))).startswith("shard x is damaged (bad page)")
