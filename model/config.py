@@ -143,6 +143,8 @@ class GPTConfig:
             raise ValueError(
                 f"window_pattern {self.window_pattern!r} must consist of the letters S and L"
             )
+        if len(self.window_pattern) > MAX_LAYERS:
+            raise ValueError(f"window_pattern has more than {MAX_LAYERS:,} letters")
         object.__setattr__(self, "window_pattern", self.window_pattern.upper())
         if self.bigram_embed_factor < 0:
             raise ValueError(

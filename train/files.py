@@ -15,7 +15,9 @@ from pathlib import Path
 from nanofuse.train.errors import UserError
 
 # Names of what is being written; one that a killed process left is removed at the next start.
-LEFTOVER = re.compile(r"\.(step_\d+|[\w+-][\w.+-]*\.jsonl?)\.[a-z0-9_]{8}")
+# letters and digits: no word, no date
+UNIQUE = r"(?=[a-z_]*\d)(?=\d*[a-z_])[a-z0-9_]{8}"
+LEFTOVER = re.compile(rf"\.(step_\d+|[\w+-][\w.+-]*\.jsonl?)\.{UNIQUE}")
 
 
 def make_folder(path):
@@ -33,7 +35,9 @@ def make_folder(path):
 
 def temporary_name(path):
     """A name beside `path` that LEFTOVER knows where it is a run's."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    while not re.fullmatch(UNIQUE, unique := secrets.token_hex(4)):
+        pass
+    return path.with_name(f".{path.name}.{unique}")
 
 
 def remove_leftovers(directory):

@@ -89,7 +89,13 @@ def open_store(place, host=False):
     if host and STORE_FD in os.environ:
         listening = {"master_listen_fd": int(os.environ[STORE_FD])}
     serving = host and not served
-    if not serving:
+    if serving:
+        try:
+            socket.getaddrinfo(name, port)
+        except OSError as error:
+            what = f"MASTER_ADDR={name!r} is no host ({error.strerror})"
+            raise UserError(f"{what}; name this one, or start by torchrun") from None
+    else:
         _wait(place, f"rank 0 at {name}:{port}", lambda: _answers(name, port))
     store = dist.TCPStore(
         name,

@@ -123,9 +123,18 @@ def passed_over(directory: Path | str, step: int = -1) -> str | None:
     return None
 
 
-def prune(directory: Path | str, keep: int) -> list[Path]:
-    """Remove all but the last `keep` checkpoints and the best by validation BPB; returns them."""
+def prune(directory: Path | str, keep: int, newest: int | None = None) -> list[Path]:
+    """Remove all but the last `keep` checkpoints and the best by validation BPB.
+
+    Args:
+        newest: steps after it are not looked at.
+
+    Returns:
+        the folders that are gone.
+    """
     found = checkpoints(directory)
+    if newest is not None:
+        found = {step: folder for step, folder in found.items() if step <= newest}
     if len(found) <= keep:
         return []
     bpbs = {step: (peek(folder) or {}).get("val_bpb") for step, folder in found.items()}
@@ -210,7 +219,7 @@ def load_meta(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / META
     try:
-        return read_meta(path)
+        meta = read_meta(path)
     except OSError as error:
         damage = f"is missing, damaged or of another format ({error.strerror})"
         raise UserError(not_read(path, error, damage)) from None
@@ -218,3 +227,10 @@ def load_meta(folder: Path | str) -> dict[str, Any]:
         raise UserError(
             f"{path} is missing, damaged or of another format ({error}); {way_out(folder)}"
         ) from None
+    named = STEP_NAME.fullmatch(Path(folder).name)
+    if named and meta["step"] != int(named[1]):
+        raise UserError(
+            f"{folder} is of step {meta['step']}, as its {META} says; give it that name, or move "
+            "it out of the run"
+        )
+    return meta

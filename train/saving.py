@@ -43,7 +43,7 @@ class Saver:
         self.ranks = ranks
         self.lock, self.log, self.tokenizer, self.keep = lock, log, tokenizer, keep
         self.directory = lock.directory
-        self.saved_step, self.lost_at = saved_step, None
+        self.saved_step, self.lost_at, self.stays = saved_step, None, False
         self.facts = {"tokenizer": tokenizer.fingerprint, "code": code(), "versions": versions()}
 
     def _complete(self, meta):
@@ -93,9 +93,14 @@ class Saver:
             amend_meta(folder, self._complete(meta))
 
     def prune(self):
-        """Remove what --keep does not keep."""
-        for folder in prune(self.directory, self.keep):
-            self.log.print(f"removed {folder}")
+        """Remove what --keep does not keep; what cannot be removed stays, and is told once."""
+        try:
+            for folder in prune(self.directory, self.keep, self.saved_step):
+                self.log.print(f"removed {folder}")
+        except OSError as error:
+            if not self.stays:
+                self.log.print(f"keep: {error.filename} cannot be removed ({error.strerror})")
+            self.stays = True
 
     def command(self):
         """The command that goes on from the newest checkpoint, or None without one."""

@@ -1,11 +1,17 @@
-"""Signals that end a run: the step is finished and saved first; a second one ends it at once."""
+"""Signals that end a run: the step is finished and saved first; a second one ends it at once.
+
+What follows within SAME_SECONDS is the same request: a terminal that closes sends SIGHUP twice, and
+who ends all processes of a service reaches a rank by itself and by its parent.
+"""
 
 import os
 import signal
 import threading
+import time
 
-# a user's, a terminal's, those that batch systems send before a limit
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# a user's, a terminal's, those that batch systems send before a limit, that of a power cut
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
+SAME_SECONDS = 0.5
 
 
 class Interrupted(BaseException):
@@ -20,12 +26,12 @@ class Signals:
     """Context manager that catches the signals of NAMES (one that was ignored stays so).
 
     Before `defer` the first signal raises Interrupted wherever the main thread is. After it the
-    signal is only noted, and `check` raises. A second signal ends the process at once, with the
-    exit code that a shell gives it.
+    signal is only noted, and `check` raises. A second signal, unless it follows at once, ends the
+    process, with the exit code that a shell gives it.
     """
 
     def __init__(self):
-        self.number, self.deferred = None, False
+        self.number, self.deferred, self.since = None, False, 0.0
         self.previous = {}
 
     def __enter__(self):
@@ -42,8 +48,10 @@ class Signals:
 
     def _handle(self, number, frame):
         if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
+            if time.monotonic() - self.since > SAME_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self.since = number, time.monotonic()
         if not self.deferred:
             raise Interrupted(number)
 

@@ -109,6 +109,7 @@ def test_memory_estimate_of_the_compiled_model_is_near_what_was_measured():
         ({"window_pattern": "SXL"}, "window_pattern"),
         ({"window_pattern": "\u017fL"}, "window_pattern"),  # upper() would make an S of it
         ({"window_pattern": ""}, "window_pattern"),
+        ({"window_pattern": "S" * 4097}, "window_pattern has more than 4,096 letters"),
         ({"bigram_embed_factor": -1}, "bigram_embed_factor"),
         ({"sequence_len": 0}, "sequence_len"),
     ],

@@ -248,8 +248,11 @@ def test_the_last_and_the_best_are_kept(saved):
     assert [f.name for f in prune(run, 2)] == [f"step_{n:06d}" for n in (1, 2, 4, 5)]
     assert list(checkpoints(run)) == [3, 6, 7] and (run / "step_000001.bak").exists()
     amend_meta(run / "step_000007", {"val_bpb": 1.4})
-    prune(run, 1)
-    assert list(checkpoints(run)) == [7] and load_meta(run / "step_000007")["val_bpb"] == 1.4
+    shutil.copytree(run / "step_000003", run / "step_000099")  # somebody's, of no step of the run
+    prune(run, 1, newest=7)
+    assert list(checkpoints(run)) == [7, 99] and load_meta(run / "step_000007")["val_bpb"] == 1.4
+    with pytest.raises(UserError, match=r"step_000099 is of step 3, as its meta\.json says"):
+        load_meta(run / "step_000099")
 
 
 def test_files_have_the_mode_of_the_umask(saved):

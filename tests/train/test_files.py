@@ -66,14 +66,14 @@ def test_only_leftovers_are_removed(tmp_path):
     ours = (".step_000004.k3j2h1g0", ".step_1000000.00ff00ff", ".metrics.jsonl.hx81hdcz",
             ".tokenizer.json.0123abcd")  # fmt: skip
     mine = (".step_notes.txt", ".git", ".step_000004.backup-of-mine", "step_000004.k3j2h1g0",
-            ".step_000004", ".lock")  # fmt: skip
+            ".step_000004", ".lock", ".step_000004.original", ".step_000004.20261130")  # fmt: skip
     for name in (*ours[:2], *mine):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x")
     for name in ours[2:]:
         (tmp_path / name).write_text("x")
     (tmp_path / "step_000004").mkdir()
-    (tmp_path / "step_000004" / ".meta.json.01234567").write_text("half")
+    (tmp_path / "step_000004" / ".meta.json.0123456a").write_text("half")
     assert remove_leftovers(tmp_path) == len(ours) + 1
     (tmp_path / "step_000004").rmdir()
     assert {path.name for path in tmp_path.iterdir()} == set(mine)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nanofuse.train.errors import UserError
-from nanofuse.train.rendezvous import Place, address
+from nanofuse.train.rendezvous import Place, address, open_store
 from tests.train.forks import ROOT
 from tests.train.tiny import TINY
 
@@ -52,6 +52,18 @@ def test_variables_that_make_no_sense_are_named(environment, variables, said):
     environment(**variables)
     with pytest.raises(UserError, match=said):
         Place.of_environment()
+
+
+def test_a_host_that_nobody_knows_ends_in_a_line(environment, monkeypatch):
+    """Where TCPStore would look for it for an hour, deaf to signals."""
+
+    def unknown(*args):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    environment(MASTER_ADDR="nohost.invalid", MASTER_PORT="29500")
+    with pytest.raises(UserError, match="MASTER_ADDR='nohost.invalid' is no host .*; name this"):
+        open_store(Place(0, 2), host=True)
 
 
 def test_an_address_has_a_host_and_a_port(environment):

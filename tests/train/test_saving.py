@@ -151,7 +151,9 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     with Signals() as signals:
         signals.defer()
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)  # the same request, to all processes of a service
         assert signals.number == signal.SIGTERM and codes == []
+        monkeypatch.setattr("time.monotonic", lambda: signals.since + 0.6)
         os.kill(os.getpid(), signal.SIGINT)
     assert codes == [130]
 
@@ -296,3 +298,14 @@ def test_the_debug_variable_keeps_the_cause(train, monkeypatch):
     with pytest.raises(RunEnded) as stop:
         train("a", 3)
     assert str(stop.value.__cause__) == "why" and stop.value.__cause__.__traceback__ is not None
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_nothing(train, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("nanofuse.train.run_folder.remove_folder", refuse)
+    train("a", 5, "--save-every", 1, "--keep", 1)
+    assert steps("a") == [1, 2, 3, 4, 5]
+    out = capsys.readouterr().out
+    assert out.count("step_000001 cannot be removed (Operation not permitted)") == 1
