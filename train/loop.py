@@ -25,6 +25,7 @@ from nanofuse.train.data.tokenizer import Tokenizer
 from nanofuse.train.energy import EnergyMeter
 from nanofuse.train.errors import UserError, first_line
 from nanofuse.train.figures import Crew, window_figures
+from nanofuse.train.files import way_out
 from nanofuse.train.guard import START_SECONDS
 from nanofuse.train.optim.muon_adamw import MuonAdamW
 from nanofuse.train.optim.watch import NAMED
@@ -163,7 +164,9 @@ class Trainer:
         progress = self.progress
         bpb = self.validation.bpb(self.model, self.plan.eval_rows, self.accord.decide_now)
         if not math.isfinite(bpb):
-            raise UserError(f"validation BPB is {bpb} at step {progress.step}; {RATES_HINT}")
+            saved = self.saver.saved_step == progress.step  # before it was known
+            mend = f"{way_out(self.saver.step_folder())}; " if saved else ""
+            raise UserError(f"validation BPB is {bpb} at step {progress.step}; {mend}{RATES_HINT}")
         progress.note_bpb(bpb)
         settle_garbage()  # the first evaluation compiles
         self.log.metrics("val", progress.step, bpb=bpb, train_seconds=progress.train_seconds)

@@ -126,7 +126,8 @@ def make_resumed_plan(
     Args:
         settings, saved: those of now, and those of the checkpoint.
         step, num_iterations: where the checkpoint stands, and the length it was on the way to.
-        evaluated: whether its evaluation was done too; otherwise that may be all that is left.
+        evaluated: whether BPB, and CORE if asked for, were measured there; otherwise that may be
+            all that is left.
         world: ranks that share the micro-steps.
 
     Raises:

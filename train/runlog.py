@@ -33,6 +33,11 @@ def trained_steps(path):
     return sum(record.get("kind") == "train" for _, record in _records(path))
 
 
+def kinds_at(path, step):
+    """The kinds of the records of a step in a file of metrics."""
+    return {record.get("kind") for _, record in _records(path) if record.get("step") == step}
+
+
 def cut_back(path, step, again=()):
     """Leave in a file of metrics what belongs to a run that stands at `step`: whole lines, no later
     steps, and each record once, the last one.

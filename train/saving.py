@@ -86,6 +86,10 @@ class Saver:
         elif lost:
             self.log.print(f"run: {', '.join(lost)} of {self.directory} was removed; made again")
 
+    def step_folder(self):
+        """The folder of the step that was saved last."""
+        return checkpoints(self.directory)[self.saved_step]
+
     def amend(self, step, meta):
         """Bring meta.json of a step that is saved up to date."""
         folder = checkpoints(self.directory).get(step)

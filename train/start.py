@@ -29,6 +29,7 @@ from nanofuse.train.run_folder import (
     load_meta,
     run_dir,
 )
+from nanofuse.train.runlog import METRICS_FILE, kinds_at
 from nanofuse.train.settings import (
     Settings,
     asks_for_rows,
@@ -301,7 +302,9 @@ def start_resumed(given, lock, ranks=ALONE, ahead=None):
     config = config_of(meta, checkpoint)
     saved, auto = resolve_resumed({}, settled), asks_for_rows(given)
     length = meta["num_iterations"]
+    reported = kinds_at(directory / METRICS_FILE, meta["step"])
     evaluated = meta.get("val_bpb") is not None
+    evaluated &= settings.reports.core_every < 0 or "core" in reported
     at = meta["step"], length, evaluated, ranks.world
     plan = make_resumed_plan(settings, saved, config, *at)
     job = settings.job

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pkgutil import resolve_name
 
@@ -17,6 +18,7 @@ from nanofuse.train.loop import Trainer
 from nanofuse.train.run import main
 from nanofuse.train.run_folder import LOADER, MODEL, OPTIM, load_meta, run_dir
 from nanofuse.train.signals import Signals
+from tests.train.bundles import write_bundle
 from tests.train.tiny import TINY, losses, records, steps, strangers
 
 
@@ -207,6 +209,32 @@ def test_a_signal_ends_an_evaluation_which_the_resume_makes(train, monkeypatch, 
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert load_meta(directory / "step_000004")["val_bpb"] == summary["val_bpb"] is not None
     assert losses(directory) == losses(train("whole", 4))
+    with pytest.raises(UserError, match="has finished its 4 steps"):
+        main(["--run", "a", "--resume"])
+
+
+def test_weights_without_a_finite_bpb_are_named(train, monkeypatch):
+    train("a", 4, "--save-every", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("nanofuse.train.bpb.Validation.bpb", lambda *args: float("nan"))
+        with pytest.raises(UserError, match="BPB is nan at step 6; delete .*a/step_000006 to use"):
+            train("a", 6, "--resume")
+    shutil.rmtree(run_dir("a") / "step_000006")
+    train("a", 6, "--resume")
+    assert steps("a") == [2, 4, 6]
+
+
+def test_core_at_the_end_is_measured_by_a_resume(train, monkeypatch, tmp_path, capsys):
+    def measuring(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.accord.decide_now()
+
+    bundle = write_bundle(tmp_path / "bundle")
+    with monkeypatch.context() as patch, pytest.raises(RunEnded, match="step 4 is saved; go on"):
+        patch.setattr(Trainer, "measure_core", measuring)
+        train("a", 4, "--core-every", 0, "--core-bundle", bundle)
+    main(["--run", "a", "--resume"])
+    assert "step      4  CORE" in capsys.readouterr().out
     with pytest.raises(UserError, match="has finished its 4 steps"):
         main(["--run", "a", "--resume"])
 
