@@ -221,11 +221,9 @@ class ParquetCorpus:
         """The ParquetFile of a shard, kept until another shard is asked for."""
         if self.opened[0] != index:
             file = open_shard(self.shards[index], self.text_column)
-            size, *_ = signature(self.shards[index])
-            if (size, footer_of(self.shards[index])) != (
-                self.signatures[index][0],
-                self.footers[index],
-            ):
+            path = self.shards[index]
+            found = signature(path)[0], footer_of(path)
+            if found != (self.signatures[index][0], self.footers[index]):
                 raise UserError(
                     f"shard {self.shards[index]} has changed since the start; put the old one "
                     "back, or start a new run"

@@ -107,12 +107,12 @@ def listing(hub, names):
         if getattr(error, "response", None) is None:
             raise UserError(f"the hub cannot be reached ({_first_line(error)}); check the network")
         raise UserError(f"the hub refuses ({_first_line(error)}); try again later")
-    found = {}
+    found, wanted = {}, set(names)
     for entry in entries:
         size, lfs = getattr(entry, "size", None), getattr(entry, "lfs", None)
         if not isinstance(size, int) or size < 0:
             raise UserError(f"the hub has no size for {entry.path}; try again later")
-        if entry.path in names:
+        if entry.path in wanted:
             found[entry.path] = size, lfs.sha256 if lfs else None
     return found
 
