@@ -126,7 +126,7 @@ def launch(argv, module, world):
     def note(number, frame):
         signals.append(number)
 
-    wanted = [getattr(signal, name) for name in NAMES]
+    wanted = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     before = {n: signal.signal(n, note) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}
     try:
         _start(processes, [sys.executable, "-m", module, *argv], world)
